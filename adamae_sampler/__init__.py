@@ -1,0 +1,37 @@
+"""Adaptive masking for masked autoencoders. A reading map:
+
+    mask.py        what a mask is (MaskSample), and how many tokens a ratio leaves
+    sampler.py     tokens [B, N, D] -> MaskSample: adaptive, random, tube, frame
+    networks.py    the adaptive sampler's score networks
+    losses.py      reconstruction error, sampling loss, and both together
+    ops/           the operations underneath, one file each
+    models/        the reference encoder-decoder on timm's blocks, checkpoint formats
+    visualize.py   pictures of masks, probabilities and errors (needs matplotlib; imported by name)
+
+Data flows one way: models -> sampler, losses -> ops -> mask.
+"""
+
+from adamae_sampler import models, ops
+from adamae_sampler.losses import AdaMAELoss, reconstruction_error, sampling_loss
+from adamae_sampler.mask import MaskSample
+from adamae_sampler.sampler import (
+    AdaptiveTokenSampler,
+    FrameTokenSampler,
+    RandomTokenSampler,
+    TubeTokenSampler,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AdaMAELoss",
+    "AdaptiveTokenSampler",
+    "FrameTokenSampler",
+    "MaskSample",
+    "RandomTokenSampler",
+    "TubeTokenSampler",
+    "models",
+    "ops",
+    "reconstruction_error",
+    "sampling_loss",
+]

@@ -1,0 +1,134 @@
+"""What a mask is: the indices of visible and masked tokens, and how many of each a ratio leaves.
+
+One convention throughout the package: a mask is bool and True means *masked*; indices are int64 and
+ascend within a row. Indices are what code passes on, because their shapes are static; a boolean mask
+used as an index has a data-dependent shape and makes the host wait for the device.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class MaskSample(NamedTuple):
+    """One mask for each clip of a batch. B clips, N tokens, K visible, M = N - K masked.
+
+    A named tuple, so that autograd, DDP, `torch.compile` and data loaders traverse it as they are.
+
+    Attributes:
+        visible_idx: [B, K] int64, ascending in each row.
+        masked_idx: [B, M] int64, ascending in each row; with `visible_idx` a partition of 0..N-1.
+        mask: [B, N] bool, True = masked.
+        log_probs: [B, N] fp32, the log of the sampler's distribution over tokens; None for samplers
+            that have none (random, tube, frame).
+        num_nonfinite: [B] int64, how many of each clip's scores were NaN or infinite; None where there
+            were no scores. It stays on the device: reading it is the caller's choice.
+    """
+
+    visible_idx: Tensor
+    masked_idx: Tensor
+    mask: Tensor
+    log_probs: Tensor | None = None
+    num_nonfinite: Tensor | None = None
+
+    @property
+    def num_visible(self) -> int:
+        """K, visible tokens of a clip."""
+        return self.visible_idx.shape[1]
+
+    @property
+    def num_tokens(self) -> int:
+        """N, tokens of a clip."""
+        return self.mask.shape[1]
+
+    @classmethod
+    def from_mask(cls, mask: Tensor, num_visible: int) -> MaskSample:
+        """The sample that a boolean mask describes.
+
+        Args:
+            mask: [B, N] bool, True = masked, with exactly `num_visible` False in each row.
+            num_visible: K. It is asked for, not counted, because counting would read the device.
+
+        Raises:
+            TypeError: the mask is not bool.
+            ValueError: it is not [B, N], K is not in 1..N-1, or a row leaves another number visible. The
+                last is checked on CPU in eager mode only, where it costs no wait for a device; elsewhere
+                a wrong K gives rows in which some indices are on the wrong side.
+        """
+        if mask.dtype != torch.bool:
+            raise TypeError(
+                f"mask has dtype {mask.dtype}, expected torch.bool with True = masked. "
+                "Use mask.bool() if 1 means masked in yours, ~mask.bool() if 1 means visible."
+            )
+        if mask.ndim != 2:
+            raise ValueError(f"mask has shape {tuple(mask.shape)}, expected [B, N]; use mask.flatten(1).")
+        check_num_visible(num_visible, mask.shape[1])
+        if mask.device.type == "cpu" and not torch.compiler.is_compiling():
+            visible = (~mask).sum(1)
+            if (visible != num_visible).any():
+                row = int((visible != num_visible).nonzero()[0])
+                raise ValueError(
+                    f"mask leaves {int(visible[row])} tokens visible in row {row}, expected {num_visible} in "
+                    f"each of its {mask.shape[0]} rows. True means masked: pass ~mask if yours is inverted, or "
+                    "give the number that it does leave with MaskSample.from_mask(mask, num_visible)."
+                )
+        # False sorts before True and a stable sort keeps the order of equals, so one sort yields both lists.
+        order = mask.to(torch.uint8).argsort(dim=1, stable=True)  # [B, N]
+        return cls(order[:, :num_visible], order[:, num_visible:], mask)
+
+
+def num_visible_tokens(num_tokens: int, mask_ratio: float) -> int:
+    """K = floor(N (1 - ratio)), with floating-point error removed: N=100, ratio=0.9 gives 10, not 9.
+
+    Raises:
+        ValueError: the ratio is not in (0, 1), or leaves no token visible or none masked.
+    """
+    check_mask_ratio(mask_ratio)
+    num_visible = math.floor(num_tokens * (1 - mask_ratio) + _ROUNDING)
+    if not 1 <= num_visible < num_tokens:
+        raise ValueError(
+            f"mask_ratio={mask_ratio} leaves {num_visible} of {num_tokens} tokens visible, expected between 1 and "
+            f"{num_tokens - 1}. Choose a ratio in [{1 / num_tokens:.4g}, {1 - 1 / num_tokens:.4g}] or a finer grid."
+        )
+    return num_visible
+
+
+def num_masked_units(num_units: int, mask_ratio: float, unit: str) -> int:
+    """How many whole units (places, frames) a structured mask hides: floor(units x ratio), as VideoMAE rounds.
+
+    Raises:
+        ValueError: the ratio is not in (0, 1), or hides no unit.
+    """
+    check_mask_ratio(mask_ratio)
+    num_masked = math.floor(num_units * mask_ratio + _ROUNDING)
+    if not 1 <= num_masked < num_units:
+        raise ValueError(
+            f"mask_ratio={mask_ratio} hides {num_masked} of {num_units} {unit}, expected between 1 and "
+            f"{num_units - 1}. Raise the ratio to {1 / num_units:.4g} or more, or use a grid with more {unit}."
+        )
+    return num_masked
+
+
+def check_mask_ratio(mask_ratio: float) -> None:
+    """Raises ValueError unless 0 < ratio < 1."""
+    if not 0 < mask_ratio < 1:
+        raise ValueError(
+            f"mask_ratio={mask_ratio}, expected a share strictly between 0 and 1, such as 0.95 to mask 95%."
+        )
+
+
+def check_num_visible(num_visible: int, num_tokens: int) -> None:
+    """Raises ValueError unless at least one token is visible and at least one is masked."""
+    if not 1 <= num_visible < num_tokens:
+        raise ValueError(
+            f"num_visible={num_visible} of {num_tokens} tokens, expected between 1 and {num_tokens - 1}: "
+            "at least one token must be visible and one masked."
+        )
+
+
+# Far above the error of one double-precision product of the sizes in use, far below 1/N of any grid.
+_ROUNDING = 1e-9

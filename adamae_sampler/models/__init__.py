@@ -1,0 +1,18 @@
+"""The reference video MAE and the checkpoint formats it reads. Importing this registers the models with timm."""
+
+from adamae_sampler.models.adamae import (
+    AdaMAE,
+    pretrain_adamae_vit_base_patch16_224,
+    pretrain_adamae_vit_large_patch16_224,
+    pretrain_adamae_vit_small_patch16_224,
+)
+from adamae_sampler.models.checkpoint import LoadReport, load_checkpoint
+
+__all__ = [
+    "AdaMAE",
+    "LoadReport",
+    "load_checkpoint",
+    "pretrain_adamae_vit_base_patch16_224",
+    "pretrain_adamae_vit_large_patch16_224",
+    "pretrain_adamae_vit_small_patch16_224",
+]

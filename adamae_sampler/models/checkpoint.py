@@ -1,0 +1,201 @@
+"""Loading weights: which formats there are, and how much of a model a file must cover.
+
+A format is a way to recognise a file and a renaming of its keys; a new one is one entry in FORMATS. Nothing is
+unpickled beyond tensors and plain containers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What `load_checkpoint` did; print it.
+
+    Attributes:
+        format: name of the format recognised.
+        matched: parameters of the model that were loaded.
+        missing: parameters of the model that the file does not have and that keep their present values.
+        unused: keys of the file that the model has no place for.
+    """
+
+    format: str
+    matched: tuple[str, ...]
+    missing: tuple[str, ...] = ()
+    unused: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        lines = [f"{self.format} checkpoint: {len(self.matched)} parameters loaded"]
+        lines += [f"  not in the file, left as they were: {_summary(self.missing)}"] if self.missing else []
+        lines += [f"  in the file, not in the model: {_summary(self.unused)}"] if self.unused else []
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class Format:
+    """A checkpoint format.
+
+    Attributes:
+        name: for reports and errors.
+        marker: a regular expression that some key of such a file matches.
+        renames: (pattern, replacement) pairs, applied in order to every key.
+        lacks: prefixes of the model's keys that files of this format never have.
+    """
+
+    name: str
+    marker: str
+    renames: Sequence[tuple[str, str]] = field(default_factory=tuple)
+    lacks: tuple[str, ...] = ()
+
+
+FORMATS = (
+    Format("adamae_sampler", r"^sampler\."),
+    Format(
+        "official AdaMAE",
+        r"^encoder\.get_token_probs\.",
+        renames=(
+            (r"^encoder\.pos_embed_probs$", "sampler.network.pos_embed"),
+            (r"^encoder\.get_token_probs\.0\.", "sampler.network.blocks.0."),
+            (r"^encoder\.get_token_probs\.1\.", "sampler.network.head."),
+        ),
+    ),
+    # Also our own model with a fixed sampler, which has no parameters: the keys are the same.
+    Format("VideoMAE pre-training", r"^encoder\.blocks\..*\.q_bias$", lacks=("sampler.",)),
+)
+
+_CONTAINERS = ("model", "state_dict", "module", "model_state_dict")  # where files keep the weights
+_WRAPPERS = (
+    "module.",
+    "_orig_mod.",
+    "model.",
+    "_fsdp_wrapped_module.",
+)  # what DDP, compile, ... put before keys
+
+
+def load_checkpoint(
+    model: nn.Module,
+    checkpoint: str | os.PathLike[str] | Mapping[str, Any],
+    *,
+    allow_missing: Sequence[str] = (),
+) -> LoadReport:
+    """Loads weights into a reference model from an official AdaMAE, a VideoMAE or one of our own files.
+
+    Everything is checked before anything is written: on an error the model is as it was. A VideoMAE file has no
+    sampler, so an adaptive model keeps its fresh one, and the report says so.
+
+    Args:
+        model: `AdaMAE`, bare or wrapped (DDP, torch.compile).
+        checkpoint: a path to a .safetensors file or to one that torch.save wrote, or a state dict.
+        allow_missing: prefixes of the model's parameters that the file need not have, such as "sampler." or
+            "decoder.".
+
+    Returns:
+        LoadReport: what matched, what was missing, what was left over.
+
+    Raises:
+        FileNotFoundError: no such file.
+        TypeError: the file holds something other than tensors.
+        ValueError: the format is not known, a shape differs, or a parameter of the model is missing.
+    """
+    tensors = _strip_wrappers(
+        _find_weights(_read(checkpoint) if isinstance(checkpoint, (str, os.PathLike)) else checkpoint)
+    )
+    own = {_strip(name): tensor for name, tensor in model.state_dict().items()}
+    file_format = _recognise(tensors, own)
+    weights = {_rename(name, file_format): tensor for name, tensor in tensors.items()}
+
+    wrong_shape = [
+        f"{name} is {tuple(weights[name].shape)} in the file, {tuple(own[name].shape)} in the model"
+        for name in own
+        if name in weights and weights[name].shape != own[name].shape
+    ]
+    if wrong_shape:
+        raise ValueError(
+            f"the {file_format.name} checkpoint is of another architecture; {len(wrong_shape)} shapes differ:\n  "
+            + "\n  ".join(wrong_shape[:8])
+            + "\nBuild the model with the checkpoint's img_size, num_frames, patch_size, widths and heads."
+        )
+    missing = tuple(name for name in own if name not in weights)
+    unused = tuple(name for name in weights if name not in own)
+    needed = [name for name in missing if not name.startswith((*file_format.lacks, *allow_missing))]
+    if needed:
+        raise ValueError(
+            f"the {file_format.name} checkpoint lacks {len(needed)} of the model's {len(own)} parameters: "
+            f"{_summary(needed)}. It has, without a place in the model: {_summary(unused) if unused else 'nothing'}. "
+            "Build the model with the checkpoint's depth, or name in allow_missing what may keep its present values."
+        )
+    with torch.no_grad():
+        for name, tensor in own.items():
+            if name in weights:
+                tensor.copy_(weights[name])
+    return LoadReport(file_format.name, tuple(name for name in own if name in weights), missing, unused)
+
+
+def _read(path: str | os.PathLike[str]) -> Mapping[str, Any]:
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no checkpoint at {path}.")
+    if path.suffix == ".safetensors":
+        return safetensors.torch.load_file(path)
+    # Training scripts of VideoMAE's family save their arguments beside the weights; a Namespace is plain data.
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
+    if not isinstance(loaded, Mapping):
+        raise TypeError(f"{path} holds a {type(loaded).__name__}, expected a dictionary of tensors.")
+    return loaded
+
+
+def _find_weights(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
+    for container in _CONTAINERS:
+        inner = checkpoint.get(container)
+        if isinstance(inner, Mapping):
+            return _find_weights(inner)
+    other = {name: type(value).__name__ for name, value in checkpoint.items() if not isinstance(value, Tensor)}
+    if other:
+        raise TypeError(
+            f"the checkpoint holds {_summary([f'{name} ({kind})' for name, kind in other.items()])} where tensors were "
+            f"expected. Give its state dict, or a file that keeps it under one of {_CONTAINERS}."
+        )
+    return dict(checkpoint)
+
+
+def _strip(name: str) -> str:
+    while name.startswith(_WRAPPERS):
+        name = name.partition(".")[2]
+    return name.replace("._orig_mod.", ".")
+
+
+def _strip_wrappers(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {_strip(name): tensor for name, tensor in tensors.items()}
+
+
+def _recognise(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> Format:
+    for file_format in FORMATS:
+        if any(re.search(file_format.marker, name) for name in tensors):
+            return file_format
+    raise ValueError(
+        f"the checkpoint has keys such as {_summary(list(tensors))}, which is none of the formats known "
+        f"({', '.join(each.name for each in FORMATS)}). The model's keys are such as {_summary(list(own))}."
+    )
+
+
+def _rename(name: str, file_format: Format) -> str:
+    for pattern, replacement in file_format.renames:
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
+def _summary(names: Sequence[str]) -> str:
+    shown = ", ".join(names[:4])
+    return shown if len(names) <= 4 else f"{shown}, ... ({len(names)} in all)"

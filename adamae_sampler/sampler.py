@@ -1,0 +1,210 @@
+"""Token samplers: modules from tokens [B, N, D] to a MaskSample.
+
+One learned (adaptive) and three fixed ones (random, tube, frame), behind the same call, so that a training
+script compares them by changing one argument.
+"""
+
+from __future__ import annotations
+
+import abc
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from adamae_sampler.mask import MaskSample, num_masked_units, num_visible_tokens
+from adamae_sampler.networks import MHAScoreNetwork, MLPScoreNetwork
+from adamae_sampler.ops import draw_mask
+from adamae_sampler.ops.checks import check_tokens
+from adamae_sampler.ops.draw_mask import token_log_probs
+
+GridSize = tuple[int, int, int]
+
+
+class TokenSampler(nn.Module, abc.ABC):
+    """What all samplers share: the grid, the ratio, the checks, and masks given from outside.
+
+    Args:
+        grid_size: (T, H, W), tokens in time, height and width; N = T H W tokens in t-h-w order.
+        mask_ratio: share of tokens to mask, strictly between 0 and 1.
+    """
+
+    num_visible: int  # K; set by each sampler, since each rounds to whole units of its own
+
+    def __init__(self, grid_size: GridSize, mask_ratio: float) -> None:
+        super().__init__()
+        if len(grid_size) != 3 or min(grid_size) < 1:
+            raise ValueError(f"grid_size={grid_size}, expected three positive numbers (T, H, W); T is 1 for images.")
+        self.grid_size: GridSize = (grid_size[0], grid_size[1], grid_size[2])
+        self.mask_ratio = mask_ratio
+
+    @property
+    def num_tokens(self) -> int:
+        """N, tokens of a clip."""
+        return math.prod(self.grid_size)
+
+    def forward(
+        self,
+        tokens: Tensor,
+        *,
+        mask: Tensor | MaskSample | None = None,
+        generator: torch.Generator | None = None,
+    ) -> MaskSample:
+        """Draws a mask for each clip, or describes the one given.
+
+        Args:
+            tokens: [B, N, D].
+            mask: in place of a draw: [B, N] bool, True = masked, with `num_visible` False in each row; or a
+                MaskSample, which may leave any number visible.
+            generator: source of randomness; torch's default one of the tokens' device if None.
+
+        Raises:
+            TypeError, ValueError: tokens that are not [B, N, D] or do not fill the grid; a mask that does not
+                fit them.
+        """
+        check_tokens("tokens", tokens)
+        if tokens.shape[1] != self.num_tokens:
+            raise ValueError(
+                f"tokens have shape {tuple(tokens.shape)}: {tokens.shape[1]} tokens, but the grid {self.grid_size} "
+                f"has {self.num_tokens}. Build the sampler with grid_size=(frames / tubelet_size, height / "
+                "patch_size, width / patch_size) of your input, and leave out class tokens."
+            )
+        if mask is None:
+            return self.draw(tokens, generator)
+        given = mask if isinstance(mask, MaskSample) else MaskSample.from_mask(mask, self.num_visible)
+        if given.mask.shape != tokens.shape[:2]:
+            raise ValueError(f"mask has shape {tuple(given.mask.shape)}, expected {tuple(tokens.shape[:2])}.")
+        return self.describe(tokens, given)
+
+    @abc.abstractmethod
+    def draw(self, tokens: Tensor, generator: torch.Generator | None) -> MaskSample:
+        """A fresh mask for each clip."""
+
+    def describe(self, tokens: Tensor, given: MaskSample) -> MaskSample:
+        """The given mask with what the sampler would add to it."""
+        return given._replace(log_probs=None, num_nonfinite=None)
+
+    def extra_repr(self) -> str:
+        """For print(model)."""
+        return f"grid_size={self.grid_size}, mask_ratio={self.mask_ratio}, num_visible={self.num_visible}"
+
+
+class AdaptiveTokenSampler(TokenSampler):
+    """AdaMAE's sampler: a network scores every token, K are drawn from the softmax of the scores (Algorithm 1).
+
+    Args:
+        embed_dim: D, width of the tokens.
+        grid_size: (T, H, W), see `TokenSampler`.
+        mask_ratio: share of tokens to mask; K = floor(N (1 - ratio)).
+        network: "mha" (the paper's), "mlp", or a module [B, N, D] -> [B, N], such as `MHAScoreNetwork` with a
+            depth and width of your choice.
+        detach_tokens: keep the sampling loss out of the tokenizer. The official code lets it through, and so
+            does the default.
+
+    Raises:
+        ValueError: an unknown network; a ratio or grid out of range.
+
+    >>> import torch
+    >>> sampler = AdaptiveTokenSampler(embed_dim=64, grid_size=(8, 14, 14), mask_ratio=0.95)
+    >>> sample = sampler(torch.randn(2, 1568, 64))
+    >>> sample.visible_idx.shape, sample.log_probs.shape
+    (torch.Size([2, 78]), torch.Size([2, 1568]))
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        grid_size: GridSize,
+        mask_ratio: float = 0.95,
+        network: Literal["mha", "mlp"] | nn.Module = "mha",
+        detach_tokens: bool = False,
+    ) -> None:
+        super().__init__(grid_size, mask_ratio)
+        self.num_visible = num_visible_tokens(self.num_tokens, mask_ratio)
+        self.detach_tokens = detach_tokens
+        if isinstance(network, nn.Module):
+            self.network = network
+        elif network == "mha":
+            self.network = MHAScoreNetwork(embed_dim, self.num_tokens)
+        elif network == "mlp":
+            self.network = MLPScoreNetwork(embed_dim)
+        else:
+            raise ValueError(f"network={network!r}, expected 'mha', 'mlp' or a module [B, N, D] -> [B, N].")
+
+    def scores(self, tokens: Tensor) -> Tensor:
+        """[B, N, D] -> [B, N]; p = softmax(scores)."""
+        scores: Tensor = self.network(tokens.detach() if self.detach_tokens else tokens)
+        if scores.shape != tokens.shape[:2]:
+            raise ValueError(
+                f"the score network gave {tuple(scores.shape)} for tokens {tuple(tokens.shape)}, expected "
+                f"{tuple(tokens.shape[:2])}: one score for each token. Use squeeze(-1) if the last axis is 1."
+            )
+        return scores
+
+    def draw(self, tokens: Tensor, generator: torch.Generator | None) -> MaskSample:
+        """K tokens of each clip without replacement from p."""
+        return draw_mask(self.scores(tokens), self.num_visible, generator=generator)
+
+    def describe(self, tokens: Tensor, given: MaskSample) -> MaskSample:
+        """The given mask with the sampler's log-probabilities, so that the losses work as for a drawn one."""
+        log_probs, num_nonfinite = token_log_probs(self.scores(tokens))
+        return given._replace(log_probs=log_probs, num_nonfinite=num_nonfinite)
+
+
+class RandomTokenSampler(TokenSampler):
+    """Every set of K tokens equally likely, as in MAE and MAE-ST. K = floor(N (1 - ratio))."""
+
+    def __init__(self, grid_size: GridSize, mask_ratio: float = 0.9) -> None:
+        super().__init__(grid_size, mask_ratio)
+        self.num_visible = num_visible_tokens(self.num_tokens, mask_ratio)
+
+    def draw(self, tokens: Tensor, generator: torch.Generator | None) -> MaskSample:
+        """K of N tokens, uniformly."""
+        return _draw_uniform(tokens, self.num_tokens, self.num_visible, generator)
+
+
+class TubeTokenSampler(TokenSampler):
+    """The same random places in every frame (VideoMAE). floor(H W ratio) places are masked, as VideoMAE rounds."""
+
+    def __init__(self, grid_size: GridSize, mask_ratio: float = 0.9) -> None:
+        super().__init__(grid_size, mask_ratio)
+        frames, places = grid_size[0], grid_size[1] * grid_size[2]
+        self.visible_places = places - num_masked_units(places, mask_ratio, "places in a frame")
+        self.num_visible = frames * self.visible_places
+
+    def draw(self, tokens: Tensor, generator: torch.Generator | None) -> MaskSample:
+        """The places of one frame, uniformly, repeated over time."""
+        frames, places = self.grid_size[0], self.grid_size[1] * self.grid_size[2]
+        frame = _draw_uniform(tokens, places, self.visible_places, generator)
+        start = torch.arange(frames, device=tokens.device)[:, None] * places  # [T, 1]
+        return MaskSample(
+            visible_idx=(start + frame.visible_idx[:, None]).flatten(1),  # [B, T, places] -> [B, K]
+            masked_idx=(start + frame.masked_idx[:, None]).flatten(1),
+            mask=frame.mask.repeat(1, frames),
+        )
+
+
+class FrameTokenSampler(TokenSampler):
+    """Whole time steps. floor(T ratio) of them are masked, so that 95% of 8 steps masks 7."""
+
+    def __init__(self, grid_size: GridSize, mask_ratio: float = 0.875) -> None:
+        super().__init__(grid_size, mask_ratio)
+        self.visible_frames = grid_size[0] - num_masked_units(grid_size[0], mask_ratio, "time steps")
+        self.num_visible = self.visible_frames * grid_size[1] * grid_size[2]
+
+    def draw(self, tokens: Tensor, generator: torch.Generator | None) -> MaskSample:
+        """Time steps, uniformly, with all their places."""
+        frames, places = self.grid_size[0], self.grid_size[1] * self.grid_size[2]
+        steps = _draw_uniform(tokens, frames, self.visible_frames, generator)
+        place = torch.arange(places, device=tokens.device)  # [places]
+        return MaskSample(
+            visible_idx=(steps.visible_idx[:, :, None] * places + place).flatten(1),  # [B, steps, places] -> [B, K]
+            masked_idx=(steps.masked_idx[:, :, None] * places + place).flatten(1),
+            mask=steps.mask.repeat_interleave(places, dim=1),
+        )
+
+
+def _draw_uniform(tokens: Tensor, num_units: int, num_visible: int, generator: torch.Generator | None) -> MaskSample:
+    scores = torch.zeros(tokens.shape[0], num_units, device=tokens.device)
+    return draw_mask(scores, num_visible, generator=generator)._replace(log_probs=None, num_nonfinite=None)

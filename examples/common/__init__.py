@@ -1,0 +1,1 @@
+"""What the example scripts share: recipe, data, transforms, logging, training state."""
