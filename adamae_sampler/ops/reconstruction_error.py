@@ -13,7 +13,7 @@ from adamae_sampler.ops.gather_tokens import select_rows
 from adamae_sampler.ops.patches import PatchSize, patch_pair, patchify, token_grid
 
 Kind = Literal["mse", "l1"]
-_STD_EPS = 1e-6  # added to the standard deviation, not the variance, as VideoMAE and AdaMAE do
+STD_EPS = 1e-6  # added to the standard deviation, not the variance, as VideoMAE and AdaMAE do
 
 
 def _reconstruction_error_reference(prediction: Tensor, target: Tensor, kind: Kind) -> Tensor:
@@ -41,7 +41,7 @@ def _target_reference(
         pixels = torch.stack([x * scale + shift for x, shift, scale in channels], dim=-1)
     if normalize:
         centre_var, centre = torch.var_mean(pixels, dim=-2, correction=1, keepdim=True)
-        pixels = (pixels - centre) / (centre_var.sqrt() + _STD_EPS)
+        pixels = (pixels - centre) / (centre_var.sqrt() + STD_EPS)
     return pixels.flatten(-2)
 
 

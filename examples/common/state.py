@@ -1,0 +1,93 @@
+"""The state of a run on disk: written whole or not at all, read without pickle."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch import Tensor, nn
+
+from common.recipe import Recipe
+
+_FORMAT = "adamae_sampler pre-training state 1"
+# Settings that may differ between a run and its resumption; any other makes it another run.
+_FREE = {"output", "steps", "epochs", "workers", "log_every", "save_every", "batch_size", "checkpoint_activations"}
+
+
+def save_state(
+    path: Path, accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer, recipe: Recipe, step: int
+) -> None:
+    """Writes everything that a resumed run needs: weights, optimiser, step, recipe, random states of all processes."""
+    random_states = gather_object([_random_state(accelerator.device)])
+    if accelerator.is_main_process:
+        state = {
+            "format": _FORMAT,
+            "model": accelerator.unwrap_model(model).state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "step": step,
+            "recipe": recipe.plain(),
+            "random_states": random_states,
+        }
+        path.parent.mkdir(parents=True, exist_ok=True)
+        aside = path.with_suffix(".tmp")
+        with aside.open("wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        aside.replace(path)  # atomic, so that a run killed here leaves the previous file whole
+    accelerator.wait_for_everyone()
+
+
+def load_state(path: Path, recipe: Recipe) -> dict[str, Any]:
+    """Reads a state and checks that it is of this recipe.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: it is not a training state (weights alone cannot be resumed), or is of another recipe.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"--resume {path}: no such file; a run writes state.pt into its output folder.")
+    state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    if state.get("format") != _FORMAT:
+        raise ValueError(
+            f"--resume {path}: not a training state of this script. To start from weights alone, load them with "
+            "adamae_sampler.models.load_checkpoint."
+        )
+    saved, now = state["recipe"], recipe.plain()
+    changed = [f"{name}: {saved.get(name)} -> {now[name]}" for name in now if saved.get(name) != now[name]]
+    forbidden = [change for change in changed if change.partition(":")[0] not in _FREE]
+    if forbidden:
+        raise ValueError(
+            f"--resume {path}: that run had other settings:\n  " + "\n  ".join(forbidden) + "\nPass the same ones, or "
+            "start a new run."
+        )
+    return state
+
+
+def restore_random_state(state: dict[str, Any], accelerator: Accelerator) -> None:
+    """Sets this process's random states to those saved.
+
+    Raises:
+        ValueError: the run was saved by another number of processes.
+    """
+    saved = state["random_states"]
+    if len(saved) != accelerator.num_processes:
+        raise ValueError(
+            f"the state was saved by {len(saved)} processes, this run has {accelerator.num_processes}; resume on as "
+            "many."
+        )
+    mine: dict[str, Tensor] = saved[accelerator.process_index]
+    torch.set_rng_state(mine["cpu"])
+    if "cuda" in mine:
+        torch.cuda.set_rng_state(mine["cuda"], accelerator.device)
+
+
+def _random_state(device: torch.device) -> dict[str, Tensor]:
+    state = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    return state

@@ -1,0 +1,269 @@
+"""Pre-trains a video masked autoencoder with adaptive, random, tube or frame masking.
+
+    python examples/pretrain.py                                       a small model on the bundled video
+    python examples/pretrain.py --data sprites --masking random       generated clips, another masking
+    python examples/pretrain.py --preset k400 --data train.csv        the paper's recipe (k400, ssv2, ucf101, hmdb51)
+    accelerate launch examples/pretrain.py --preset ssv2 --data DIR   on all GPUs of a machine
+
+Writes metrics.jsonl, TensorBoard files, state.pt (for --resume), model.safetensors and overview.png.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import safetensors.torch
+import timm
+import torch
+import tyro
+from accelerate import Accelerator
+from accelerate.utils import gather_object, set_seed
+from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.optim import param_groups_weight_decay
+from torch import Tensor
+from torch.utils.data import DataLoader
+from torchvision.transforms.v2 import functional as tvf
+from tqdm import tqdm
+
+from adamae_sampler import AdaMAELoss
+from adamae_sampler.models import AdaMAE
+from adamae_sampler.visualize import overview
+from common.datasets import ClipSource, ClipStream, collate_clips, make_source
+from common.metrics import DeviceMetrics, RunLog
+from common.recipe import Recipe, Schedule, load_preset
+from common.state import load_state, restore_random_state, save_state
+from common.video import VideoError
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run needs besides its recipe."""
+
+    preset: str = "demo"
+    """Recipe to start from: demo, k400, ssv2, ucf101 or hmdb51 (examples/presets)."""
+    resume: Path | None = None
+    """A state.pt to go on from."""
+    dry_run: bool = False
+    """Print the resolved recipe and exit."""
+
+
+def main(recipe: Recipe, run: Run) -> None:
+    """The whole of pre-training."""
+    accelerator = Accelerator(mixed_precision=choose_precision(recipe))
+    device, devices, is_main = accelerator.device, accelerator.num_processes, accelerator.is_main_process
+    source = make_source(
+        recipe.data,
+        num_frames=recipe.num_frames,
+        stride=recipe.stride,
+        img_size=recipe.img_size,
+        patch_size=recipe.patch_size,
+        tubelet_size=recipe.tubelet_size,
+        flip=recipe.flip,
+        seed=recipe.seed,
+    )
+    schedule = Schedule.of(recipe, len(source), devices)
+    set_seed(recipe.seed)  # the same weights on every process
+    model: AdaMAE = timm.create_model(recipe.model, **recipe.model_args())
+    model.set_grad_checkpointing(recipe.checkpoint_activations)
+    if is_main:
+        print(describe(recipe, schedule, model, accelerator, len(source)))
+    if run.dry_run:
+        return
+
+    groups = param_groups_weight_decay(model, recipe.weight_decay, no_weight_decay_list=model.no_weight_decay())
+    optimizer = torch.optim.AdamW(groups, lr=schedule.lr, betas=recipe.betas, fused=True)
+    first_step = 0
+    state = load_state(run.resume, recipe) if run.resume else None
+    if state is not None:
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        first_step = state["step"]
+    criterion = AdaMAELoss(
+        recipe.sampling_weight,
+        kind=recipe.loss,
+        normalize=recipe.normalize_target,
+        patch_size=recipe.patch_size,
+        tubelet_size=recipe.tubelet_size,
+    )
+    batches = load_clips(recipe, schedule, source, first_step)
+    model, optimizer, batches = accelerator.prepare(model, optimizer, batches)
+    set_seed(recipe.seed, device_specific=True)  # from here on, other masks on every process
+    if state is not None:
+        restore_random_state(state, accelerator)
+
+    num_tokens = accelerator.unwrap_model(model).sampler.num_tokens
+    metrics = DeviceMetrics(num_tokens, device)
+    left_out: dict[str, None] = {}  # an ordered set of messages
+    progress = tqdm(total=schedule.steps, initial=first_step, disable=not is_main, unit="step", file=sys.stdout)
+    with RunLog(recipe.output, first_step, enabled=is_main) as log, progress:
+        model.train()
+        feed = iter(batches)
+        data_time, logged_at, logged_step = 0.0, time.perf_counter(), first_step
+        for step in range(first_step, schedule.steps):
+            for group in optimizer.param_groups:
+                group["lr"] = schedule.lr_at(step)
+            for part in range(schedule.accumulation):
+                waited = time.perf_counter()
+                batch = next(feed)
+                data_time += time.perf_counter() - waited
+                left_out |= dict.fromkeys(batch["left_out"])
+                is_last = part == schedule.accumulation - 1
+                with nullcontext() if is_last else accelerator.no_sync(model):  # gradients travel once a step
+                    prediction, sample = model(normalise(batch["video"]))
+                    out = criterion(prediction, batch["video"], sample)
+                    accelerator.backward(out.loss / schedule.accumulation)
+                metrics.add_forward(out, sample)
+            grad_norm = accelerator.clip_grad_norm_(model.parameters(), recipe.clip_grad or torch.inf)
+            # Where this is 1 the fused kernel leaves the weights alone: a bad step is skipped without a wait.
+            optimizer.optimizer.found_inf = (~grad_norm.isfinite()).float()
+            optimizer.step()
+            optimizer.zero_grad()
+            metrics.add_update(grad_norm)
+            progress.update()
+
+            done = step + 1
+            if done % recipe.log_every == 0 or done == schedule.steps:
+                values = metrics.read(accelerator)
+                now, steps = time.perf_counter(), done - logged_step
+                values |= {
+                    "lr": schedule.lr_at(step),
+                    "epoch": done * schedule.effective_batch / len(source),
+                    "step_time": (now - logged_at) / steps,
+                    "data_time": data_time / steps,
+                    "clips_per_second": steps * schedule.effective_batch / (now - logged_at),
+                }
+                data_time, logged_at, logged_step = 0.0, now, done
+                log.write(done, values)
+                progress.set_postfix(summary(values))
+                warn_about_nonfinite(done, values)
+            if done % recipe.save_every == 0 or done == schedule.steps:
+                save_state(recipe.output / "state.pt", accelerator, model, optimizer, recipe, done)
+
+    left_out = dict.fromkeys(gather_object(list(left_out)))
+    if is_main:
+        finish(recipe, accelerator.unwrap_model(model), criterion, source, device)
+        report_left_out(recipe.output, list(left_out))
+    accelerator.end_training()
+
+
+def choose_precision(recipe: Recipe) -> str:
+    """Accelerate's name for the recipe's precision."""
+    if recipe.precision != "auto":
+        return {"fp32": "no", "bf16": "bf16"}[recipe.precision]
+    return "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False) else "no"
+
+
+def load_clips(recipe: Recipe, schedule: Schedule, source: ClipSource, first_step: int) -> DataLoader:
+    """Batches of the clips from `first_step` to the end, in order of their position."""
+    batch = schedule.effective_batch
+    stream = ClipStream(source, first_step * batch, schedule.steps * batch, recipe.seed)
+    return DataLoader(
+        stream,
+        batch_size=recipe.batch_size,
+        num_workers=recipe.workers,
+        collate_fn=collate_clips,
+        pin_memory=torch.cuda.is_available(),
+    )
+
+
+def normalise(video: Tensor) -> Tensor:
+    """[B, C, T, H, W] uint8 -> floating point with ImageNet's mean and deviation, on the device."""
+    frames = tvf.to_dtype(video.transpose(1, 2), torch.float32, scale=True)  # [B, T, C, H, W]
+    normalised: Tensor = tvf.normalize(frames, list(IMAGENET_DEFAULT_MEAN), list(IMAGENET_DEFAULT_STD))
+    return normalised.transpose(1, 2)
+
+
+def describe(recipe: Recipe, schedule: Schedule, model: AdaMAE, accelerator: Accelerator, clips: int) -> str:
+    """The resolved recipe, for people."""
+    visible, tokens = model.sampler.num_visible, model.sampler.num_tokens
+    millions = sum(each.numel() for each in model.parameters()) / 1e6
+    epochs = schedule.steps * schedule.effective_batch / clips
+    precision = "fp32" if accelerator.mixed_precision == "no" else accelerator.mixed_precision
+    lines = {
+        "data": f"{recipe.data}, {clips} videos, {recipe.num_frames} frames at stride {recipe.stride}, "
+        f"{recipe.img_size[0]}x{recipe.img_size[1]}, {'flip' if recipe.flip else 'no flip'}",
+        "model": f"{recipe.model}, {millions:.1f}M parameters, grid {model.grid_size}",
+        "masking": f"{recipe.masking}, {visible} of {tokens} tokens visible ({1 - visible / tokens:.1%} masked)",
+        "target": f"{'normalised' if recipe.normalize_target else 'raw'} pixels, {recipe.loss}, sampling weight "
+        f"{recipe.sampling_weight:g}",
+        "batch": f"{recipe.batch_size} clips x {accelerator.num_processes} devices x {schedule.accumulation} "
+        f"accumulated = {schedule.effective_batch}",
+        "steps": f"{schedule.steps}, {schedule.warmup_steps} of warm-up, {epochs:.1f} epochs",
+        "learning rate": f"{recipe.base_lr:g} x {schedule.effective_batch} / 256 = {schedule.lr:.3g}, cosine to "
+        f"{schedule.min_lr:.3g}",
+        "optimizer": f"AdamW, betas {recipe.betas}, weight decay {recipe.weight_decay:g}, clip {recipe.clip_grad:g}",
+        "device": f"{accelerator.device}, {precision}",
+        "output": str(recipe.output),
+    }
+    return "\n".join(f"{name:>13}  {value}" for name, value in lines.items())
+
+
+def summary(values: dict[str, float | None]) -> dict[str, str]:
+    """The metrics for the progress bar."""
+    shown = {
+        "rec": "reconstruction",
+        "samp": "sampling",
+        "entropy": "entropy",
+        "cover": "coverage",
+        "data": "data_time",
+    }
+    return {short: f"{value:.3g}" for short, name in shown.items() if (value := values[name]) is not None}
+
+
+def warn_about_nonfinite(step: int, values: dict[str, float | None]) -> None:
+    """Prints what was not finite since the last line of metrics."""
+    names = ("nonfinite_scores", "nonfinite_reconstruction", "nonfinite_sampling", "skipped_steps")
+    if any(values[name] for name in names):
+        tqdm.write(f"step {step}: " + ", ".join(f"{name} {values[name]:g}" for name in names))
+
+
+@torch.no_grad()
+def finish(recipe: Recipe, model: AdaMAE, criterion: AdaMAELoss, source: ClipSource, device: torch.device) -> None:
+    """Writes the weights, and a picture of the first clip that can be read."""
+    weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    safetensors.torch.save_file(weights, recipe.output / "model.safetensors")
+    clip = ClipStream(source, 0, 1, recipe.seed)[0]
+    video = clip["video"][None].to(device)
+    prediction, sample = model.eval()(normalise(video), generator=torch.Generator(device).manual_seed(recipe.seed))
+    out = criterion(prediction, video, sample)
+    figure = overview(
+        video,
+        prediction,
+        sample,
+        out.token_error,
+        normalize=recipe.normalize_target,
+        patch_size=recipe.patch_size,
+        tubelet_size=recipe.tubelet_size,
+    )
+    figure.savefig(recipe.output / "overview.png", dpi=110)
+    print(f"wrote {', '.join(str(recipe.output / name) for name in ('model.safetensors', 'state.pt', 'overview.png'))}")
+
+
+def report_left_out(output: Path, left_out: list[str]) -> None:
+    """Prints and writes which videos could not be read."""
+    if not left_out:
+        return
+    print(f"{len(left_out)} videos could not be read and were replaced by others (also in {output / 'left_out.txt'}):")
+    print("\n".join(f"  {message}" for message in left_out))
+    (output / "left_out.txt").write_text("\n".join(left_out) + "\n", encoding="utf-8")
+
+
+def parse_arguments(arguments: list[str]) -> tuple[Recipe, Run]:
+    """The recipe of --preset with what the command line overrides."""
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--preset", default=Run.preset)
+    preset = first.parse_known_args(arguments)[0].preset
+    merged = tyro.conf.OmitArgPrefixes[tuple[Recipe, Run]]
+    return tyro.cli(merged, args=arguments, default=(load_preset(preset), Run(preset)), description=__doc__)
+
+
+if __name__ == "__main__":
+    try:
+        main(*parse_arguments(sys.argv[1:]))
+    except (ValueError, TypeError, FileNotFoundError, VideoError) as error:
+        sys.exit(f"error: {error}")

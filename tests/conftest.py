@@ -1,0 +1,55 @@
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import safetensors
+import torch
+from hypothesis import settings
+from torch import Tensor
+
+from adamae_sampler.models import AdaMAE
+
+DATA = Path(__file__).parent / "data"
+
+# Timings on a shared machine vary; a slow example is not a failure.
+settings.register_profile("default", deadline=None, print_blob=True)
+settings.load_profile("default")
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+class Golden(NamedTuple):
+    config: dict
+    tensors: dict[str, Tensor]
+
+    def group(self, prefix: str) -> dict[str, Tensor]:
+        return {name.removeprefix(prefix): each for name, each in self.tensors.items() if name.startswith(prefix)}
+
+
+@pytest.fixture(scope="session")
+def golden() -> Golden:
+    """What the official code gave; see data/README.md."""
+    with safetensors.safe_open(DATA / "official_adamae_tiny.safetensors", "pt") as file:
+        config = json.loads(file.metadata()["config"])
+        return Golden(config, {name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
+
+
+def tiny_model(**kwargs) -> AdaMAE:
+    """A model of 4x4x4 tokens that runs in milliseconds."""
+    sizes = {
+        "img_size": 32,
+        "num_frames": 8,
+        "patch_size": 8,
+        "embed_dim": 32,
+        "depth": 2,
+        "num_heads": 2,
+        "decoder_embed_dim": 16,
+        "decoder_depth": 1,
+        "decoder_num_heads": 2,
+        "mask_ratio": 0.75,
+    }
+    return AdaMAE(**{**sizes, **kwargs})
