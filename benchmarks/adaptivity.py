@@ -21,10 +21,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, default_collate
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
-from common.sprites import Sprites
-
 from adamae_sampler import AdaMAELoss
 from adamae_sampler.models import AdaMAE
+from common.sprites import Sprites
 
 Masking = Literal["adaptive", "random", "tube", "frame"]
 
@@ -45,6 +44,8 @@ class Options:
     """Share of tokens masked."""
     test_clips: int = 128
     """Clips for the measurement."""
+    draws: int = 50
+    """Masks drawn for each of those clips."""
     seed: int = 0
     """Of weights, masks and clips."""
 
@@ -91,12 +92,14 @@ def measure(model: AdaMAE, options: Options) -> Adaptivity:
     """Adaptivity on clips of another seed."""
     clips = Sprites(length=options.test_clips, seed=2 * options.seed + 1)
     batch = default_collate([clips[i] for i in range(len(clips))])
-    sample = model.eval().sampler(model.encoder.patch_embed(normalise(batch["video"])))
-    moving = batch["moving"]
-    weight = (~sample.mask).float() if sample.log_probs is None else sample.log_probs.exp()
+    tokens = model.eval().encoder.patch_embed(normalise(batch["video"]))
+    samples = [model.sampler(tokens) for _ in range(options.draws)]
+    moving = batch["moving"]  # [B, N]
+    visible = torch.stack([~sample.mask for sample in samples]).float().mean(0)  # [B, N], how often
+    weight = visible if samples[0].log_probs is None else samples[0].log_probs.exp()
     return Adaptivity(
         ratio=float(weight[moving].mean() / weight[~moving].mean()),
-        visible_moving=float(moving.gather(1, sample.visible_idx).float().mean()),
+        visible_moving=float(visible[moving].sum() / visible.sum()),
         moving=float(moving.float().mean()),
     )
 
@@ -112,8 +115,9 @@ def main(options: Options) -> None:
         start = time.perf_counter()
         found = measure(train(masking, options), options)
         print(
-            f"{masking:9s} p(moving)/p(still) {found.ratio:5.2f}   visible tokens on what moves {found.visible_moving:.1%} "
-            f"(of all tokens {found.moving:.1%} move)   {options.steps} steps in {time.perf_counter() - start:.0f} s"
+            f"{masking:9s} p(moving)/p(still) {found.ratio:5.2f}   visible tokens on what moves "
+            f"{found.visible_moving:.1%} (of all tokens {found.moving:.1%} move)   {options.steps} steps in "
+            f"{time.perf_counter() - start:.0f} s"
         )
 
 

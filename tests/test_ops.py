@@ -118,7 +118,7 @@ def test_patchify_layout_and_inverse(t, h, w, tubelet, p1, p2, channels):
 
 def error_oracle(prediction, video, masked_idx, kind, normalize, patch, tubelet):
     """Token by token in fp64, by slicing the video."""
-    batch, channels, frames, height, width = video.shape
+    batch, channels, _, height, width = video.shape
     pixels = video.double() / 255 if video.dtype == torch.uint8 else video.double()
     errors = torch.zeros(masked_idx.shape, dtype=torch.float64)
     per_row, per_frame = width // patch, (height // patch) * (width // patch)
