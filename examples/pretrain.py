@@ -16,6 +16,7 @@ import time
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import safetensors.torch
 import timm
@@ -27,7 +28,6 @@ from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.optim import param_groups_weight_decay
 from torch import Tensor
 from torch.utils.data import DataLoader
-from torchvision.transforms.v2 import functional as tvf
 from tqdm import tqdm
 
 from adamae_sampler import AdaMAELoss
@@ -37,7 +37,6 @@ from common.datasets import ClipSource, ClipStream, collate_clips, make_source
 from common.metrics import DeviceMetrics, RunLog
 from common.recipe import Recipe, Schedule, load_preset
 from common.state import load_state, restore_random_state, save_state
-from common.video import VideoError
 
 
 @dataclass(frozen=True)
@@ -52,10 +51,21 @@ class Run:
     """Print the resolved recipe and exit."""
 
 
-def main(recipe: Recipe, run: Run) -> None:
-    """The whole of pre-training."""
-    accelerator = Accelerator(mixed_precision=choose_precision(recipe))
-    device, devices, is_main = accelerator.device, accelerator.num_processes, accelerator.is_main_process
+class Job(NamedTuple):
+    """What a recipe and the command line come to."""
+
+    accelerator: Accelerator
+    source: ClipSource
+    schedule: Schedule
+    model: AdaMAE
+    state: dict[str, Any] | None
+
+
+def build(recipe: Recipe, run: Run) -> Job:
+    """Finds the data and makes the model; raises ValueError or FileNotFoundError for what cannot be run."""
+    # Said outright, since torchrun without a GPU would otherwise start processes that do not know of each other.
+    on_cpu = not torch.accelerator.is_available()
+    accelerator = Accelerator(cpu=on_cpu, mixed_precision=choose_precision(recipe))
     source = make_source(
         recipe.data,
         num_frames=recipe.num_frames,
@@ -66,19 +76,25 @@ def main(recipe: Recipe, run: Run) -> None:
         flip=recipe.flip,
         seed=recipe.seed,
     )
-    schedule = Schedule.of(recipe, len(source), devices)
+    schedule = Schedule.of(recipe, len(source), accelerator.num_processes)
     set_seed(recipe.seed)  # the same weights on every process
     model: AdaMAE = timm.create_model(recipe.model, **recipe.model_args())
     model.set_grad_checkpointing(recipe.checkpoint_activations)
-    if is_main:
+    state = load_state(run.resume, recipe) if run.resume else None
+    if accelerator.is_main_process:
         print(describe(recipe, schedule, model, accelerator, len(source)))
-    if run.dry_run:
-        return
+        if state is not None:
+            print(f"{'resumes':>13}  {run.resume} from step {state['step']}")
+    return Job(accelerator, source, schedule, model, state)
 
+
+def train(recipe: Recipe, job: Job) -> None:
+    """The training loop, and what is written at its end."""
+    accelerator, source, schedule, model, state = job
+    device, is_main = accelerator.device, accelerator.is_main_process
     groups = param_groups_weight_decay(model, recipe.weight_decay, no_weight_decay_list=model.no_weight_decay())
     optimizer = torch.optim.AdamW(groups, lr=schedule.lr, betas=recipe.betas, fused=True)
     first_step = 0
-    state = load_state(run.resume, recipe) if run.resume else None
     if state is not None:
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
@@ -97,6 +113,7 @@ def main(recipe: Recipe, run: Run) -> None:
         restore_random_state(state, accelerator)
 
     num_tokens = accelerator.unwrap_model(model).sampler.num_tokens
+    normalise = Normalise(device)
     metrics = DeviceMetrics(num_tokens, device)
     left_out: dict[str, None] = {}  # an ordered set of messages
     progress = tqdm(total=schedule.steps, initial=first_step, disable=not is_main, unit="step", file=sys.stdout)
@@ -146,7 +163,7 @@ def main(recipe: Recipe, run: Run) -> None:
 
     left_out = dict.fromkeys(gather_object(list(left_out)))
     if is_main:
-        finish(recipe, accelerator.unwrap_model(model), criterion, source, device)
+        finish(recipe, accelerator.unwrap_model(model), criterion, source, normalise)
         report_left_out(recipe.output, list(left_out))
     accelerator.end_training()
 
@@ -168,14 +185,22 @@ def load_clips(recipe: Recipe, schedule: Schedule, source: ClipSource, first_ste
         num_workers=recipe.workers,
         collate_fn=collate_clips,
         pin_memory=torch.cuda.is_available(),
+        generator=torch.Generator(),  # its own, so that starting to read spends none of the masks' randomness
     )
 
 
-def normalise(video: Tensor) -> Tensor:
-    """[B, C, T, H, W] uint8 -> floating point with ImageNet's mean and deviation, on the device."""
-    frames = tvf.to_dtype(video.transpose(1, 2), torch.float32, scale=True)  # [B, T, C, H, W]
-    normalised: Tensor = tvf.normalize(frames, list(IMAGENET_DEFAULT_MEAN), list(IMAGENET_DEFAULT_STD))
-    return normalised.transpose(1, 2)
+class Normalise:
+    """uint8 pixels -> floating point with ImageNet's mean and deviation, on the device, which holds the constants."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.mean, self.std = (
+            255 * torch.tensor(each, device=device).view(1, 3, 1, 1, 1)
+            for each in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
+        )
+
+    def __call__(self, video: Tensor) -> Tensor:
+        """[B, 3, T, H, W] uint8 -> fp32 of the same shape."""
+        return (video - self.mean) / self.std
 
 
 def describe(recipe: Recipe, schedule: Schedule, model: AdaMAE, accelerator: Accelerator, clips: int) -> str:
@@ -223,11 +248,12 @@ def warn_about_nonfinite(step: int, values: dict[str, float | None]) -> None:
 
 
 @torch.no_grad()
-def finish(recipe: Recipe, model: AdaMAE, criterion: AdaMAELoss, source: ClipSource, device: torch.device) -> None:
+def finish(recipe: Recipe, model: AdaMAE, criterion: AdaMAELoss, source: ClipSource, normalise: Normalise) -> None:
     """Writes the weights, and a picture of the first clip that can be read."""
     weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
     safetensors.torch.save_file(weights, recipe.output / "model.safetensors")
     clip = ClipStream(source, 0, 1, recipe.seed)[0]
+    device = normalise.mean.device
     video = clip["video"][None].to(device)
     prediction, sample = model.eval()(normalise(video), generator=torch.Generator(device).manual_seed(recipe.seed))
     out = criterion(prediction, video, sample)
@@ -264,6 +290,9 @@ def parse_arguments(arguments: list[str]) -> tuple[Recipe, Run]:
 
 if __name__ == "__main__":
     try:
-        main(*parse_arguments(sys.argv[1:]))
-    except (ValueError, TypeError, FileNotFoundError, VideoError) as error:
-        sys.exit(f"error: {error}")
+        settings = parse_arguments(sys.argv[1:])
+        job = build(*settings)
+    except (ValueError, FileNotFoundError) as error:
+        sys.exit(f"error: {error}")  # a setting, not a defect: no traceback
+    if not settings[1].dry_run:
+        train(settings[0], job)

@@ -1,0 +1,270 @@
+"""Reading videos, lists, clips and sprites: examples/common."""
+
+import itertools
+
+import av
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from common.datasets import ClipStream, SpriteClips, VideoClips, VideoEntry, collate_clips, list_videos, make_source
+from common.sprites import Sprites
+from common.transforms import SCALES, multi_scale_crop, random_flip
+from common.video import VideoError, clip_indices, count_frames, read_frames
+
+FRAMES = 40
+
+
+def write_video(path, frames=FRAMES, codec="libx264", size=(64, 48), options=None):
+    """Frame i is a flat grey of 6 i (up to frame 40), so that a frame tells its index."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=25, options=options or {"g": "10", "crf": "1"})
+        stream.width, stream.height = size
+        stream.pix_fmt = "yuv420p"
+        for index in range(frames):
+            grey = np.full((size[1], size[0], 3), 6 * index % 246, dtype=np.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(grey, format="rgb24")))
+        container.mux(stream.encode(None))
+    return path
+
+
+def seen_indices(frames):
+    return (frames.float().mean((1, 2, 3)) / 6).round().int().tolist()
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.mark.parametrize(
+    ("name", "codec"), [("a.mp4", "libx264"), ("a.avi", "mpeg4"), ("a.mkv", "libx264"), ("a.webm", "libvpx-vp9")]
+)
+@pytest.mark.parametrize("indices", [[0], [0, 1, 2], [3, 11, 25, 39], [39], [17, 17, 30]])
+def test_read_frames_returns_the_frames_asked_for(tmp_path, name, codec, indices):
+    options = {"g": "10"} if codec != "libx264" else None
+    path = write_video(tmp_path / name, codec=codec, options=options)
+    assert count_frames(path) == FRAMES
+    frames = read_frames(path, indices)
+    assert (frames.dtype, frames.shape) == (torch.uint8, (len(indices), 3, 48, 64))
+    assert seen_indices(frames) == indices
+
+
+def test_broken_videos_say_why(tmp_path):
+    whole = write_video(tmp_path / "whole.mp4", frames=200).read_bytes()
+    (tmp_path / "truncated.mp4").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "empty.mp4").write_bytes(b"")
+    (tmp_path / "text.mp4").write_text("hello")
+    faststart = write_video(tmp_path / "fast.mkv", frames=200).read_bytes()
+    (tmp_path / "cut.mkv").write_bytes(faststart[: len(faststart) // 2])
+    for name, message in {
+        "missing.mp4": "no such file",
+        "truncated.mp4": "cannot be opened",
+        "empty.mp4": "cannot be opened",
+        "text.mp4": "cannot be opened",
+    }.items():
+        with pytest.raises(VideoError, match=message):
+            count_frames(tmp_path / name)
+    with pytest.raises(VideoError, match=r"(broken or truncated|cannot be decoded)"):
+        read_frames(tmp_path / "cut.mkv", [0, 199])
+
+
+def test_clip_indices():
+    for seed in range(50):
+        indices = clip_indices(100, 16, 4, generator(seed))
+        assert [b - a for a, b in itertools.pairwise(indices)] == [4] * 15
+        assert indices[0] >= 0
+        assert indices[-1] <= 99
+    starts = {clip_indices(100, 16, 4, generator(seed))[0] for seed in range(2000)}
+    assert starts == set(range(40))  # every start that fits, the first and the last among them
+    assert clip_indices(61, 16, 4, generator()) == list(range(0, 61, 4))  # fits exactly
+    assert clip_indices(10, 4, 4, generator()) == [0, 4, 8, 9]  # too short: its frames, then the last one
+    assert clip_indices(1, 3, 2, generator()) == [0, 0, 0]
+    with pytest.raises(VideoError, match="no frames"):
+        clip_indices(0, 16, 4, generator())
+
+
+@pytest.mark.parametrize(("height", "width"), [(180, 320), (320, 180), (37, 41), (8, 9)])
+@pytest.mark.parametrize("size", [(32, 32), (16, 40)])
+def test_multi_scale_crop(height, width, size):
+    ramp = torch.arange(height * width, dtype=torch.float32).view(1, 1, height, width).expand(2, 3, -1, -1) / (
+        height * width
+    )
+    shapes = set()
+    for seed in range(40):
+        crop = multi_scale_crop(ramp, size, generator(seed))
+        assert crop.shape == (2, 3, *size)
+        assert torch.equal(crop[0], crop[1])  # one crop for all frames
+        assert 0 <= crop.min() <= crop.max() <= 1
+        shapes.add(crop[0, 0, 0, 0].item())
+    assert len(shapes) > 3
+    assert torch.equal(multi_scale_crop(ramp, size, generator(1)), multi_scale_crop(ramp, size, generator(1)))
+
+
+def test_multi_scale_crop_uses_the_scales(monkeypatch):
+    seen = set()
+    monkeypatch.setattr(
+        "common.transforms.tvf.resized_crop",
+        lambda frames, top, left, h, w, size, antialias: seen.add((h, w)) or frames,
+    )
+    for seed in range(400):
+        multi_scale_crop(torch.zeros(1, 3, 200, 300), (100, 100), generator(seed))
+    sides = [int(200 * scale) for scale in SCALES]
+    allowed = {(h, w) for i, h in enumerate(sides) for j, w in enumerate(sides) if abs(i - j) <= 1}
+    assert seen == allowed
+
+
+def test_random_flip_mirrors_half():
+    frames = torch.arange(4.0).view(1, 1, 1, 4)
+    flipped = [random_flip(frames, generator(seed)).flatten().tolist() for seed in range(400)]
+    assert sorted(map(tuple, {tuple(each) for each in flipped})) == [(0, 1, 2, 3), (3, 2, 1, 0)]
+    assert 140 < sum(each[0] == 3 for each in flipped) < 260
+
+
+def test_lists(tmp_path):
+    (tmp_path / "sub").mkdir()
+    listing = tmp_path / "train.csv"
+    listing.write_text("# a comment\nsub/ä b.mp4 7\n\n/abs/c.mp4 10 32 3\nd.mp4 5 -1 2\n", encoding="utf-8")
+    first, second, third = list_videos(listing)
+    assert first == VideoEntry(tmp_path / "sub/ä b.mp4", 7, 0, None, f"{listing}:2 (sub/ä b.mp4)")
+    assert (str(second.path), second.label, second.start, second.frames) == ("/abs/c.mp4", 3, 10, 32)
+    assert (third.start, third.frames, third.label) == (5, None, 2)
+
+
+@pytest.mark.parametrize("line", ["video.mp4", "video.mp4 x", "video.mp4 1.5", "5"])
+def test_a_malformed_line_is_named(tmp_path, line):
+    (tmp_path / "list.txt").write_text(f"a.mp4 0\n{line}\n")
+    with pytest.raises(ValueError, match=r"list.txt:2: .* expected 'path label' or 'path start frames label'"):
+        list_videos(tmp_path / "list.txt")
+
+
+def test_folders_and_nothing(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no such folder or list file"):
+        list_videos(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="has no video"):
+        list_videos(tmp_path)
+    for name in ("b.mp4", "sub/a.AVI", "notes.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    assert [entry.path.name for entry in list_videos(tmp_path)] == ["b.mp4", "a.AVI"]
+
+
+def test_video_clips_honour_segments_stride_and_size(tmp_path):
+    path = write_video(tmp_path / "a.mp4")
+    clips = VideoClips([VideoEntry(path, 4, start=10, frames=12)], 4, 3, (32, 48), flip=False)
+    for seed in range(20):
+        clip = clips.clip(0, generator(seed))
+        assert clip["label"] == 4
+        assert (clip["video"].dtype, clip["video"].shape) == (torch.uint8, (3, 4, 32, 48))
+        indices = seen_indices(clip["video"].transpose(0, 1))
+        assert indices[0] >= 10
+        assert indices[-1] < 22
+        assert [b - a for a, b in itertools.pairwise(indices)] == [3, 3, 3]
+
+
+def stream_of(source, start=0, stop=12, seed=0):
+    return ClipStream(source, start, stop, seed)
+
+
+def test_a_stream_is_a_function_of_position(tmp_path):
+    entries = [VideoEntry(write_video(tmp_path / f"{i}.mp4", frames=30), i) for i in range(4)]
+    source = VideoClips(entries, 4, 2, (16, 16), flip=True)
+    whole = [stream_of(source)[i] for i in range(12)]
+    for epoch in range(3):
+        assert sorted(item["label"] for item in whole[4 * epoch : 4 * epoch + 4]) == [0, 1, 2, 3]
+    resumed = stream_of(source, start=5)
+    assert len(resumed) == 7
+    for item, expected in zip((resumed[i] for i in (6, 0, 3)), (whole[11], whole[5], whole[8]), strict=True):
+        assert torch.equal(item["video"], expected["video"])
+    assert any(
+        not torch.equal(a["video"], b["video"])
+        for a, b in zip(whole, (stream_of(source, seed=1)[i] for i in range(12)), strict=True)
+    )
+    for workers in (0, 2):
+        batches = list(DataLoader(stream_of(source), batch_size=6, num_workers=workers, collate_fn=collate_clips))
+        videos = torch.cat([batch["video"] for batch in batches])
+        assert torch.equal(videos, torch.stack([item["video"] for item in whole]))
+
+
+def test_broken_videos_are_replaced_and_reported_with_their_line(tmp_path):
+    write_video(tmp_path / "good.mp4")
+    (tmp_path / "broken.mp4").write_bytes(b"nothing")
+    (tmp_path / "list.csv").write_text("good.mp4 1\nbroken.mp4 2\nmissing.mp4 3\n")
+    source = VideoClips(list_videos(tmp_path / "list.csv"), 4, 2, (16, 16), flip=False)
+    batch = next(iter(DataLoader(stream_of(source, stop=6), batch_size=6, collate_fn=collate_clips)))
+    assert batch["label"].tolist() == [1] * 6
+    assert batch["video"].shape == (6, 3, 4, 16, 16)
+    messages = sorted(set(batch["left_out"]))
+    assert len(messages) == 2
+    assert "list.csv:2 (broken.mp4): it cannot be opened as a video" in messages[0]
+    assert "list.csv:3 (missing.mp4): there is no such file" in messages[1]
+
+
+def test_a_run_without_any_readable_video_stops(tmp_path):
+    (tmp_path / "list.csv").write_text("a.mp4 1\nb.mp4 2\n")
+    source = VideoClips(list_videos(tmp_path / "list.csv"), 4, 2, (16, 16), flip=False)
+    with pytest.raises(
+        VideoError, match=r"20 clips in a row could not be read:(.|\n)*list.csv:1 (.|\n)*list.csv:2|list.csv:2"
+    ):
+        stream_of(source)[0]
+
+
+def test_sprites_are_a_function_of_seed_and_index():
+    clips, same, other = Sprites(length=50), Sprites(length=50), Sprites(length=50, seed=1)
+    for index in (7, 0, 49):
+        one, two = clips[index], same[index]
+        assert torch.equal(one["video"], two["video"])
+        assert one["label"] == two["label"]
+        assert not torch.equal(one["video"], other[index]["video"])
+    labels = torch.tensor([Sprites(length=2000)[i]["label"] for i in range(2000)]).bincount(minlength=20)
+    assert labels.min() > 50
+    with pytest.raises(IndexError, match="clip 50 of 50"):
+        clips[50]
+
+
+@pytest.mark.parametrize("size", [{}, {"num_frames": 8, "img_size": 48, "patch_size": 16, "tubelet_size": 4}])
+def test_what_is_not_marked_as_moving_is_still(size):
+    clips = Sprites(length=40, **size)
+    checked_tokens = 0
+    for index in range(40):
+        clip = clips[index]
+        t, p = clips.tubelet_size, clips.patch_size
+        moving = clip["moving"].view(clips.num_frames // t, clips.img_size // p, clips.img_size // p)
+        moving = moving.repeat_interleave(t, 0).repeat_interleave(p, 1).repeat_interleave(p, 2)  # [T, H, W]
+        video = clip["video"].int()
+        high = video.masked_fill(moving, -1).amax(1)  # [3, H, W], over the frames in which a pixel's token is still
+        low = video.masked_fill(moving, 256).amin(1)
+        known = (~moving).any(0)
+        assert torch.equal(high[:, known], low[:, known])
+        # And every token marked holds a pixel that differs from that still background, where it is known.
+        differs = ((video != high[:, None]).any(0) & known & moving).float()
+        tokens = differs.unflatten(0, (-1, t)).unflatten(2, (-1, p)).unflatten(4, (-1, p)).sum((1, 3, 5))
+        known_tokens = known.expand_as(moving).float().unflatten(0, (-1, t)).unflatten(2, (-1, p)).unflatten(4, (-1, p))
+        checked = clip["moving"].view_as(tokens).bool() & (known_tokens.amin((1, 3, 5)) > 0)
+        checked_tokens += int(checked.sum())
+        assert (tokens[checked] > 0).all()
+    assert checked_tokens > 50
+
+
+def test_share_of_what_moves_and_direction():
+    clips = Sprites(length=200)
+    shares = torch.tensor([clips[i]["moving"].float().mean() for i in range(200)])
+    assert 0.10 < shares.mean() < 0.20
+    angle = torch.arange(8) * torch.pi / 4
+    for index in range(100):
+        clip = clips[index]
+        grid = clip["moving"].view(8, 8, 8).float()
+        direction = clip["label"] % 4  # right, down, left, up
+        along = grid.sum(1) if direction in (0, 2) else grid.sum(2)  # [T, 8] along the axis of motion
+        phase = torch.atan2((along * angle.sin()).sum(1), (along * angle.cos()).sum(1))  # of the centre, on the circle
+        turned = (phase.diff() + torch.pi) % (2 * torch.pi) - torch.pi
+        assert (turned.sum() > 0) == (direction in (0, 1))
+
+
+def test_make_source(tmp_path):
+    args = {"num_frames": 8, "stride": 2, "patch_size": 8, "tubelet_size": 2, "flip": False, "seed": 0}
+    assert isinstance(make_source("sprites", img_size=(32, 32), **args), SpriteClips)
+    with pytest.raises(ValueError, match="sprites are square"):
+        make_source("sprites", img_size=(32, 64), **args)
+    with pytest.raises(ValueError, match="do not divide"):
+        make_source("sprites", img_size=(30, 30), **args)

@@ -1,0 +1,56 @@
+"""Two processes on CPU (gloo), find_unused_parameters=False: every parameter of the sampler gets its gradient."""
+
+import contextlib
+import socket
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from conftest import tiny_model
+from torch.nn.parallel import DistributedDataParallel
+
+from adamae_sampler import AdaMAELoss
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def train(rank, port, weight, accumulate, checkpointing, results):
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    model = tiny_model()
+    model.set_grad_checkpointing(checkpointing)
+    parallel = DistributedDataParallel(model, find_unused_parameters=False)
+    criterion = AdaMAELoss(weight, patch_size=8)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    torch.manual_seed(10 + rank)
+    masks = []
+    for _ in range(3):
+        for part in range(accumulate):
+            video = torch.rand(2, 3, 8, 32, 32)
+            with contextlib.nullcontext() if part == accumulate - 1 else parallel.no_sync():
+                prediction, sample = parallel(video)
+                criterion(prediction, video, sample).loss.backward()
+            masks.append(sample.mask)
+        assert all(parameter.grad is not None for parameter in model.parameters())
+        optimizer.step()
+        optimizer.zero_grad()
+    results[rank] = (torch.stack(masks), torch.cat([each.detach().flatten() for each in model.parameters()]))
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize(
+    ("weight", "accumulate", "checkpointing"), [(1e-4, 1, False), (0.0, 1, False), (1e-4, 2, False), (1e-4, 1, True)]
+)
+def test_two_processes_agree_on_weights_and_draw_different_masks(weight, accumulate, checkpointing):
+    with mp.Manager() as manager:
+        results = manager.dict()
+        mp.spawn(train, (free_port(), weight, accumulate, checkpointing, results), nprocs=2)
+        (masks_0, weights_0), (masks_1, weights_1) = results[0], results[1]
+    assert torch.equal(weights_0, weights_1)
+    assert not torch.equal(masks_0, masks_1)

@@ -1,0 +1,73 @@
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+def python(code, **kwargs):
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, **kwargs).stdout
+
+
+def test_the_wheel_holds_the_package_alone_and_imports(tmp_path):
+    command = [sys.executable, "-m", "build", "--wheel", "--outdir", str(tmp_path), str(ROOT)]
+    subprocess.run(command, check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"adamae_sampler"}
+    assert "adamae_sampler/py.typed" in names
+    unpacked = tmp_path / "site"
+    zipfile.ZipFile(wheel).extractall(unpacked)
+    code = f"""
+import sys; sys.path.insert(0, {str(unpacked)!r})
+import adamae_sampler, timm
+assert adamae_sampler.__file__.startswith({str(unpacked)!r})
+assert "pretrain_adamae_vit_base_patch16_224" in timm.list_models("pretrain_adamae*")
+print(adamae_sampler.__version__)
+"""
+    assert python(code, cwd=tmp_path).strip() in wheel.name
+
+
+def test_import_is_quick_and_leaves_the_extras_alone():
+    code = """
+import sys, time, torch, timm
+start = time.perf_counter()
+import adamae_sampler
+print(time.perf_counter() - start)
+assert not {"matplotlib", "av", "accelerate", "tensorboard", "tyro", "common"} & set(sys.modules)
+"""
+    assert float(python(code)) < 1.0
+
+
+def test_data_flows_one_way():
+    """mask <- ops <- networks, sampler, losses <- models, visualize; nothing imports upwards."""
+    layers = [["mask"], ["ops"], ["networks", "sampler", "losses"], ["models", "visualize"]]
+    level = {name: height for height, names in enumerate(layers) for name in names}
+    for path in (ROOT / "adamae_sampler").rglob("*.py"):
+        inside = path.relative_to(ROOT / "adamae_sampler")
+        own = level.get(inside.parts[0].removesuffix(".py"))
+        if own is None:  # the package's __init__
+            continue
+        for line in path.read_text().splitlines():
+            if line.startswith(("from adamae_sampler.", "import adamae_sampler.")):
+                imported = line.split()[1].split(".")[1]
+                assert level[imported] <= own, f"{inside}: {line}"
+            assert not line.startswith(("from common", "import common", "from torch.utils.data"))
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "adamae_sampler").rglob("*.py")), ids=lambda path: path.name)
+def test_files_stay_short(path):
+    assert len(path.read_text().splitlines()) <= 400
+
+
+def test_docstring_examples():
+    modules = ["adamae_sampler.sampler", "adamae_sampler.ops.draw_mask", "adamae_sampler.ops.gather_tokens"]
+    code = f"""
+import doctest, importlib, sys
+found = [doctest.testmod(sys.modules.get(name) or importlib.import_module(name)) for name in {modules!r}]
+assert all(each.failed == 0 and each.attempted > 0 for each in found), found
+"""
+    python(code)

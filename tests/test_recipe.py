@@ -1,0 +1,80 @@
+import dataclasses
+import itertools
+import math
+
+import pytest
+
+from common.recipe import PRESETS, Recipe, Schedule, load_preset
+
+
+def test_presets_follow_the_paper():
+    ssv2, k400 = load_preset("ssv2"), load_preset("k400")
+    for recipe in (ssv2, k400):
+        assert recipe.model == "pretrain_adamae_vit_base_patch16_224"
+        assert (recipe.masking, recipe.mask_ratio, recipe.normalize_target, recipe.loss) == (
+            "adaptive",
+            0.95,
+            True,
+            "mse",
+        )
+        assert (recipe.betas, recipe.base_lr, recipe.weight_decay) == ((0.9, 0.95), 1.5e-4, 0.05)
+        assert (recipe.epochs, recipe.warmup_epochs, recipe.num_frames, recipe.img_size) == (800, 40, 16, (224, 224))
+        assert recipe.sampling_weight == 1e-4
+    assert (k400.stride, k400.flip) == (4, True)
+    assert (ssv2.stride, ssv2.flip) == (2, False)
+    assert not load_preset("ucf101").flip
+    assert not load_preset("hmdb51").flip
+
+
+def test_every_preset_loads_and_unknown_ones_are_named():
+    names = {path.stem for path in PRESETS.glob("*.yaml")}
+    assert names == {"demo", "k400", "ssv2", "ucf101", "hmdb51"}
+    for name in names:
+        recipe = load_preset(name)
+        assert isinstance(recipe.img_size, tuple)
+        assert recipe.plain()["img_size"] == list(recipe.img_size)
+    with pytest.raises(ValueError, match="no preset 'imagenet'; there are demo, hmdb51, k400, ssv2, ucf101"):
+        load_preset("imagenet")
+
+
+def test_a_preset_with_a_stray_setting_is_refused(tmp_path, monkeypatch):
+    (tmp_path / "bad.yaml").write_text("learning_rate: 1\nepochs: 2\n")
+    monkeypatch.setattr("common.recipe.PRESETS", tmp_path)
+    with pytest.raises(ValueError, match="sets learning_rate, which a recipe does not have"):
+        load_preset("bad")
+
+
+def test_learning_rate_follows_the_effective_batch_whatever_the_devices():
+    recipe = load_preset("ssv2")
+    for devices in (1, 8, 64):
+        schedule = Schedule.of(recipe, clips=168_913, devices=devices)
+        assert schedule.effective_batch == 2048
+        assert schedule.accumulation == 64 // devices
+        assert schedule.lr == pytest.approx(1.5e-4 * 2048 / 256)
+        assert schedule.steps == math.floor(800 * 168_913 / 2048)
+        assert schedule.warmup_steps == math.floor(40 * 168_913 / 2048)
+    with pytest.raises(ValueError, match=r"effective_batch=2048 is not a multiple of batch_size x devices = 32 x 3"):
+        Schedule.of(recipe, 168_913, 3)
+
+
+def test_warmup_then_cosine():
+    recipe = Recipe(steps=101, warmup_steps=10, base_lr=1.0, min_base_lr=0.1, effective_batch=256)
+    schedule = Schedule.of(recipe, clips=1000, devices=1)
+    rates = [schedule.lr_at(step) for step in range(101)]
+    assert rates[:10] == pytest.approx([0.1 * (i + 1) for i in range(10)])
+    assert rates[10] == pytest.approx(1.0)
+    assert rates[55] == pytest.approx(0.55)  # half-way down
+    assert rates[100] == pytest.approx(0.1)
+    assert all(a > b for a, b in itertools.pairwise(rates[10:]))
+
+
+def test_warmup_must_fit():
+    with pytest.raises(ValueError, match="20 steps of warm-up do not fit into a run of 20 steps"):
+        Schedule.of(Recipe(steps=20, warmup_steps=20), 100, 1)
+
+
+def test_every_setting_is_documented():
+    source = (PRESETS.parent / "common" / "recipe.py").read_text()
+    for setting in dataclasses.fields(Recipe):
+        after = source.split(f"    {setting.name}: ", 1)[1].split("\n", 1)[1]
+        assert after.lstrip().startswith('"""'), setting.name
