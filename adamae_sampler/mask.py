@@ -67,7 +67,7 @@ class MaskSample(NamedTuple):
         if mask.ndim != 2:
             raise ValueError(f"mask has shape {tuple(mask.shape)}, expected [B, N]; use mask.flatten(1).")
         check_num_visible(num_visible, mask.shape[1])
-        if mask.device.type == "cpu" and not torch.compiler.is_compiling():
+        if free_to_read(mask):
             visible = (~mask).sum(1)
             if (visible != num_visible).any():
                 row = int((visible != num_visible).nonzero()[0])
@@ -90,9 +90,11 @@ def num_visible_tokens(num_tokens: int, mask_ratio: float) -> int:
     check_mask_ratio(mask_ratio)
     num_visible = math.floor(num_tokens * (1 - mask_ratio) + _ROUNDING)
     if not 1 <= num_visible < num_tokens:
+        largest = math.floor((1 - 1 / num_tokens) * 1e4) / 1e4
+        remedy = f"Use at most {largest}, or a finer grid." if num_tokens > 1 else "Use a finer grid."
         raise ValueError(
             f"mask_ratio={mask_ratio} leaves {num_visible} of {num_tokens} tokens visible, expected between 1 and "
-            f"{num_tokens - 1}. Choose a ratio in [{1 / num_tokens:.4g}, {1 - 1 / num_tokens:.4g}] or a finer grid."
+            f"{num_tokens - 1}. {remedy}"
         )
     return num_visible
 
@@ -106,9 +108,12 @@ def num_masked_units(num_units: int, mask_ratio: float, unit: str) -> int:
     check_mask_ratio(mask_ratio)
     num_masked = math.floor(num_units * mask_ratio + _ROUNDING)
     if not 1 <= num_masked < num_units:
+        if num_units == 1:
+            raise ValueError(f"the grid has 1 of {unit}; to hide some and show some takes at least 2.")
+        smallest = math.ceil(1e4 / num_units) / 1e4
         raise ValueError(
             f"mask_ratio={mask_ratio} hides {num_masked} of {num_units} {unit}, expected between 1 and "
-            f"{num_units - 1}. Raise the ratio to {1 / num_units:.4g} or more, or use a grid with more {unit}."
+            f"{num_units - 1}. Use at least {smallest}, or a grid with more {unit}."
         )
     return num_masked
 
@@ -128,6 +133,11 @@ def check_num_visible(num_visible: int, num_tokens: int) -> None:
             f"num_visible={num_visible} of {num_tokens} tokens, expected between 1 and {num_tokens - 1}: "
             "at least one token must be visible and one masked."
         )
+
+
+def free_to_read(x: Tensor) -> bool:
+    """Whether values of x can be checked at no cost: on CPU, outside of tracing and of fake tensors."""
+    return x.device.type == "cpu" and type(x) in (Tensor, torch.nn.Parameter) and not torch.compiler.is_compiling()
 
 
 # Far above the error of one double-precision product of the sizes in use, far below 1/N of any grid.

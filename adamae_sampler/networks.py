@@ -43,7 +43,10 @@ class MHAScoreNetwork(nn.Module):
         super().__init__()
         width = width or embed_dim
         if width % num_heads:
-            raise ValueError(f"{num_heads} heads do not divide the width {width}; choose num_heads or width to fit.")
+            raise ValueError(
+                f"the score network's {num_heads} heads do not divide its width {width}. Choose num_heads or width to "
+                "fit, as in AdaptiveTokenSampler(..., network=MHAScoreNetwork(embed_dim, num_tokens, num_heads=4))."
+            )
         self.project = nn.Linear(embed_dim, width, bias=False) if width != embed_dim else nn.Identity()
         self.pos_embed = nn.Parameter(torch.zeros(1, num_tokens, width))
         self.blocks = nn.ModuleList(

@@ -34,8 +34,8 @@ class TokenSampler(nn.Module, abc.ABC):
 
     def __init__(self, grid_size: GridSize, mask_ratio: float) -> None:
         super().__init__()
-        if len(grid_size) != 3 or min(grid_size) < 1:
-            raise ValueError(f"grid_size={grid_size}, expected three positive numbers (T, H, W); T is 1 for images.")
+        if len(grid_size) != 3 or any(not isinstance(each, int) or each < 1 for each in grid_size):
+            raise ValueError(f"grid_size={grid_size}, expected three positive integers (T, H, W); T is 1 for images.")
         self.grid_size: GridSize = (grid_size[0], grid_size[1], grid_size[2])
         self.mask_ratio = mask_ratio
 
@@ -67,8 +67,8 @@ class TokenSampler(nn.Module, abc.ABC):
         if tokens.shape[1] != self.num_tokens:
             raise ValueError(
                 f"tokens have shape {tuple(tokens.shape)}: {tokens.shape[1]} tokens, but the grid {self.grid_size} "
-                f"has {self.num_tokens}. Build the sampler with grid_size=(frames / tubelet_size, height / "
-                "patch_size, width / patch_size) of your input, and leave out class tokens."
+                f"has {self.num_tokens}. Build the sampler with grid_size=(frames // tubelet_size, height "
+                "// patch_size, width // patch_size) of your input, and leave out class tokens."
             )
         if mask is None:
             return self.draw(tokens, generator)

@@ -134,6 +134,7 @@ def _draw_rows(rows: list[tuple[str, Tensor, str | None]]) -> Figure:
 def _colour_map(images: Tensor, colours: str | None) -> Callable[[Axes, Tensor], object]:
     """How to draw one image of a row; maps share one scale, so that its frames compare."""
     if colours is None:
-        return lambda cell, image: cell.imshow(image.squeeze(-1).numpy(), cmap="gray")
+        top = 1 if images.is_floating_point() else 255  # for grey ones; matplotlib takes RGB as it is
+        return lambda cell, image: cell.imshow(image.squeeze(-1).numpy(), cmap="gray", vmin=0, vmax=top)
     low, high = float(images.min()), float(images.max())
     return lambda cell, image: cell.imshow(image.numpy(), cmap=colours, vmin=low, vmax=high)

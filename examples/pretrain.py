@@ -23,7 +23,12 @@ import timm
 import torch
 import tyro
 from accelerate import Accelerator
-from accelerate.utils import gather_object, set_seed
+from accelerate.utils import (
+    DataLoaderConfiguration,
+    DistributedDataParallelKwargs,
+    gather_object,
+    set_seed,
+)
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.optim import param_groups_weight_decay
 from torch import Tensor
@@ -36,7 +41,7 @@ from adamae_sampler.visualize import overview
 from common.datasets import ClipSource, ClipStream, collate_clips, make_source
 from common.metrics import DeviceMetrics, RunLog
 from common.recipe import Recipe, Schedule, load_preset
-from common.state import load_state, restore_random_state, save_state
+from common.state import load_state, restore_random_state, save_state, set_aside
 
 
 @dataclass(frozen=True)
@@ -65,7 +70,12 @@ def build(recipe: Recipe, run: Run) -> Job:
     """Finds the data and makes the model; raises ValueError or FileNotFoundError for what cannot be run."""
     # Said outright, since torchrun without a GPU would otherwise start processes that do not know of each other.
     on_cpu = not torch.accelerator.is_available()
-    accelerator = Accelerator(cpu=on_cpu, mixed_precision=choose_precision(recipe))
+    accelerator = Accelerator(
+        cpu=on_cpu,
+        mixed_precision=choose_precision(recipe),
+        dataloader_config=DataLoaderConfiguration(non_blocking=True),
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],  # they are constants
+    )
     source = make_source(
         recipe.data,
         num_frames=recipe.num_frames,
@@ -78,9 +88,11 @@ def build(recipe: Recipe, run: Run) -> Job:
     )
     schedule = Schedule.of(recipe, len(source), accelerator.num_processes)
     set_seed(recipe.seed)  # the same weights on every process
+    if recipe.model not in timm.list_models("pretrain_adamae*"):
+        raise ValueError(f"no model {recipe.model!r}; there are {', '.join(timm.list_models('pretrain_adamae*'))}.")
     model: AdaMAE = timm.create_model(recipe.model, **recipe.model_args())
     model.set_grad_checkpointing(recipe.checkpoint_activations)
-    state = load_state(run.resume, recipe) if run.resume else None
+    state = load_state(run.resume, recipe, schedule, accelerator.num_processes) if run.resume else None
     if accelerator.is_main_process:
         print(describe(recipe, schedule, model, accelerator, len(source)))
         if state is not None:
@@ -113,6 +125,8 @@ def train(recipe: Recipe, job: Job) -> None:
         restore_random_state(state, accelerator)
 
     num_tokens = accelerator.unwrap_model(model).sampler.num_tokens
+    if is_main and state is None and (earlier := set_aside(recipe.output)):
+        print(f"{'set aside':>13}  the earlier run is now {earlier}")
     normalise = Normalise(device)
     metrics = DeviceMetrics(num_tokens, device)
     left_out: dict[str, None] = {}  # an ordered set of messages
@@ -159,7 +173,7 @@ def train(recipe: Recipe, job: Job) -> None:
                 progress.set_postfix(summary(values))
                 warn_about_nonfinite(done, values)
             if done % recipe.save_every == 0 or done == schedule.steps:
-                save_state(recipe.output / "state.pt", accelerator, model, optimizer, recipe, done)
+                save_state(recipe.output / "state.pt", accelerator, model, optimizer, recipe, schedule, done)
 
     left_out = dict.fromkeys(gather_object(list(left_out)))
     if is_main:

@@ -1,6 +1,7 @@
 """Reading videos, lists, clips and sprites: examples/common."""
 
 import itertools
+from fractions import Fraction
 
 import av
 import numpy as np
@@ -11,7 +12,7 @@ from torch.utils.data import DataLoader
 from common.datasets import ClipStream, SpriteClips, VideoClips, VideoEntry, collate_clips, list_videos, make_source
 from common.sprites import Sprites
 from common.transforms import SCALES, multi_scale_crop, random_flip
-from common.video import VideoError, clip_indices, count_frames, read_frames
+from common.video import Video, VideoError, clip_indices
 
 FRAMES = 40
 
@@ -37,17 +38,42 @@ def generator(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
-@pytest.mark.parametrize(
-    ("name", "codec"), [("a.mp4", "libx264"), ("a.avi", "mpeg4"), ("a.mkv", "libx264"), ("a.webm", "libvpx-vp9")]
-)
-@pytest.mark.parametrize("indices", [[0], [0, 1, 2], [3, 11, 25, 39], [39], [17, 17, 30]])
-def test_read_frames_returns_the_frames_asked_for(tmp_path, name, codec, indices):
-    options = {"g": "10"} if codec != "libx264" else None
+# With B-frames (bf) the order of packets is not that of frames, and AVI and MPEG-PS state no presentation times.
+CONTAINERS = [
+    ("a.mp4", "libx264", {"g": "10", "crf": "1"}),
+    ("a.mkv", "libx264", {"g": "10", "crf": "1", "bf": "3"}),
+    ("a.webm", "libvpx-vp9", {"g": "10"}),
+    ("a.avi", "mpeg4", {"g": "10"}),
+    ("b.avi", "mpeg4", {"g": "10", "bf": "2", "b": "4M"}),
+    ("c.avi", "libx264", {"g": "10", "bf": "2", "crf": "1"}),
+    ("b.mp4", "mpeg4", {"g": "10", "bf": "2", "b": "4M"}),
+    ("a.mpg", "mpeg2video", {"g": "10", "bf": "2", "b": "4M"}),
+]
+
+
+@pytest.mark.parametrize(("name", "codec", "options"), CONTAINERS, ids=lambda value: str(value))
+def test_read_frames_returns_the_frames_asked_for(tmp_path, name, codec, options):
     path = write_video(tmp_path / name, codec=codec, options=options)
-    assert count_frames(path) == FRAMES
-    frames = read_frames(path, indices)
-    assert (frames.dtype, frames.shape) == (torch.uint8, (len(indices), 3, 48, 64))
-    assert seen_indices(frames) == indices
+    for indices in ([0], [0, 1, 2], [3, 11, 25, 39], [39], [17, 17, 30], [10, 12, 14, 16], [20], [9]):
+        with Video(path) as video:
+            assert video.count() == FRAMES
+            frames = video.read(indices)
+        assert (frames.dtype, frames.shape) == (torch.uint8, (len(indices), 3, 48, 64))
+        assert seen_indices(frames) == indices
+
+
+def test_where_a_variable_rate_skips_an_index_the_frame_on_screen_is_taken(tmp_path):
+    path = tmp_path / "a.mkv"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=25, options={"crf": "1", "bf": "0"})
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        for index in [*range(20), *range(23, 40)]:  # nothing new at 20, 21 and 22
+            frame = av.VideoFrame.from_ndarray(np.full((48, 64, 3), 6 * index, dtype=np.uint8), format="rgb24")
+            frame.pts, frame.time_base = index, Fraction(1, 25)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    with Video(path) as video:
+        assert seen_indices(video.read([19, 20, 22, 23, 30])) == [19, 19, 19, 23, 30]
 
 
 def test_broken_videos_say_why(tmp_path):
@@ -64,9 +90,9 @@ def test_broken_videos_say_why(tmp_path):
         "text.mp4": "cannot be opened",
     }.items():
         with pytest.raises(VideoError, match=message):
-            count_frames(tmp_path / name)
-    with pytest.raises(VideoError, match=r"(broken or truncated|cannot be decoded)"):
-        read_frames(tmp_path / "cut.mkv", [0, 199])
+            Video(tmp_path / name)
+    with Video(tmp_path / "cut.mkv") as video, pytest.raises(VideoError, match=r"(broken or trunc|cannot be decoded)"):
+        video.read([0, 199])
 
 
 def test_clip_indices():
@@ -124,14 +150,19 @@ def test_random_flip_mirrors_half():
 def test_lists(tmp_path):
     (tmp_path / "sub").mkdir()
     listing = tmp_path / "train.csv"
-    listing.write_text("# a comment\nsub/ä b.mp4 7\n\n/abs/c.mp4 10 32 3\nd.mp4 5 -1 2\n", encoding="utf-8")
-    first, second, third = list_videos(listing)
+    listing.write_text(
+        "# a comment\nsub/ä b.mp4 7\n\n/abs/c.mp4 10 32 3\nd.mp4\t5 -1\t2\n e.mp4\t-1\n", encoding="utf-8"
+    )
+    first, second, third, fourth = list_videos(listing)
     assert first == VideoEntry(tmp_path / "sub/ä b.mp4", 7, 0, None, f"{listing}:2 (sub/ä b.mp4)")
     assert (str(second.path), second.label, second.start, second.frames) == ("/abs/c.mp4", 3, 10, 32)
     assert (third.start, third.frames, third.label) == (5, None, 2)
+    assert (fourth.path.name, fourth.label) == ("e.mp4", -1)
 
 
-@pytest.mark.parametrize("line", ["video.mp4", "video.mp4 x", "video.mp4 1.5", "5"])
+@pytest.mark.parametrize(
+    "line", ["video.mp4", "video.mp4 x", "video.mp4 1.5", "5", "a.mp4 0 -1", "a.mp4 -3 5 1", "a.mp4 --5"]
+)
 def test_a_malformed_line_is_named(tmp_path, line):
     (tmp_path / "list.txt").write_text(f"a.mp4 0\n{line}\n")
     with pytest.raises(ValueError, match=r"list.txt:2: .* expected 'path label' or 'path start frames label'"):

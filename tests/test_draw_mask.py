@@ -76,6 +76,20 @@ def test_far_apart_scores_rank_strictly():
     assert sample.visible_idx.unique(dim=0).tolist() == [[1, 2]]
 
 
+@pytest.mark.parametrize("padding", [-1e9, torch.finfo(torch.float32).min, -INF, math.nan])
+def test_padding_that_must_be_drawn_is_drawn_evenly(padding):
+    scores = torch.cat([torch.randn(4000, 3), torch.full((4000, 9), padding)], 1)
+    sample = draw_mask(scores, 6)
+    assert not sample.mask[:, :3].any()
+    seen = (~sample.mask[:, 3:]).double().mean(0)
+    assert (seen - 1 / 3).abs().max() < 5 * (2 / 9 / 4000) ** 0.5
+
+
+def test_minus_infinity_comes_after_every_number():
+    sample = draw_mask(torch.tensor([[-INF, math.nan, -1e30, -1e9, 0.0, 0.0]]).expand(200, -1), 4)
+    assert sample.visible_idx.unique(dim=0).tolist() == [[2, 3, 4, 5]]
+
+
 def test_equal_keys_are_ranked_by_index():
     sample = draw_mask(torch.zeros(2, 9), 4, noise=torch.zeros(2, 9))
     assert sample.visible_idx.tolist() == [[0, 1, 2, 3]] * 2

@@ -39,6 +39,18 @@ def test_error_names_ratio_visible_and_total():
         num_visible_tokens(100, 0.999)
 
 
+@pytest.mark.parametrize("tokens", [2, 3, 7, 100, 1568, 18_432])
+def test_the_remedies_work(tokens):
+    with pytest.raises(ValueError, match="Use at most") as caught:
+        num_visible_tokens(tokens, 0.999999)
+    assert num_visible_tokens(tokens, float(str(caught.value).split("at most ")[1].split(",")[0])) >= 1
+    with pytest.raises(ValueError, match="Use at least") as caught:
+        num_masked_units(tokens, 1e-6, "places")
+    assert num_masked_units(tokens, float(str(caught.value).split("at least ")[1].split(",")[0]), "places") >= 1
+    with pytest.raises(ValueError, match="has 1 of time steps"):
+        num_masked_units(1, 0.5, "time steps")
+
+
 def test_num_masked_units_rounds_as_videomae():
     assert num_masked_units(196, 0.9, "places") == 176
     assert num_masked_units(8, 0.95, "time steps") == 7

@@ -8,6 +8,7 @@ from conftest import tiny_model
 from official_formulation import OfficialFormulation, official_loss
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.optim import param_groups_weight_decay
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from adamae_sampler import AdaMAELoss, AdaptiveTokenSampler, MaskSample, TubeTokenSampler
 from adamae_sampler.models import AdaMAE, load_checkpoint
@@ -198,6 +199,19 @@ def test_whole_step_compiles_without_graph_breaks():
     torch.testing.assert_close(compiled(video, mask), step(video, mask))
     compiled(video).backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+def test_fake_tensors_and_meta_initialisation():
+    with FakeTensorMode():
+        prediction, sample = tiny_model()(torch.zeros(2, 3, 8, 32, 32))
+        assert (tuple(prediction.shape), tuple(sample.visible_idx.shape)) == ((2, 48, 384), (2, 16))
+    trained = tiny_model().eval()
+    with torch.device("meta"):
+        model = tiny_model()
+    model.to_empty(device="cpu").eval().init_non_persistent_buffers()
+    load_checkpoint(model, trained.state_dict())
+    video, mask = torch.rand(2, 3, 8, 32, 32), trained.sampler(torch.zeros(2, 64, 32)).mask
+    assert torch.equal(model(video, mask=mask)[0], trained(video, mask=mask)[0])
 
 
 def test_autocast_keeps_probabilities_and_losses_in_fp32():

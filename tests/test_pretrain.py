@@ -123,6 +123,8 @@ recipe, run = pretrain.parse_arguments(sys.argv[1:])
 pretrain.train(recipe, pretrain.build(recipe, run))
 """
     assert subprocess.run([sys.executable, "-c", interrupted], capture_output=True, check=False).returncode == 3
+    with (parts / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 5, "lo')  # as a kill may leave it
     printed = succeeded(pretrain(*common, "--output", parts, "--resume", parts / "state.pt"))
     assert "from step 3" in printed
     for name in ("loss", "lr", "grad_norm", "entropy"):
@@ -134,13 +136,19 @@ pretrain.train(recipe, pretrain.build(recipe, run))
     assert refused.returncode != 0
     assert "that run had other settings" in refused.stderr
     assert "base_lr: 0.032 -> 1.0" in refused.stderr
+    assert "Traceback" not in refused.stderr
+    refused = pretrain(*common, "--output", parts, "--resume", parts / "state.pt", "--batch-size", 2)
+    assert "effective batch: 4 -> 2" in refused.stderr
+    refused = pretrain(*common, "--output", parts, "--resume", parts / "state.pt", "--steps", 5)
+    assert "it is at step 6, this run ends at 5" in refused.stderr
 
 
 @pytest.mark.parametrize("masking", ["random", "tube", "frame"])
 def test_fixed_maskings_run_by_the_same_recipe(masking, tmp_path):
     succeeded(pretrain(*TINY, "--steps", 2, "--data", "sprites", "--masking", masking, "--output", tmp_path))
-    assert [line["sampling"] for line in metrics(tmp_path)] == [0, 0]
-    assert [line["entropy"] for line in metrics(tmp_path)] == [0, 0]
+    for line in metrics(tmp_path):
+        assert line["sampling"] is line["entropy"] is None
+        assert line["loss"] == line["reconstruction"]
 
 
 def test_accumulated_gradients_are_those_of_a_large_batch(tmp_path):
@@ -198,6 +206,15 @@ assert all(p.isfinite().all() for p in weights[-1])
     assert "step 2: nonfinite_scores 0" in printed
 
 
+def test_a_new_run_sets_an_earlier_one_aside(tmp_path):
+    for _ in range(2):
+        printed = succeeded(pretrain(*TINY, "--data", "sprites", "--steps", 2, "--output", tmp_path / "run"))
+    assert f"the earlier run is now {tmp_path / 'run-1'}" in printed
+    for name in ("run", "run-1"):
+        assert [line["step"] for line in metrics(tmp_path / name)] == [1, 2]
+        assert (tmp_path / name / "state.pt").exists()
+
+
 def test_dry_run_prints_the_recipe_and_writes_nothing(tmp_path):
     printed = succeeded(
         pretrain("--preset", "k400", "--data", EXAMPLES / "clips", "--dry-run", "--output", tmp_path / "x")
@@ -218,6 +235,10 @@ def test_dry_run_prints_the_recipe_and_writes_nothing(tmp_path):
         (["--effective-batch", "7"], "not a multiple of batch_size x devices"),
         (["--resume", "/nowhere/state.pt"], "no such file"),
         (["--masking", "block"], "block"),
+        (["--model", "vit_tiny_patch16_224"], "no model 'vit_tiny_patch16_224'; there are pretrain_adamae_vit_base"),
+        (["--clip-grad", "-1"], "clip_grad=-1.0, expected 0 or more"),
+        (["--stride", "0"], "stride=0, expected 1 or more"),
+        (["--embed-dim", "36", "--num-heads", "6"], "the score network's 8 heads do not divide its width 36"),
         (["--sttride", "2"], "sttride"),
     ],
 )

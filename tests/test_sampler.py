@@ -107,7 +107,7 @@ def test_networks_of_other_depth_and_width():
     assert len(network.blocks) == 3
     shapes = [tuple(each.weight.shape) for each in MLPScoreNetwork(16).modules() if isinstance(each, nn.Linear)]
     assert shapes == [(16, 16), (1, 16)]
-    with pytest.raises(ValueError, match="3 heads do not divide the width 16"):
+    with pytest.raises(ValueError, match="3 heads do not divide its width 16"):
         MHAScoreNetwork(16, 60, num_heads=3)
 
 
@@ -134,6 +134,7 @@ def test_bad_input():
         (TypeError, "tokens has dtype torch.int64", lambda: sampler(torch.zeros(1, 60, 16, dtype=torch.int64))),
         (ValueError, "network='cnn', expected 'mha', 'mlp'", lambda: AdaptiveTokenSampler(16, GRID, network="cnn")),
         (ValueError, r"grid_size=\(4, 3\), expected three", lambda: RandomTokenSampler((4, 3))),
+        (ValueError, r"expected three positive integers", lambda: RandomTokenSampler((16 / 2, 14, 14))),
         (ValueError, "strictly between 0 and 1", lambda: AdaptiveTokenSampler(16, GRID, 1.0)),
         (ValueError, "leaves 0 of 60 tokens visible", lambda: RandomTokenSampler(GRID, 0.99)),
         (ValueError, "hides 0 of 15 places in a frame", lambda: TubeTokenSampler(GRID, 0.05)),

@@ -6,7 +6,9 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
+from timm.layers import trunc_normal_
 from timm.models import build_model_with_cfg, register_model
+from timm.models.eva import EvaAttention
 from torch import Tensor, nn
 
 from adamae_sampler.mask import MaskSample
@@ -163,6 +165,14 @@ class AdaMAE(nn.Module):
         self.encoder.blocks.grad_checkpointing = enable
         self.decoder.blocks.grad_checkpointing = enable
 
+    def init_non_persistent_buffers(self) -> None:
+        """Fills what no checkpoint holds, after `to_empty` of a model made on the meta device (timm's convention)."""
+        for table in (self.encoder.pos_embed, self.decoder_pos_embed):
+            table.copy_(sinusoid_table(*table.shape[1:]))
+        for module in self.modules():
+            if isinstance(module, EvaAttention):
+                module.init_non_persistent_buffers()
+
     def no_weight_decay(self) -> set[str]:
         """Parameters with more than one axis that weight decay should still leave alone, as timm asks for them."""
         return {name for name, _ in self.named_parameters() if name.rpartition(".")[2] in ("mask_token", "pos_embed")}
@@ -173,7 +183,7 @@ class AdaMAE(nn.Module):
                 nn.init.xavier_uniform_(module.weight)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
-        nn.init.trunc_normal_(self.mask_token, std=0.02, a=-0.02, b=0.02)
+        trunc_normal_(self.mask_token, std=0.02, a=-0.02, b=0.02)
 
 
 def _make_sampler(

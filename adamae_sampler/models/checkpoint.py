@@ -105,8 +105,9 @@ def load_checkpoint(
 
     Raises:
         FileNotFoundError: no such file.
-        TypeError: the file holds something other than tensors.
-        ValueError: the format is not known, a shape differs, or a parameter of the model is missing.
+        TypeError: the weights are something other than tensors.
+        ValueError: the file is damaged or holds foreign objects, the format is not known, a shape differs, or a
+            parameter of the model is missing.
     """
     tensors = _strip_wrappers(
         _find_weights(_read(checkpoint) if isinstance(checkpoint, (str, os.PathLike)) else checkpoint)
@@ -146,11 +147,18 @@ def _read(path: str | os.PathLike[str]) -> Mapping[str, Any]:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint at {path}.")
-    if path.suffix == ".safetensors":
-        return safetensors.torch.load_file(path)
-    # Training scripts of VideoMAE's family save their arguments beside the weights; a Namespace is plain data.
-    with torch.serialization.safe_globals([argparse.Namespace]):
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        if path.suffix == ".safetensors":
+            return safetensors.torch.load_file(path)
+        # Training scripts of VideoMAE's family save their arguments beside the weights; a Namespace is plain data.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # readers raise whatever a damaged file happens to trip
+        raise ValueError(
+            f"{path} cannot be read as a checkpoint: it is damaged, or holds objects other than tensors and plain "
+            "containers, which are never unpickled. If you trust it, save its weights alone, as in "
+            f"torch.save({{'model': checkpoint['model']}}, path). ({str(error).splitlines()[0]})"
+        ) from error
     if not isinstance(loaded, Mapping):
         raise TypeError(f"{path} holds a {type(loaded).__name__}, expected a dictionary of tensors.")
     return loaded

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from adamae_sampler.mask import MaskSample
-from adamae_sampler.ops.checks import check_indices, check_pos, check_tokens
+from adamae_sampler.ops.checks import check_device, check_indices, check_pos, check_tokens
 from adamae_sampler.ops.gather_tokens import select_rows
 
 Order = Literal["concat", "restore"]
@@ -57,7 +57,8 @@ def assemble_tokens(
         raise ValueError(
             f"mask_token has shape {tuple(mask_token.shape)}, expected {width} values, one row of visible."
         )
-    check_pos(pos, batch, num_tokens, width)
+    check_device("mask_token", mask_token, visible.device)
+    check_pos(pos, batch, num_tokens, width, visible.device)
     if order not in ("concat", "restore"):
         raise ValueError(f"order={order!r}, expected 'concat' (visible first) or 'restore' (every token in its place).")
     return _assemble_tokens_reference(visible, mask_token, pos, sample, order)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from adamae_sampler.mask import free_to_read
+
 
 def check_floating(name: str, x: Tensor) -> None:
     """Raises TypeError unless x is floating point."""
@@ -29,16 +31,23 @@ def check_indices(name: str, idx: Tensor, batch: int, num_tokens: int, device: t
         raise TypeError(f"{name} has dtype {idx.dtype}, expected torch.int64; use {name}.long().")
     if idx.ndim != 2 or idx.shape[0] != batch:
         raise ValueError(f"{name} has shape {tuple(idx.shape)}, expected [{batch}, K]: a row for each clip.")
-    if idx.device != device:
-        raise ValueError(f"{name} is on {idx.device}, the tokens on {device}; move one to the other.")
-    if idx.device.type == "cpu" and not torch.compiler.is_compiling() and idx.numel():
+    check_device(name, idx, device)
+    if free_to_read(idx) and idx.numel():
         low, high = (int(bound) for bound in idx.aminmax())
         if low < 0 or high >= num_tokens:
             raise ValueError(f"{name} holds {low}..{high}, expected indices within 0..{num_tokens - 1}.")
 
 
-def check_pos(pos: Tensor, batch: int, num_tokens: int, width: int) -> None:
-    """Raises unless pos is [N, D], [1, N, D] or [B, N, D]."""
+def check_device(name: str, x: Tensor, device: torch.device) -> None:
+    """Raises ValueError unless x is on the device given."""
+    if x.device != device:
+        raise ValueError(f"{name} is on {x.device}, the other tensors on {device}; move one to the other.")
+
+
+def check_pos(pos: Tensor, batch: int, num_tokens: int, width: int, device: torch.device) -> None:
+    """Raises unless pos is floating point, [N, D], [1, N, D] or [B, N, D], and on the device given."""
+    check_floating("pos", pos)
+    check_device("pos", pos, device)
     shape = tuple(pos.shape)
     if shape[-2:] != (num_tokens, width) or pos.ndim not in (2, 3) or (pos.ndim == 3 and shape[0] not in (1, batch)):
         raise ValueError(

@@ -9,8 +9,10 @@ from torch import Tensor
 from adamae_sampler.mask import MaskSample, check_num_visible
 from adamae_sampler.ops.checks import at_least_fp32, check_floating
 
-# Gumbel noise in fp32 stays within about [-4.5, 88], so a score this much above the rest always wins.
-_BEYOND_NOISE = 100.0
+# Keys are kept where fp32 still resolves Gumbel noise, which stays within about [-4.5, 88], to a hundredth.
+_LOWEST_FINITE = -(2.0**17)
+_BELOW_FINITE = 2 * _LOWEST_FINITE
+_ABOVE_FINITE = 100.0
 
 
 def _draw_mask_reference(scores: Tensor, num_visible: int, noise: Tensor) -> MaskSample:
@@ -30,14 +32,13 @@ def token_log_probs(scores: Tensor) -> tuple[Tensor, Tensor]:
 def _ranking_keys(scores: Tensor, noise: Tensor) -> Tensor:
     """Scores + noise with every key finite: +inf ranks above all numbers, -inf and NaN below, each in random order.
 
-    The scores are shifted by their row's maximum first, so that the likely tokens keep full precision.
+    The scores are shifted by their row's maximum first, so that the likely tokens keep full precision. Those 2^17
+    below it and further, which padding such as -1e9 is, count as equal: their probability is 0 in any precision.
     """
     finite = scores.isfinite()
     highest = torch.where(finite, scores, -torch.inf).amax(1, keepdim=True)  # -inf in a row with no finite score
-    lowest = torch.where(finite, scores, torch.inf).amin(1, keepdim=True)
-    span = (highest - lowest).clamp_min(0.0).nan_to_num(0.0)
-    outlier = torch.where(scores == torch.inf, _BEYOND_NOISE, -span - _BEYOND_NOISE)
-    return torch.where(finite, scores - highest, outlier) + noise
+    outlier = torch.where(scores == torch.inf, _ABOVE_FINITE, _BELOW_FINITE)
+    return torch.where(finite, (scores - highest).clamp_min(_LOWEST_FINITE), outlier) + noise
 
 
 def gumbel_noise(like: Tensor, generator: torch.Generator | None = None) -> Tensor:

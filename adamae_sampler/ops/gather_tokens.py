@@ -49,5 +49,5 @@ def gather_tokens(x: Tensor, idx: Tensor, pos: Tensor | None = None) -> Tensor:
     check_tokens("x", x)
     check_indices("idx", idx, x.shape[0], x.shape[1], x.device)
     if pos is not None:
-        check_pos(pos, *x.shape)
+        check_pos(pos, x.shape[0], x.shape[1], x.shape[2], x.device)
     return _gather_tokens_reference(x, idx, pos)

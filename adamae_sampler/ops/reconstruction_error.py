@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from adamae_sampler.ops.checks import at_least_fp32, check_floating, check_indices
+from adamae_sampler.ops.checks import at_least_fp32, check_device, check_floating, check_indices
 from adamae_sampler.ops.gather_tokens import select_rows
 from adamae_sampler.ops.patches import PatchSize, patch_pair, patchify, token_grid
 
@@ -117,6 +117,7 @@ def reconstruction_error(
     if kind not in ("mse", "l1"):
         raise ValueError(f"kind={kind!r}, expected 'mse' or 'l1'.")
     check_floating("prediction", prediction)
+    check_device("prediction", prediction, video.device)
     _check_video(video, patch_size, tubelet_size, normalize, mean, std)
     _check_target_indices(video, masked_idx, patch_size, tubelet_size)
     p1, p2 = patch_pair(patch_size)

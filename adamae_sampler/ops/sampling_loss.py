@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from adamae_sampler.ops.checks import at_least_fp32, check_floating, check_indices
+from adamae_sampler.ops.checks import at_least_fp32, check_device, check_floating, check_indices
 
 # Where the official code's Categorical stops: log of the fp32 epsilon, and of one minus it.
 _EPS = torch.finfo(torch.float32).eps
@@ -41,6 +41,7 @@ def sampling_loss(log_probs: Tensor, masked_idx: Tensor, error: Tensor) -> Tenso
     check_floating("error", error)
     if log_probs.ndim != 2:
         raise ValueError(f"log_probs have shape {tuple(log_probs.shape)}, expected [B, N]: one for each token.")
+    check_device("error", error, log_probs.device)
     check_indices("masked_idx", masked_idx, log_probs.shape[0], log_probs.shape[1], log_probs.device)
     if error.shape != masked_idx.shape:
         raise ValueError(

@@ -6,6 +6,7 @@ and seeds the generator by position, so that a run is the same for any number of
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from torch.utils.data import Dataset, default_collate
 
 from common.sprites import Sprites
 from common.transforms import multi_scale_crop, random_flip
-from common.video import VideoError, clip_indices, count_frames, read_frames
+from common.video import Video, VideoError, clip_indices
 
 VIDEO_SUFFIXES = (".mp4", ".webm", ".avi", ".mkv", ".mov", ".mpg", ".mpeg", ".m4v")
 _REPLACEMENTS = 20  # how many other clips stand in for one that cannot be read before the run gives up
@@ -69,17 +70,16 @@ def list_videos(data: Path) -> list[VideoEntry]:
 
 
 def _parse_line(data: Path, number: int, line: str) -> VideoEntry:
-    fields = line.rsplit(maxsplit=3)  # from the right, since paths may have spaces
-    if len(fields) == 4 and all(_is_int(each) for each in fields[1:]):
-        path, start, frames, label = fields[0], int(fields[1]), int(fields[2]), int(fields[3])
+    # From the right, since paths may have spaces.
+    long = re.fullmatch(r"\s*(\S.*?)\s+(\d+)\s+(-?\d+)\s+(-?\d+)\s*", line)
+    short = re.fullmatch(r"\s*(\S.*?)\s+(-?\d+)\s*", line)
+    if long:
+        path, (start, frames, label) = long[1], map(int, long.groups()[1:])
+    elif short and not re.search(r"\s-?\d+$", short[1]):  # two numbers: a line that lacks one
+        path, start, frames, label = short[1], 0, 0, int(short[2])
     else:
-        path, _, last = line.strip().rpartition(" ")
-        if not path or not _is_int(last):
-            raise ValueError(f"{data}:{number}: {line!r}, expected 'path label' or 'path start frames label'.")
-        start, frames, label = 0, 0, int(last)
-    if start < 0:
-        raise ValueError(f"{data}:{number}: starts at frame {start}, expected 0 or more.")
-    video = Path(path.strip())
+        raise ValueError(f"{data}:{number}: {line!r}, expected 'path label' or 'path start frames label'.")
+    video = Path(path)
     return VideoEntry(
         path=video if video.is_absolute() else data.parent / video,
         label=label,
@@ -87,10 +87,6 @@ def _parse_line(data: Path, number: int, line: str) -> VideoEntry:
         frames=frames if frames > 0 else None,
         where=f"{data}:{number} ({video})",
     )
-
-
-def _is_int(text: str) -> bool:
-    return text.lstrip("-").isdigit()
 
 
 class VideoClips:
@@ -120,11 +116,12 @@ class VideoClips:
         """One random clip of video `index`: {"video": [C, T, H, W] uint8, "label": int}."""
         entry = self.entries[index]
         try:
-            available = count_frames(entry.path) - entry.start
-            if entry.frames is not None:
-                available = min(available, entry.frames)
-            indices = [entry.start + i for i in clip_indices(available, self.num_frames, self.stride, generator)]
-            frames = read_frames(entry.path, indices)  # [T, C, H, W]
+            with Video(entry.path) as video:
+                available = video.count() - entry.start
+                if entry.frames is not None:
+                    available = min(available, entry.frames)
+                places = clip_indices(available, self.num_frames, self.stride, generator)
+                frames = video.read([entry.start + place for place in places])  # [T, C, H, W]
         except VideoError as error:
             raise VideoError(f"{entry.where}: {error}") from error
         frames = multi_scale_crop(frames, self.img_size, generator)

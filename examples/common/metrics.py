@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -39,6 +41,7 @@ class DeviceMetrics:
         self.seen = torch.zeros(self.num_tokens, device=self.device)
         self.forwards = 0
         self.updates = 0
+        self.adaptive = True
 
     @torch.no_grad()
     def add_forward(self, out: LossOutput, sample: MaskSample) -> None:
@@ -52,6 +55,8 @@ class DeviceMetrics:
         if sample.log_probs is not None and sample.num_nonfinite is not None:
             self.sums["entropy"] -= torch.special.xlogy(sample.log_probs.exp(), sample.log_probs.exp()).sum(1).mean()
             self.sums["nonfinite_scores"] += sample.num_nonfinite.sum()
+        else:
+            self.adaptive = False
         self.seen += (~sample.mask).sum(0)
 
     @torch.no_grad()
@@ -62,7 +67,8 @@ class DeviceMetrics:
         self.sums["skipped_steps"] += ~grad_norm.isfinite()
 
     def read(self, accelerator: Accelerator) -> dict[str, float | None]:
-        """Means and counts since the last reading, over all processes; None for a mean that is not finite.
+        """Means and counts since the last reading, over all processes; None for a mean that is not finite, and for
+        `sampling` and `entropy` of masks without a p.
 
         `coverage` is the share of the N token positions that were visible at least once; `entropy` is that of p in
         nats, log N for a uniform p.
@@ -72,6 +78,8 @@ class DeviceMetrics:
         total = dict(zip(self.sums, totals, strict=True))
         values: dict[str, float | None] = {name: total[name] / max(self.forwards, 1) for name in _MEANS}
         values["grad_norm"] = total["grad_norm"] / max(self.updates, 1)
+        if not self.adaptive:
+            values |= {"sampling": None, "entropy": None}
         values = {name: value if value is not None and math.isfinite(value) else None for name, value in values.items()}
         values["coverage"] = float((seen > 0).float().mean())
         values |= {name: round(total[name] * accelerator.num_processes) for name in _COUNTS}
@@ -92,9 +100,17 @@ class RunLog:
             return
         folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / "metrics.jsonl"
-        kept = self.path.read_text().splitlines(keepends=True) if self.path.exists() and first_step else []
-        self.path.write_text("".join(line for line in kept if json.loads(line)["step"] <= first_step))
+        kept = [line for line in self._lines() if line["step"] <= first_step] if first_step else []
+        aside = self.path.with_suffix(".tmp")
+        aside.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        aside.replace(self.path)
         self.board = SummaryWriter(str(folder), purge_step=first_step + 1 if first_step else None)
+
+    def _lines(self) -> Iterator[dict[str, Any]]:
+        """The lines so far; a killed run may have left half a line at the end."""
+        for line in self.path.read_text().splitlines() if self.path.exists() else []:
+            with suppress(json.JSONDecodeError):
+                yield json.loads(line)
 
     def write(self, step: int, values: dict[str, Any]) -> None:
         """One line, one point in each plot."""

@@ -98,6 +98,18 @@ class Recipe:
     save_every: int = 1000
     """Steps between two checkpoints; one is written at the end in any case."""
 
+    def __post_init__(self) -> None:
+        at_least = {"num_frames": 1, "patch_size": 1, "tubelet_size": 1, "stride": 1, "batch_size": 1, "log_every": 1}
+        at_least |= {"save_every": 1, "workers": 0, "clip_grad": 0, "base_lr": 0, "weight_decay": 0, "epochs": 0}
+        at_least |= {"warmup_epochs": 0, "sampling_weight": 0, "min_base_lr": 0}
+        for name, least in at_least.items():
+            if not getattr(self, name) >= least:
+                raise ValueError(f"{name}={getattr(self, name)}, expected {least} or more.")
+        for name in ("steps", "effective_batch"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}={value}, expected 1 or more.")
+
     def model_args(self) -> dict[str, Any]:
         """Keyword arguments for `timm.create_model`, which leaves out those that are None."""
         names = (
@@ -113,7 +125,12 @@ class Recipe:
         if effective % clips:
             raise ValueError(
                 f"effective_batch={effective} is not a multiple of batch_size x devices = {self.batch_size} x "
-                f"{devices}; choose a batch_size that divides {effective / devices:g}."
+                f"{devices}. "
+                + (
+                    f"Choose a batch_size that divides {effective // devices}."
+                    if effective % devices == 0
+                    else f"Choose an effective_batch that {devices} divides."
+                )
             )
         return effective // clips
 
@@ -128,6 +145,7 @@ class Schedule:
     """What follows from a recipe, the number of clips and the number of devices.
 
     Attributes:
+        clips: videos of the data set.
         effective_batch: clips of one optimiser step.
         accumulation: forward passes of one optimiser step on one device.
         steps: optimiser steps of the run.
@@ -136,6 +154,7 @@ class Schedule:
         min_lr: last learning rate.
     """
 
+    clips: int
     effective_batch: int
     accumulation: int
     steps: int
@@ -160,7 +179,7 @@ class Schedule:
                 "--warmup-epochs, or raise --steps or --epochs."
             )
         scale = effective / 256
-        return cls(effective, accumulation, steps, warmup, recipe.base_lr * scale, recipe.min_base_lr * scale)
+        return cls(clips, effective, accumulation, steps, warmup, recipe.base_lr * scale, recipe.min_base_lr * scale)
 
     def lr_at(self, step: int) -> float:
         """Learning rate of step 0, 1, ...: a linear rise to `lr`, then half a cosine down to `min_lr`."""

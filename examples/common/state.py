@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 
-from common.recipe import Recipe
+from common.recipe import Recipe, Schedule
 
 _FORMAT = "adamae_sampler pre-training state 1"
 # Settings that may differ between a run and its resumption; any other makes it another run.
@@ -19,7 +20,13 @@ _FREE = {"output", "steps", "epochs", "workers", "log_every", "save_every", "bat
 
 
 def save_state(
-    path: Path, accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer, recipe: Recipe, step: int
+    path: Path,
+    accelerator: Accelerator,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    recipe: Recipe,
+    schedule: Schedule,
+    step: int,
 ) -> None:
     """Writes everything that a resumed run needs: weights, optimiser, step, recipe, random states of all processes."""
     random_states = gather_object([_random_state(accelerator.device)])
@@ -30,6 +37,8 @@ def save_state(
             "optimizer": optimizer.state_dict(),
             "step": step,
             "recipe": recipe.plain(),
+            "clips": schedule.clips,
+            "effective_batch": schedule.effective_batch,
             "random_states": random_states,
         }
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -42,12 +51,13 @@ def save_state(
     accelerator.wait_for_everyone()
 
 
-def load_state(path: Path, recipe: Recipe) -> dict[str, Any]:
-    """Reads a state and checks that it is of this recipe.
+def load_state(path: Path, recipe: Recipe, schedule: Schedule, processes: int) -> dict[str, Any]:
+    """Reads a state and checks that this run continues it.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: it is not a training state (weights alone cannot be resumed), or is of another recipe.
+        ValueError: it is not a training state (weights alone cannot be resumed); or its recipe, number of videos,
+            effective batch or number of processes is another; or the run was longer than this one shall be.
     """
     if not path.is_file():
         raise FileNotFoundError(f"--resume {path}: no such file; a run writes state.pt into its output folder.")
@@ -60,30 +70,37 @@ def load_state(path: Path, recipe: Recipe) -> dict[str, Any]:
     saved, now = state["recipe"], recipe.plain()
     changed = [f"{name}: {saved.get(name)} -> {now[name]}" for name in now if saved.get(name) != now[name]]
     forbidden = [change for change in changed if change.partition(":")[0] not in _FREE]
+    for name, then, today in (
+        ("number of videos", state["clips"], schedule.clips),
+        ("effective batch", state["effective_batch"], schedule.effective_batch),
+        ("processes", len(state["random_states"]), processes),
+    ):
+        if then != today:
+            forbidden.append(f"{name}: {then} -> {today}")
     if forbidden:
         raise ValueError(
             f"--resume {path}: that run had other settings:\n  " + "\n  ".join(forbidden) + "\nPass the same ones, or "
             "start a new run."
         )
+    if state["step"] > schedule.steps:
+        raise ValueError(f"--resume {path}: it is at step {state['step']}, this run ends at {schedule.steps}.")
     return state
 
 
 def restore_random_state(state: dict[str, Any], accelerator: Accelerator) -> None:
-    """Sets this process's random states to those saved.
-
-    Raises:
-        ValueError: the run was saved by another number of processes.
-    """
-    saved = state["random_states"]
-    if len(saved) != accelerator.num_processes:
-        raise ValueError(
-            f"the state was saved by {len(saved)} processes, this run has {accelerator.num_processes}; resume on as "
-            "many."
-        )
-    mine: dict[str, Tensor] = saved[accelerator.process_index]
+    """Sets this process's random states to those saved."""
+    mine: dict[str, Tensor] = state["random_states"][accelerator.process_index]
     torch.set_rng_state(mine["cpu"])
     if "cuda" in mine:
         torch.cuda.set_rng_state(mine["cuda"], accelerator.device)
+
+
+def set_aside(folder: Path) -> Path | None:
+    """Renames the folder of an earlier run, so that a new one neither overwrites nor mixes with it."""
+    if not (folder / "metrics.jsonl").exists():
+        return None
+    number = next(n for n in itertools.count(1) if not folder.with_name(f"{folder.name}-{n}").exists())
+    return folder.rename(folder.with_name(f"{folder.name}-{number}"))
 
 
 def _random_state(device: torch.device) -> dict[str, Tensor]:

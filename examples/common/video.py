@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import av
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 
 # Containers often count a frame or two more than their stream decodes to; more missing than that is a broken file.
 _MISSING_AT_END = 2
+_EARLIER = 32  # frames, where seeking lands behind the one wanted
 
 
 class VideoError(RuntimeError):
@@ -29,69 +30,118 @@ def clip_indices(available: int, num_frames: int, stride: int, generator: torch.
     return [min(start + step * stride, available - 1) for step in range(num_frames)]
 
 
-def count_frames(path: str | os.PathLike[str]) -> int:
-    """Frames of a video, from its header where that says, else by reading its packets."""
-    with _open(path) as container:
-        stream = _video_stream(container)
-        if stream.frames:
-            return int(stream.frames)
-        try:
-            return sum(1 for packet in container.demux(stream) if packet.pts is not None)
-        except (av.FFmpegError, ValueError) as error:
-            raise VideoError(f"its packets cannot be read ({error})") from error
+class Video:
+    """A video file, open for reading; use it as a context.
 
-
-def read_frames(path: str | os.PathLike[str], indices: Sequence[int]) -> Tensor:
-    """The frames at `indices` (ascending; repeats allowed) as [T, C, H, W] uint8 RGB.
-
-    It seeks to the key frame before the first one and decodes from there.
+    Args:
+        path: the file.
 
     Raises:
-        VideoError: the file cannot be opened or decoded, or ends before the frames wanted.
+        VideoError: there is no such file, or it is not a video.
     """
-    wanted = set(indices)
-    found: dict[int, Tensor] = {}
-    last = -1
-    with _open(path) as container:
-        stream = _video_stream(container)
-        rate, base = stream.average_rate, stream.time_base
-        if rate is None or base is None:
-            raise VideoError("its stream states no frame rate")
-        first_pts = stream.start_time or 0
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        if not os.path.isfile(path):
+            raise VideoError("there is no such file")
         try:
-            if indices[0] > 0:
-                container.seek(first_pts + int(indices[0] / rate / base), stream=stream)
-            for frame in container.decode(stream):
-                # Time tells which frame this is; a stream without time stamps is counted instead.
-                last = last + 1 if frame.pts is None else round((frame.pts - first_pts) * base * rate)
-                if last in wanted and last not in found:
-                    found[last] = torch.from_numpy(frame.to_ndarray(format="rgb24"))
-                if last >= indices[-1]:
+            self._container = av.open(os.fspath(path))
+        except (av.FFmpegError, ValueError) as error:
+            raise VideoError(f"it cannot be opened as a video ({error})") from error
+        if not self._container.streams.video:
+            self._container.close()
+            raise VideoError("it has no video stream")
+        self._stream = self._container.streams.video[0]
+
+    def __enter__(self) -> Video:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._container.close()
+
+    def count(self) -> int:
+        """Frames of the video, from its header where that says, else by reading its packets."""
+        if self._stream.frames:
+            return int(self._stream.frames)
+        try:
+            packets = sum(1 for packet in self._container.demux(self._stream) if packet.size)
+            self._container.seek(0)
+        except (av.FFmpegError, ValueError) as error:
+            raise VideoError(f"its packets cannot be read ({error})") from error
+        return packets
+
+    def read(self, indices: Sequence[int]) -> Tensor:
+        """The frames at `indices` (ascending; repeats allowed) as [T, C, H, W] uint8 RGB.
+
+        Where a variable frame rate skips an index, the frame shown at that time is taken.
+
+        Raises:
+            VideoError: the file cannot be decoded, or ends before the frames wanted.
+        """
+        wanted = sorted(set(indices))
+        # A seek that lands late, as it may where frames are stored out of order, is repeated from earlier on.
+        starts = (wanted[0], max(wanted[0] - _EARLIER, 0), 0)
+        try:
+            origin = self._origin()
+            for start in starts if origin is not None else (0,):
+                found = self._collect(wanted, self._frames(start, origin))
+                if found is not None:
                     break
         except (av.FFmpegError, ValueError) as error:
             raise VideoError(f"it cannot be decoded ({error})") from error
-    return torch.stack([_nearest(found, index, last) for index in indices]).permute(0, 3, 1, 2)
+        if found is None:
+            raise VideoError("its time stamps do not start at its first frame")
+        if len({frame.shape for frame in found.values()}) > 1:
+            raise VideoError("its frames change their size")
+        return torch.stack([found[index] for index in indices]).permute(0, 3, 1, 2)
+
+    def _origin(self) -> int | None:
+        """Time stamp of the first frame, which headers do not always say right; None if frames have none (AVI)."""
+        self._container.seek(0)
+        for packet in self._container.demux(self._stream):
+            if packet.size and (packet.pts is None or self._container.format.name == "avi"):
+                return None
+            for frame in packet.decode():
+                return frame.pts
+        raise VideoError("no frame of it can be decoded")
+
+    def _frames(self, start: int, origin: int | None) -> Iterator[tuple[int, av.VideoFrame]]:
+        """Frames and their index, from the key frame before `start` on; without time stamps, counted from the first."""
+        self._container.seek(0)
+        if origin is None:
+            yield from enumerate(self._container.decode(self._stream))
+            return
+        rate, base = self._stream.average_rate, self._stream.time_base
+        if rate is None or base is None:
+            raise VideoError("its stream states no frame rate")
+        frames_per_pts = float(base * rate)
+        if start:
+            self._container.seek(origin + int(start / frames_per_pts), stream=self._stream)
+        for frame in self._container.decode(self._stream):
+            if frame.pts is None:
+                raise VideoError("some of its frames have no time stamps")
+            yield round((frame.pts - origin) * frames_per_pts), frame
+
+    @staticmethod
+    def _collect(wanted: list[int], frames: Iterator[tuple[int, av.VideoFrame]]) -> dict[int, Tensor] | None:
+        """The pixels of the frames wanted; None if the first of `frames` is later than the first of them."""
+        found: dict[int, Tensor] = {}
+        shown, at = None, -1  # the frame on screen, and its index
+        for index, frame in frames:
+            if shown is None and index > wanted[0]:
+                return None
+            while wanted[len(found)] < index:  # passed over
+                found[wanted[len(found)]] = _pixels(shown)
+                if len(found) == len(wanted):
+                    return found
+            shown, at = frame, index
+            if wanted[len(found)] == index:
+                found[index] = _pixels(frame)
+                if len(found) == len(wanted):
+                    return found
+        if shown is None or wanted[-1] > at + _MISSING_AT_END:
+            raise VideoError(f"it ends at frame {at} although frame {wanted[-1]} was wanted; it is broken or truncated")
+        return found | dict.fromkeys(wanted[len(found) :], _pixels(shown))
 
 
-def _nearest(found: dict[int, Tensor], index: int, last: int) -> Tensor:
-    """The frame at an index or, where a variable frame rate skips it or the end is short, the nearest one read."""
-    if index in found:
-        return found[index]
-    if not found or index > last + _MISSING_AT_END:
-        raise VideoError(f"it ends at frame {last} although frame {index} was wanted, so it is broken or truncated")
-    return found[min(found, key=lambda have: abs(have - index))]
-
-
-def _open(path: str | os.PathLike[str]) -> av.container.InputContainer:
-    if not os.path.isfile(path):
-        raise VideoError("there is no such file")
-    try:
-        return av.open(os.fspath(path))
-    except (av.FFmpegError, ValueError) as error:
-        raise VideoError(f"it cannot be opened as a video ({error})") from error
-
-
-def _video_stream(container: av.container.InputContainer) -> av.VideoStream:
-    if not container.streams.video:
-        raise VideoError("it has no video stream")
-    return container.streams.video[0]
+def _pixels(frame: av.VideoFrame) -> Tensor:
+    return torch.from_numpy(frame.to_ndarray(format="rgb24"))  # [H, W, C]
