@@ -3,8 +3,10 @@
     python benchmarks/training_step.py                    # ViT-B, 95%, 2 clips of 16x224x224, fp32, two threads
 
 Both models get the same weights; before any time is taken their losses and all gradients on the same mask are
-compared. A step is forward, losses, backward and AdamW (torch's default one for the baseline, the fused one for ours).
-Raw rows go to benchmarks/results/training_step_cpu.csv.
+compared. Each then steps in a process of its own, in turn. A step is forward, losses, backward and AdamW (torch's
+default one for the baseline, the fused one for ours). Beside them stands the time that the step's matrix products
+alone would take at the rate of one large product, measured between the steps. Raw rows go to
+benchmarks/results/training_step_cpu.csv.
 """
 
 from __future__ import annotations
@@ -18,9 +20,11 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import torch
+import torch.multiprocessing as mp
 import tyro
 from official_formulation import OfficialFormulation, official_loss
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -53,14 +57,18 @@ class Options:
     """CSV file for the raw rows."""
 
 
-def check_same(ours: AdaMAE, official: OfficialFormulation, loss: AdaMAELoss, video: Tensor) -> None:
+def check_same(options: Options) -> None:
     """Raises unless both give the same losses and gradients for the same weights and mask, without dropout."""
-    ours, official = copy.deepcopy(ours).eval(), copy.deepcopy(official).eval()
+    torch.manual_seed(0)
+    official = OfficialFormulation(img_size=options.img_size, depth=options.depth).eval()
+    ours = AdaMAE(img_size=options.img_size, depth=options.depth).eval()
+    load_checkpoint(ours, official.state_dict())
+    video = make_video(options)
     prediction, probs, mask = official(video)
     expected = official_loss(prediction, video, probs, mask)
     expected[0].backward()
     prediction, sample = ours(video, mask=mask)
-    got = loss(prediction, video, sample)
+    got = LOSS(prediction, video, sample)
     got.loss.backward()
     torch.testing.assert_close(got[:3], expected, rtol=1e-5, atol=0)
     official_grads = copy.deepcopy(ours)
@@ -73,74 +81,116 @@ def check_same(ours: AdaMAE, official: OfficialFormulation, loss: AdaMAELoss, vi
             raise AssertionError(f"gradients of {name} differ by {difference:.1e}, of {size:.1e}")
 
 
-def arithmetic_seconds(step: Callable[[], Tensor]) -> float:
-    """What the matrix products of a step would take at the rate of one large product on this machine, now."""
+def count_flops(options: Options) -> int:
+    """Floating-point operations of the matrix products in a step."""
+    step = official_step(options)
     with FlopCounterMode(display=False) as counter:
         step()
+    return counter.get_total_flops()
+
+
+def product_rate() -> float:
+    """Floating-point operations a second of one large matrix product, now."""
     a, b = torch.randn(3136, 768), torch.randn(768, 3072)
     seconds = []
-    for _ in range(20):
+    for _ in range(12):
         start = time.perf_counter()
         torch.mm(a, b)
         seconds.append(time.perf_counter() - start)
-    return counter.get_total_flops() * statistics.median(seconds) / (2 * 3136 * 768 * 3072)
+    return 2 * 3136 * 768 * 3072 / statistics.median(seconds)
+
+
+def official_step(options: Options) -> Callable[[], Tensor]:
+    """A training step of the official formulation."""
+    torch.manual_seed(0)
+    model = OfficialFormulation(img_size=options.img_size, depth=options.depth)
+    optimizer = ADAMW(model.parameters())
+    video = make_video(options)
+
+    def step() -> Tensor:
+        prediction, probs, mask = model(video)
+        total = official_loss(prediction, video, probs, mask)[0]
+        optimizer.zero_grad()
+        total.backward()
+        optimizer.step()
+        return total
+
+    return step
+
+
+def our_step(options: Options) -> Callable[[], Tensor]:
+    """A training step of the package."""
+    torch.manual_seed(0)
+    model = AdaMAE(img_size=options.img_size, depth=options.depth)
+    optimizer = ADAMW(model.parameters(), fused=True)
+    video = make_video(options)
+
+    def step() -> Tensor:
+        prediction, sample = model(video)
+        total = LOSS(prediction, video, sample).loss
+        optimizer.zero_grad()
+        total.backward()
+        optimizer.step()
+        return total
+
+    return step
+
+
+STEPS = {"official": official_step, "adamae_sampler": our_step}
+ADAMW = partial(torch.optim.AdamW, lr=1.5e-4, betas=(0.9, 0.95), weight_decay=0.05)
+LOSS = AdaMAELoss(mean=IMAGENET_DEFAULT_MEAN, std=IMAGENET_DEFAULT_STD)
+
+
+def make_video(options: Options) -> Tensor:
+    """[B, 3, 16, H, W], mean/std-normalised."""
+    return torch.randn(options.clips, 3, 16, options.img_size, options.img_size)
+
+
+def work(name: str, options: Options, orders: Connection) -> None:
+    """A process that does one step for each message it gets, and answers with its seconds."""
+    torch.set_num_threads(options.threads)
+    step = STEPS[name](options)
+    while orders.recv():
+        start = time.perf_counter()
+        step()
+        orders.send(time.perf_counter() - start)
 
 
 def main(options: Options) -> None:
     """Checks, times, prints, and writes the rows."""
     torch.set_num_threads(options.threads)
-    torch.manual_seed(0)
-    official = OfficialFormulation(img_size=options.img_size, depth=options.depth)
-    ours = AdaMAE(img_size=options.img_size, depth=options.depth)
-    load_checkpoint(ours, official.state_dict())
-    loss = AdaMAELoss(mean=IMAGENET_DEFAULT_MEAN, std=IMAGENET_DEFAULT_STD)
-    video = torch.randn(options.clips, 3, 16, options.img_size, options.img_size)
-    check_same(ours, official, loss, video)
-
-    adamw = partial(torch.optim.AdamW, lr=1.5e-4, betas=(0.9, 0.95), weight_decay=0.05)
-    official_optimizer = adamw(official.parameters())
-    our_optimizer = adamw(ours.parameters(), fused=True)
-
-    def official_step() -> Tensor:
-        prediction, probs, mask = official(video)
-        total = official_loss(prediction, video, probs, mask)[0]
-        official_optimizer.zero_grad()
-        total.backward()
-        official_optimizer.step()
-        return total
-
-    def our_step() -> Tensor:
-        prediction, sample = ours(video)
-        total: Tensor = loss(prediction, video, sample).loss
-        our_optimizer.zero_grad()
-        total.backward()
-        our_optimizer.step()
-        return total
-
-    steps: dict[str, Callable[[], Tensor]] = {"official": official_step, "adamae_sampler": our_step}
+    check_same(options)
+    flops = count_flops(options)
+    context = mp.get_context("spawn")  # a process each, since a heap that the other has used is slower or faster
+    lines, workers = {}, []
+    for name in STEPS:
+        lines[name], theirs = context.Pipe()
+        workers.append(context.Process(target=work, args=(name, options, theirs), daemon=True))
+        workers[-1].start()
     rows = []
     for pair in range(-options.warmup, options.pairs):
-        for name in sorted(steps, reverse=pair % 2 == 0):  # first one, then the other goes first
-            start = time.perf_counter()
-            steps[name]()
+        for name in sorted(STEPS, reverse=pair % 2 == 0):  # first one, then the other goes first
+            lines[name].send(True)
+            seconds = lines[name].recv()
             if pair >= 0:
-                rows.append((name, pair, time.perf_counter() - start))
-    rows.append(("arithmetic alone", 0, arithmetic_seconds(official_step)))
+                rows.append((name, pair, seconds))
+        if pair >= 0:
+            rows.append(("arithmetic alone", pair, flops / product_rate()))
+    for name, worker in zip(STEPS, workers, strict=True):
+        lines[name].send(False)
+        worker.join()
     _report(rows, options)
 
 
 def _report(rows: list[tuple[str, int, float]], options: Options) -> None:
-    times = {name: [seconds for each, _, seconds in rows if each == name] for name in ("official", "adamae_sampler")}
-    ratios = [ours / official for ours, official in zip(times["adamae_sampler"], times["official"], strict=True)]
-    for name, seconds in times.items():
-        print(f"{name:15s} median {statistics.median(seconds):.2f} s  (min {min(seconds):.2f}, max {max(seconds):.2f})")
-    print(
-        f"{'ratio by pairs':15s} median {statistics.median(ratios):.3f}  (min {min(ratios):.3f}, max {max(ratios):.3f})"
-    )
-    floor = rows[-1][2]
-    official = statistics.median(times["official"])
-    share = f"{floor / official:.3f} of the official step"
-    print(f"{'arithmetic':15s} {floor:.2f} s at the rate of one large product, {share}")
+    names = dict.fromkeys(name for name, _, _ in rows)
+    times = {name: [seconds for each, _, seconds in rows if each == name] for name in names}
+    for name in names:
+        ratios = [each / official for each, official in zip(times[name], times["official"], strict=True)]
+        print(
+            f"{name:16s} median {statistics.median(times[name]):.2f} s ({min(times[name]):.2f} to {max(times[name]):.2f}), "
+            f"of the official step {statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})"
+        )
     facts = {
         "device": _cpu_name(),
         "threads": options.threads,
