@@ -187,10 +187,9 @@ def _report(rows: list[tuple[str, int, float]], options: Options) -> None:
     times = {name: [seconds for each, _, seconds in rows if each == name] for name in names}
     for name in names:
         ratios = [each / official for each, official in zip(times[name], times["official"], strict=True)]
-        print(
-            f"{name:16s} median {statistics.median(times[name]):.2f} s ({min(times[name]):.2f} to {max(times[name]):.2f}), "
-            f"of the official step {statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})"
-        )
+        spread = f"({min(times[name]):.2f} to {max(times[name]):.2f})"
+        share = f"{statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})"
+        print(f"{name:16s} median {statistics.median(times[name]):.2f} s {spread}, of the official step {share}")
     facts = {
         "device": _cpu_name(),
         "threads": options.threads,
