@@ -142,4 +142,7 @@ class AdaMAELoss(nn.Module):
 
     def extra_repr(self) -> str:
         """For print(loss)."""
-        return f"sampling_weight={self.sampling_weight}, kind={self.kind!r}, normalize={self.normalize}"
+        return (
+            f"sampling_weight={self.sampling_weight}, kind={self.kind!r}, normalize={self.normalize}, "
+            f"patch_size={self.patch_size}, tubelet_size={self.tubelet_size}"
+        )

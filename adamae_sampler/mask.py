@@ -59,10 +59,11 @@ class MaskSample(NamedTuple):
                 last is checked on CPU in eager mode only, where it costs no wait for a device; elsewhere
                 a wrong K gives rows in which some indices are on the wrong side.
         """
-        if mask.dtype != torch.bool:
+        if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+            kind = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
             raise TypeError(
-                f"mask has dtype {mask.dtype}, expected torch.bool with True = masked. "
-                "Use mask.bool() if 1 means masked in yours, ~mask.bool() if 1 means visible."
+                f"mask is {kind}, expected a torch.bool tensor with True = masked. Use torch.as_tensor(mask), then "
+                "mask.bool() if 1 means masked in yours, ~mask.bool() if 1 means visible."
             )
         if mask.ndim != 2:
             raise ValueError(f"mask has shape {tuple(mask.shape)}, expected [B, N]; use mask.flatten(1).")
@@ -74,7 +75,7 @@ class MaskSample(NamedTuple):
                 raise ValueError(
                     f"mask leaves {int(visible[row])} tokens visible in row {row}, expected {num_visible} in "
                     f"each of its {mask.shape[0]} rows. True means masked: pass ~mask if yours is inverted, or "
-                    "give the number that it does leave with MaskSample.from_mask(mask, num_visible)."
+                    f"pass MaskSample.from_mask(mask, {int(visible[row])}) in its place if every row leaves that many."
                 )
         # False sorts before True and a stable sort keeps the order of equals, so one sort yields both lists.
         order = mask.to(torch.uint8).argsort(dim=1, stable=True)  # [B, N]

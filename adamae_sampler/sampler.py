@@ -34,7 +34,8 @@ class TokenSampler(nn.Module, abc.ABC):
 
     def __init__(self, grid_size: GridSize, mask_ratio: float) -> None:
         super().__init__()
-        if len(grid_size) != 3 or any(not isinstance(each, int) or each < 1 for each in grid_size):
+        is_triple = isinstance(grid_size, (tuple, list)) and len(grid_size) == 3
+        if not is_triple or any(not isinstance(each, int) or each < 1 for each in grid_size):
             raise ValueError(f"grid_size={grid_size}, expected three positive integers (T, H, W); T is 1 for images.")
         self.grid_size: GridSize = (grid_size[0], grid_size[1], grid_size[2])
         self.mask_ratio = mask_ratio
@@ -57,7 +58,8 @@ class TokenSampler(nn.Module, abc.ABC):
             tokens: [B, N, D].
             mask: in place of a draw: [B, N] bool, True = masked, with `num_visible` False in each row; or a
                 MaskSample, which may leave any number visible.
-            generator: source of randomness; torch's default one of the tokens' device if None.
+            generator: source of the draw's randomness; torch's default one of the tokens' device if None. A score
+                network's dropout, in training mode, always takes the default one.
 
         Raises:
             TypeError, ValueError: tokens that are not [B, N, D] or do not fill the grid; a mask that does not
@@ -72,9 +74,10 @@ class TokenSampler(nn.Module, abc.ABC):
             )
         if mask is None:
             return self.draw(tokens, generator)
+        shape = (mask.mask if isinstance(mask, MaskSample) else mask).shape
+        if tuple(shape) != tuple(tokens.shape[:2]):
+            raise ValueError(f"mask has shape {tuple(shape)}, expected {tuple(tokens.shape[:2])}: clips, tokens.")
         given = mask if isinstance(mask, MaskSample) else MaskSample.from_mask(mask, self.num_visible)
-        if given.mask.shape != tokens.shape[:2]:
-            raise ValueError(f"mask has shape {tuple(given.mask.shape)}, expected {tuple(tokens.shape[:2])}.")
         return self.describe(tokens, given)
 
     @abc.abstractmethod
@@ -83,7 +86,7 @@ class TokenSampler(nn.Module, abc.ABC):
 
     def describe(self, tokens: Tensor, given: MaskSample) -> MaskSample:
         """The given mask with what the sampler would add to it."""
-        return given._replace(log_probs=None, num_nonfinite=None)
+        return MaskSample(given.visible_idx, given.masked_idx, given.mask)
 
     def extra_repr(self) -> str:
         """For print(model)."""
@@ -122,6 +125,7 @@ class AdaptiveTokenSampler(TokenSampler):
     ) -> None:
         super().__init__(grid_size, mask_ratio)
         self.num_visible = num_visible_tokens(self.num_tokens, mask_ratio)
+        self.embed_dim = embed_dim
         self.detach_tokens = detach_tokens
         if isinstance(network, nn.Module):
             self.network = network
@@ -134,6 +138,10 @@ class AdaptiveTokenSampler(TokenSampler):
 
     def scores(self, tokens: Tensor) -> Tensor:
         """[B, N, D] -> [B, N]; p = softmax(scores)."""
+        if tokens.shape[-1] != self.embed_dim:
+            raise ValueError(
+                f"tokens are {tokens.shape[-1]} wide, the sampler was built with embed_dim={self.embed_dim}."
+            )
         scores: Tensor = self.network(tokens.detach() if self.detach_tokens else tokens)
         if scores.shape != tokens.shape[:2]:
             raise ValueError(
@@ -148,8 +156,7 @@ class AdaptiveTokenSampler(TokenSampler):
 
     def describe(self, tokens: Tensor, given: MaskSample) -> MaskSample:
         """The given mask with the sampler's log-probabilities, so that the losses work as for a drawn one."""
-        log_probs, num_nonfinite = token_log_probs(self.scores(tokens))
-        return given._replace(log_probs=log_probs, num_nonfinite=num_nonfinite)
+        return MaskSample(given.visible_idx, given.masked_idx, given.mask, *token_log_probs(self.scores(tokens)))
 
 
 class RandomTokenSampler(TokenSampler):
@@ -207,4 +214,5 @@ class FrameTokenSampler(TokenSampler):
 
 def _draw_uniform(tokens: Tensor, num_units: int, num_visible: int, generator: torch.Generator | None) -> MaskSample:
     scores = torch.zeros(tokens.shape[0], num_units, device=tokens.device)
-    return draw_mask(scores, num_visible, generator=generator)._replace(log_probs=None, num_nonfinite=None)
+    drawn = draw_mask(scores, num_visible, generator=generator)
+    return MaskSample(drawn.visible_idx, drawn.masked_idx, drawn.mask)  # there is no p to learn

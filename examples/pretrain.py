@@ -41,7 +41,8 @@ from adamae_sampler.visualize import overview
 from common.datasets import ClipSource, ClipStream, collate_clips, make_source
 from common.metrics import DeviceMetrics, RunLog
 from common.recipe import Recipe, Schedule, load_preset
-from common.state import load_state, restore_random_state, save_state, set_aside
+from common.state import load_state, recipe_of_state, restore_random_state, save_state, set_aside
+from common.video import VideoError
 
 
 @dataclass(frozen=True)
@@ -51,9 +52,17 @@ class Run:
     preset: str = "demo"
     """Recipe to start from: demo, k400, ssv2, ucf101 or hmdb51 (examples/presets)."""
     resume: Path | None = None
-    """A state.pt to go on from."""
+    """A state.pt to go on from, with the settings and in the folder of its run."""
     dry_run: bool = False
     """Print the resolved recipe and exit."""
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """The command line."""
+
+    recipe: tyro.conf.OmitArgPrefixes[Recipe]
+    run: tyro.conf.OmitArgPrefixes[Run]
 
 
 class Job(NamedTuple):
@@ -64,10 +73,13 @@ class Job(NamedTuple):
     schedule: Schedule
     model: AdaMAE
     state: dict[str, Any] | None
+    continues_in_place: bool  # a resumed run that stays in its folder
 
 
 def build(recipe: Recipe, run: Run) -> Job:
     """Finds the data and makes the model; raises ValueError or FileNotFoundError for what cannot be run."""
+    if recipe.output.exists() and not recipe.output.is_dir():
+        raise ValueError(f"--output {recipe.output} is a file; name a folder.")
     # Said outright, since torchrun without a GPU would otherwise start processes that do not know of each other.
     on_cpu = not torch.accelerator.is_available()
     accelerator = Accelerator(
@@ -76,6 +88,8 @@ def build(recipe: Recipe, run: Run) -> Job:
         dataloader_config=DataLoaderConfiguration(non_blocking=True),
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],  # they are constants
     )
+    if not recipe.data and not run.dry_run:
+        raise ValueError(f"preset {run.preset} needs --data: a folder of videos, or a list file.")
     source = make_source(
         recipe.data,
         num_frames=recipe.num_frames,
@@ -97,12 +111,13 @@ def build(recipe: Recipe, run: Run) -> Job:
         print(describe(recipe, schedule, model, accelerator, len(source)))
         if state is not None:
             print(f"{'resumes':>13}  {run.resume} from step {state['step']}")
-    return Job(accelerator, source, schedule, model, state)
+    in_place = run.resume is not None and run.resume.resolve().parent == recipe.output.resolve()
+    return Job(accelerator, source, schedule, model, state, in_place)
 
 
 def train(recipe: Recipe, job: Job) -> None:
     """The training loop, and what is written at its end."""
-    accelerator, source, schedule, model, state = job
+    accelerator, source, schedule, model, state, _ = job
     device, is_main = accelerator.device, accelerator.is_main_process
     groups = param_groups_weight_decay(model, recipe.weight_decay, no_weight_decay_list=model.no_weight_decay())
     optimizer = torch.optim.AdamW(groups, lr=schedule.lr, betas=recipe.betas, fused=True)
@@ -125,7 +140,7 @@ def train(recipe: Recipe, job: Job) -> None:
         restore_random_state(state, accelerator)
 
     num_tokens = accelerator.unwrap_model(model).sampler.num_tokens
-    if is_main and state is None and (earlier := set_aside(recipe.output)):
+    if is_main and not job.continues_in_place and (earlier := set_aside(recipe.output)):
         print(f"{'set aside':>13}  the earlier run is now {earlier}")
     normalise = Normalise(device)
     metrics = DeviceMetrics(num_tokens, device)
@@ -221,10 +236,13 @@ def describe(recipe: Recipe, schedule: Schedule, model: AdaMAE, accelerator: Acc
     """The resolved recipe, for people."""
     visible, tokens = model.sampler.num_visible, model.sampler.num_tokens
     millions = sum(each.numel() for each in model.parameters()) / 1e6
-    epochs = schedule.steps * schedule.effective_batch / clips
+    warmup = f"{schedule.warmup_steps} of warm-up" + (" (shortened to half the run)" if schedule.shortened else "")
+    steps = f"{schedule.steps}, {warmup}, {schedule.steps * schedule.effective_batch / max(clips, 1):.1f} epochs"
+    if not clips:
+        steps = f"{recipe.epochs:g} epochs, {recipe.warmup_epochs:g} of warm-up; steps follow from --data"
     precision = "fp32" if accelerator.mixed_precision == "no" else accelerator.mixed_precision
     lines = {
-        "data": f"{recipe.data}, {clips} videos, {recipe.num_frames} frames at stride {recipe.stride}, "
+        "data": f"{recipe.data or 'none given'}, {clips} videos, {recipe.num_frames} frames at stride {recipe.stride}, "
         f"{recipe.img_size[0]}x{recipe.img_size[1]}, {'flip' if recipe.flip else 'no flip'}",
         "model": f"{recipe.model}, {millions:.1f}M parameters, grid {model.grid_size}",
         "masking": f"{recipe.masking}, {visible} of {tokens} tokens visible ({1 - visible / tokens:.1%} masked)",
@@ -232,7 +250,7 @@ def describe(recipe: Recipe, schedule: Schedule, model: AdaMAE, accelerator: Acc
         f"{recipe.sampling_weight:g}",
         "batch": f"{recipe.batch_size} clips x {accelerator.num_processes} devices x {schedule.accumulation} "
         f"accumulated = {schedule.effective_batch}",
-        "steps": f"{schedule.steps}, {schedule.warmup_steps} of warm-up, {epochs:.1f} epochs",
+        "steps": steps,
         "learning rate": f"{recipe.base_lr:g} x {schedule.effective_batch} / 256 = {schedule.lr:.3g}, cosine to "
         f"{schedule.min_lr:.3g}",
         "optimizer": f"AdamW, betas {recipe.betas}, weight decay {recipe.weight_decay:g}, clip {recipe.clip_grad:g}",
@@ -294,12 +312,19 @@ def report_left_out(output: Path, left_out: list[str]) -> None:
 
 
 def parse_arguments(arguments: list[str]) -> tuple[Recipe, Run]:
-    """The recipe of --preset with what the command line overrides."""
+    """The recipe of --preset, or of the run that --resume names, with what the command line overrides."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--preset", default=Run.preset)
-    preset = first.parse_known_args(arguments)[0].preset
-    merged = tyro.conf.OmitArgPrefixes[tuple[Recipe, Run]]
-    return tyro.cli(merged, args=arguments, default=(load_preset(preset), Run(preset)), description=__doc__)
+    first.add_argument("--resume", type=Path)
+    known = first.parse_known_args(arguments)[0]
+    start = load_preset(known.preset) if known.resume is None else recipe_of_state(known.resume)
+    found = tyro.cli(Arguments, args=arguments, default=Arguments(start, Run(known.preset)), description=__doc__)
+    for given, wins in (("epochs", "steps"), ("warmup_epochs", "warmup_steps")):
+        value = getattr(found.recipe, wins)
+        if getattr(found.recipe, given) != getattr(start, given) and value is not None:
+            option = "--" + wins.replace("_", "-")
+            raise ValueError(f"{given} has no effect while {wins} is {value}; add {option} None to go by epochs.")
+    return found.recipe, found.run
 
 
 if __name__ == "__main__":
@@ -309,4 +334,7 @@ if __name__ == "__main__":
     except (ValueError, FileNotFoundError) as error:
         sys.exit(f"error: {error}")  # a setting, not a defect: no traceback
     if not settings[1].dry_run:
-        train(settings[0], job)
+        try:
+            train(settings[0], job)
+        except VideoError as error:  # nothing left to train on; a worker puts its traceback before the message
+            sys.exit(f"error: {str(error).rpartition('VideoError: ')[2].strip()}")

@@ -77,8 +77,10 @@ def test_from_mask_refuses_what_is_not_a_mask():
     mask = torch.tensor([[True, True, False, True], [True, False, False, True]])
     with pytest.raises(ValueError, match=r"leaves 2 tokens visible in row 1, expected 1 in each of its 2 rows"):
         MaskSample.from_mask(mask, 1)
-    with pytest.raises(TypeError, match=r"dtype torch.float32, expected torch.bool with True = masked"):
+    with pytest.raises(TypeError, match=r"mask is torch.float32, expected a torch.bool tensor with True = masked"):
         MaskSample.from_mask(mask.float(), 1)
+    with pytest.raises(TypeError, match="mask is ndarray"):
+        MaskSample.from_mask(mask.numpy(), 1)
     with pytest.raises(ValueError, match=r"shape \(2, 2, 2\), expected \[B, N\]"):
         MaskSample.from_mask(mask.view(2, 2, 2), 1)
     for visible in (0, 4):

@@ -125,22 +125,27 @@ pretrain.train(recipe, pretrain.build(recipe, run))
     assert subprocess.run([sys.executable, "-c", interrupted], capture_output=True, check=False).returncode == 3
     with (parts / "metrics.jsonl").open("a") as file:
         file.write('{"step": 5, "lo')  # as a kill may leave it
-    printed = succeeded(pretrain(*common, "--output", parts, "--resume", parts / "state.pt"))
+    printed = succeeded(pretrain("--resume", parts / "state.pt"))  # its settings and its folder are the run's
     assert "from step 3" in printed
     for name in ("loss", "lr", "grad_norm", "entropy"):
         assert [line[name] for line in metrics(parts)] == [line[name] for line in metrics(whole)]
     assert [line["step"] for line in metrics(parts)] == [1, 2, 3, 4, 5, 6]
     one, two = (safetensors.torch.load_file(folder / "model.safetensors") for folder in (whole, parts))
     assert all(torch.equal(one[name], two[name]) for name in one)
-    refused = pretrain(*common, "--output", parts, "--resume", parts / "state.pt", "--base-lr", 1)
-    assert refused.returncode != 0
-    assert "that run had other settings" in refused.stderr
-    assert "base_lr: 0.032 -> 1.0" in refused.stderr
-    assert "Traceback" not in refused.stderr
-    refused = pretrain(*common, "--output", parts, "--resume", parts / "state.pt", "--batch-size", 2)
-    assert "effective batch: 4 -> 2" in refused.stderr
-    refused = pretrain(*common, "--output", parts, "--resume", parts / "state.pt", "--steps", 5)
-    assert "it is at step 6, this run ends at 5" in refused.stderr
+    for change, message in (
+        (["--base-lr", 1], "base_lr: 0.032 -> 1.0"),
+        (["--batch-size", 2], "effective batch: 4 -> 2"),
+        (["--steps", 5], "it is at step 6, this run ends at 5"),
+    ):
+        refused = pretrain("--resume", parts / "state.pt", *change)
+        assert refused.returncode != 0
+        assert message in refused.stderr
+        assert "Traceback" not in refused.stderr
+    # Going on in the folder of another run sets that one aside.
+    printed = succeeded(pretrain("--resume", parts / "state.pt", "--steps", 7, "--output", whole))
+    assert f"the earlier run is now {tmp_path / 'whole-1'}" in printed
+    assert [line["step"] for line in metrics(whole)] == [7]
+    assert len(metrics(tmp_path / "whole-1")) == 6
 
 
 @pytest.mark.parametrize("masking", ["random", "tube", "frame"])
@@ -206,6 +211,22 @@ assert all(p.isfinite().all() for p in weights[-1])
     assert "step 2: nonfinite_scores 0" in printed
 
 
+def test_presets_can_be_looked_at_without_data():
+    printed = succeeded(pretrain("--preset", "ssv2", "--dry-run"))
+    assert "800 epochs, 40 of warm-up; steps follow from --data" in printed
+    assert "learning rate  0.00015 x 2048 / 256 = 0.0012" in printed
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_nothing_but_broken_videos_ends_with_a_clear_line(workers, tmp_path):
+    (tmp_path / "broken.mp4").write_bytes(b"nothing")
+    run = pretrain(*TINY, "--steps", 2, "--data", tmp_path, "--output", tmp_path / "out", "--workers", workers)
+    assert run.returncode != 0
+    assert run.stderr.splitlines()[-2].startswith("error: 20 clips in a row could not be read")
+    assert "broken.mp4: it cannot be opened as a video" in run.stderr.splitlines()[-1]
+    assert "Traceback" not in run.stderr
+
+
 def test_a_new_run_sets_an_earlier_one_aside(tmp_path):
     for _ in range(2):
         printed = succeeded(pretrain(*TINY, "--data", "sprites", "--steps", 2, "--output", tmp_path / "run"))
@@ -237,6 +258,8 @@ def test_dry_run_prints_the_recipe_and_writes_nothing(tmp_path):
         (["--masking", "block"], "block"),
         (["--model", "vit_tiny_patch16_224"], "no model 'vit_tiny_patch16_224'; there are pretrain_adamae_vit_base"),
         (["--clip-grad", "-1"], "clip_grad=-1.0, expected 0 or more"),
+        (["--epochs", "3"], "epochs has no effect while steps is 500; add --steps None"),
+        (["--preset", "k400"], "preset k400 needs --data"),
         (["--stride", "0"], "stride=0, expected 1 or more"),
         (["--embed-dim", "36", "--num-heads", "6"], "the score network's 8 heads do not divide its width 36"),
         (["--sttride", "2"], "sttride"),

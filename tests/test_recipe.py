@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from common.recipe import PRESETS, Recipe, Schedule, load_preset
+from common.recipe import PRESETS, Recipe, Schedule, load_preset, recipe_from
 
 
 def test_presets_follow_the_paper():
@@ -38,7 +38,7 @@ def test_every_preset_loads_and_unknown_ones_are_named():
 
 
 def test_a_preset_with_a_stray_setting_is_refused(tmp_path, monkeypatch):
-    (tmp_path / "bad.yaml").write_text("learning_rate: 1\nepochs: 2\n")
+    (tmp_path / "bad.yaml").write_text("learning_rate: 1\nepochs: 2\noutput: x\n")
     monkeypatch.setattr("common.recipe.PRESETS", tmp_path)
     with pytest.raises(ValueError, match="sets learning_rate, which a recipe does not have"):
         load_preset("bad")
@@ -68,9 +68,18 @@ def test_warmup_then_cosine():
     assert all(a > b for a, b in itertools.pairwise(rates[10:]))
 
 
-def test_warmup_must_fit():
-    with pytest.raises(ValueError, match="20 steps of warm-up do not fit into a run of 20 steps"):
-        Schedule.of(Recipe(steps=20, warmup_steps=20), 100, 1)
+def test_warmup_takes_at_most_half_of_a_run():
+    schedule = Schedule.of(Recipe(steps=20, warmup_steps=20), 100, 1)
+    assert (schedule.warmup_steps, schedule.shortened) == (10, True)
+    assert not Schedule.of(Recipe(steps=40, warmup_steps=20), 100, 1).shortened
+    one = Schedule.of(Recipe(steps=1, warmup_steps=5), 100, 1)
+    assert one.lr_at(0) == one.lr
+
+
+def test_a_recipe_survives_being_written():
+    for path in PRESETS.glob("*.yaml"):
+        recipe = load_preset(path.stem)
+        assert recipe_from(recipe.plain()) == recipe
 
 
 def test_every_setting_is_documented():

@@ -134,6 +134,17 @@ def test_bad_input():
         (TypeError, "tokens has dtype torch.int64", lambda: sampler(torch.zeros(1, 60, 16, dtype=torch.int64))),
         (ValueError, "network='cnn', expected 'mha', 'mlp'", lambda: AdaptiveTokenSampler(16, GRID, network="cnn")),
         (ValueError, r"grid_size=\(4, 3\), expected three", lambda: RandomTokenSampler((4, 3))),
+        (
+            ValueError,
+            "tokens are 8 wide, the sampler was built with embed_dim=16",
+            lambda: sampler(torch.zeros(1, 60, 8)),
+        ),
+        (
+            ValueError,
+            r"mask has shape \(1, 59\), expected \(1, 60\)",
+            lambda: sampler(torch.zeros(1, 60, 16), mask=torch.ones(1, 59) > 0),
+        ),
+        (ValueError, "grid_size=0.9, expected three", lambda: RandomTokenSampler(0.9, GRID)),
         (ValueError, r"expected three positive integers", lambda: RandomTokenSampler((16 / 2, 14, 14))),
         (ValueError, "strictly between 0 and 1", lambda: AdaptiveTokenSampler(16, GRID, 1.0)),
         (ValueError, "leaves 0 of 60 tokens visible", lambda: RandomTokenSampler(GRID, 0.99)),

@@ -165,13 +165,14 @@ class AdaMAE(nn.Module):
         self.encoder.blocks.grad_checkpointing = enable
         self.decoder.blocks.grad_checkpointing = enable
 
+    @torch.no_grad()
     def init_non_persistent_buffers(self) -> None:
         """Fills what no checkpoint holds, after `to_empty` of a model made on the meta device (timm's convention)."""
         for table in (self.encoder.pos_embed, self.decoder_pos_embed):
             table.copy_(sinusoid_table(*table.shape[1:]))
         for module in self.modules():
             if isinstance(module, EvaAttention):
-                module.init_non_persistent_buffers()
+                module.k_bias.zero_()
 
     def no_weight_decay(self) -> set[str]:
         """Parameters with more than one axis that weight decay should still leave alone, as timm asks for them."""

@@ -71,7 +71,7 @@ FORMATS = (
         ),
     ),
     # Also our own model with a fixed sampler, which has no parameters: the keys are the same.
-    Format("VideoMAE pre-training", r"^encoder\.blocks\..*\.q_bias$", lacks=("sampler.",)),
+    Format("VideoMAE (no sampler)", r"^encoder\.blocks\..*\.q_bias$", lacks=("sampler.",)),
 )
 
 _CONTAINERS = ("model", "state_dict", "module", "model_state_dict")  # where files keep the weights
@@ -91,8 +91,9 @@ def load_checkpoint(
 ) -> LoadReport:
     """Loads weights into a reference model from an official AdaMAE, a VideoMAE or one of our own files.
 
-    Everything is checked before anything is written: on an error the model is as it was. A VideoMAE file has no
-    sampler, so an adaptive model keeps its fresh one, and the report says so.
+    Everything is checked before anything is written: on an error the model is as it was. A file without a sampler
+    (VideoMAE's, or ours with a fixed mask) leaves an adaptive model its fresh one, and the report says so. Numbers of
+    heads are in no file, and without a sampler neither is the grid: give the model the checkpoint's.
 
     Args:
         model: `AdaMAE`, bare or wrapped (DDP, torch.compile).
@@ -125,7 +126,7 @@ def load_checkpoint(
         raise ValueError(
             f"the {file_format.name} checkpoint is of another architecture; {len(wrong_shape)} shapes differ:\n  "
             + "\n  ".join(wrong_shape[:8])
-            + "\nBuild the model with the checkpoint's img_size, num_frames, patch_size, widths and heads."
+            + "\nBuild the model with the checkpoint's img_size, num_frames, patch_size and widths."
         )
     missing = tuple(name for name in own if name not in weights)
     unused = tuple(name for name in weights if name not in own)
@@ -135,6 +136,11 @@ def load_checkpoint(
             f"the {file_format.name} checkpoint lacks {len(needed)} of the model's {len(own)} parameters: "
             f"{_summary(needed)}. It has, without a place in the model: {_summary(unused) if unused else 'nothing'}. "
             "Build the model with the checkpoint's depth, or name in allow_missing what may keep its present values."
+        )
+    if deeper := [name for name in unused if re.match(r"(encoder|decoder)\.blocks\.", name)]:
+        raise ValueError(
+            f"the {file_format.name} checkpoint is deeper than the model: it also has {_summary(deeper)}. "
+            "Build the model with the checkpoint's depth and decoder_depth."
         )
     with torch.no_grad():
         for name, tensor in own.items():

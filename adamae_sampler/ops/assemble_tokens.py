@@ -48,9 +48,11 @@ def assemble_tokens(
     """
     check_tokens("visible", visible)
     batch, num_visible, width = visible.shape
-    num_tokens = sample.num_tokens
-    if num_visible != sample.num_visible:
-        raise ValueError(f"visible holds {num_visible} tokens, the sample leaves {sample.num_visible} visible.")
+    num_tokens = sample.mask.shape[1]
+    if num_visible != sample.visible_idx.shape[1]:
+        raise ValueError(
+            f"visible holds {num_visible} tokens, the sample leaves {sample.visible_idx.shape[1]} visible."
+        )
     check_indices("sample.visible_idx", sample.visible_idx, batch, num_tokens, visible.device)
     check_indices("sample.masked_idx", sample.masked_idx, batch, num_tokens, visible.device)
     if mask_token.numel() != width:

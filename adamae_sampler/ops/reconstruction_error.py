@@ -119,7 +119,6 @@ def reconstruction_error(
     check_floating("prediction", prediction)
     check_device("prediction", prediction, video.device)
     _check_video(video, patch_size, tubelet_size, normalize, mean, std)
-    _check_target_indices(video, masked_idx, patch_size, tubelet_size)
     p1, p2 = patch_pair(patch_size)
     expected = (*masked_idx.shape, tubelet_size * p1 * p2 * video.shape[1])
     if tuple(prediction.shape) != expected:
@@ -128,6 +127,7 @@ def reconstruction_error(
             f"{tubelet_size}x{p1}x{p2} pixels of {video.shape[1]} channels. Check patch_size and tubelet_size; a "
             "decoder that predicts all tokens must be cut to the masked ones first."
         )
+    _check_target_indices(video, masked_idx, patch_size, tubelet_size)
     with torch.no_grad():
         target = _target_reference(video, masked_idx, patch_size, tubelet_size, normalize, mean, std)
     return _reconstruction_error_reference(prediction, target, kind)

@@ -207,7 +207,9 @@ def make_source(
     flip: bool,
     seed: int,
 ) -> ClipSource:
-    """The source that `--data` names: 'sprites', a folder, or a list file."""
+    """The source that `--data` names: 'sprites', a folder, or a list file; one without clips for an empty string."""
+    if not data:
+        return VideoClips([], num_frames, stride, img_size, flip)
     if data == "sprites":
         if img_size[0] != img_size[1]:
             raise ValueError(f"sprites are square, img_size is {img_size}; use --img-size 64 64, for example.")

@@ -10,14 +10,13 @@ from typing import Any, Literal
 import yaml
 
 PRESETS = Path(__file__).parent.parent / "presets"
-EXAMPLE_VIDEO = Path(__file__).parent.parent / "clips"
 
 
 @dataclass(frozen=True)
 class Recipe:
     """Settings of a pre-training run. A preset gives the defaults, the command line overrides them."""
 
-    data: str = str(EXAMPLE_VIDEO)
+    data: str = ""
     """Folder of videos, list file (`path label` or `path start frames label`), or 'sprites'."""
     output: Path = Path("runs/pretrain")
     """Folder for metrics, checkpoints and pictures."""
@@ -105,10 +104,10 @@ class Recipe:
         for name, least in at_least.items():
             if not getattr(self, name) >= least:
                 raise ValueError(f"{name}={getattr(self, name)}, expected {least} or more.")
-        for name in ("steps", "effective_batch"):
+        for name, least in {"steps": 1, "effective_batch": 1, "warmup_steps": 0}.items():
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name}={value}, expected 1 or more.")
+            if value is not None and value < least:
+                raise ValueError(f"{name}={value}, expected {least} or more.")
 
     def model_args(self) -> dict[str, Any]:
         """Keyword arguments for `timm.create_model`, which leaves out those that are None."""
@@ -149,7 +148,8 @@ class Schedule:
         effective_batch: clips of one optimiser step.
         accumulation: forward passes of one optimiser step on one device.
         steps: optimiser steps of the run.
-        warmup_steps: steps over which the learning rate rises.
+        warmup_steps: steps over which the learning rate rises, at most half of them.
+        shortened: whether the recipe asked for more warm-up than that.
         lr: highest learning rate, base_lr * effective_batch / 256.
         min_lr: last learning rate.
     """
@@ -159,6 +159,7 @@ class Schedule:
     accumulation: int
     steps: int
     warmup_steps: int
+    shortened: bool
     lr: float
     min_lr: float
 
@@ -173,13 +174,17 @@ class Schedule:
 
         steps = recipe.steps if recipe.steps is not None else max(1, in_steps(recipe.epochs))
         warmup = recipe.warmup_steps if recipe.warmup_steps is not None else in_steps(recipe.warmup_epochs)
-        if not 0 <= warmup < steps:
-            raise ValueError(
-                f"{warmup} steps of warm-up do not fit into a run of {steps} steps; lower --warmup-steps or "
-                "--warmup-epochs, or raise --steps or --epochs."
-            )
         scale = effective / 256
-        return cls(clips, effective, accumulation, steps, warmup, recipe.base_lr * scale, recipe.min_base_lr * scale)
+        return cls(
+            clips=clips,
+            effective_batch=effective,
+            accumulation=accumulation,
+            steps=steps,
+            warmup_steps=min(warmup, steps // 2),
+            shortened=warmup > steps // 2,
+            lr=recipe.base_lr * scale,
+            min_lr=recipe.min_base_lr * scale,
+        )
 
     def lr_at(self, step: int) -> float:
         """Learning rate of step 0, 1, ...: a linear rise to `lr`, then half a cosine down to `min_lr`."""
@@ -202,8 +207,12 @@ def load_preset(name: str) -> Recipe:
     strangers = values.keys() - {each.name for each in fields(Recipe)}
     if strangers:
         raise ValueError(f"preset {name} sets {', '.join(sorted(strangers))}, which a recipe does not have.")
+    values["data"] = str(PRESETS.parent / values["data"]) if "data" in values else ""
+    return recipe_from(values)
+
+
+def recipe_from(plain: dict[str, Any]) -> Recipe:
+    """The recipe whose settings a file has as numbers, strings and lists, the inverse of `Recipe.plain`."""
+    values: dict[str, Any] = {k: tuple(value) if isinstance(value, list) else value for k, value in plain.items()}
     values["output"] = Path(values["output"])
-    for each in ("img_size", "betas"):
-        if each in values:
-            values[each] = tuple(values[each])
     return Recipe(**values)

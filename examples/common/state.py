@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 
-from common.recipe import Recipe, Schedule
+from common.recipe import Recipe, Schedule, recipe_from
 
 _FORMAT = "adamae_sampler pre-training state 1"
 # Settings that may differ between a run and its resumption; any other makes it another run.
@@ -59,14 +59,7 @@ def load_state(path: Path, recipe: Recipe, schedule: Schedule, processes: int) -
         ValueError: it is not a training state (weights alone cannot be resumed); or its recipe, number of videos,
             effective batch or number of processes is another; or the run was longer than this one shall be.
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"--resume {path}: no such file; a run writes state.pt into its output folder.")
-    state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-    if state.get("format") != _FORMAT:
-        raise ValueError(
-            f"--resume {path}: not a training state of this script. To start from weights alone, load them with "
-            "adamae_sampler.models.load_checkpoint."
-        )
+    state = _read(path)
     saved, now = state["recipe"], recipe.plain()
     changed = [f"{name}: {saved.get(name)} -> {now[name]}" for name in now if saved.get(name) != now[name]]
     forbidden = [change for change in changed if change.partition(":")[0] not in _FREE]
@@ -84,6 +77,27 @@ def load_state(path: Path, recipe: Recipe, schedule: Schedule, processes: int) -
         )
     if state["step"] > schedule.steps:
         raise ValueError(f"--resume {path}: it is at step {state['step']}, this run ends at {schedule.steps}.")
+    return state
+
+
+def recipe_of_state(path: Path) -> Recipe:
+    """The recipe of a saved run, with the folder it is in now as its output.
+
+    Raises:
+        FileNotFoundError, ValueError: as `load_state`.
+    """
+    return recipe_from({**_read(path)["recipe"], "output": str(path.parent)})
+
+
+def _read(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise FileNotFoundError(f"--resume {path}: no such file; a run writes state.pt into its output folder.")
+    state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    if state.get("format") != _FORMAT:
+        raise ValueError(
+            f"--resume {path}: not a training state of this script. To start from weights alone, load them with "
+            "adamae_sampler.models.load_checkpoint."
+        )
     return state
 
 
