@@ -9,9 +9,10 @@ its place), and the share of visible tokens that lie on what moves, beside the s
 
 from __future__ import annotations
 
+import csv
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -48,6 +49,8 @@ class Options:
     """Masks drawn for each of those clips."""
     seed: int = 0
     """Of weights, masks and clips."""
+    output: Path = Path(__file__).parent / "results" / "adaptivity_cpu.csv"
+    """CSV file for the raw rows."""
 
 
 @dataclass(frozen=True)
@@ -110,15 +113,25 @@ def normalise(video: Tensor) -> Tensor:
 
 
 def main(options: Options) -> None:
-    """Trains, measures, prints."""
+    """Trains, measures, prints, and writes the rows."""
+    rows = []
     for masking in options.maskings:
         start = time.perf_counter()
         found = measure(train(masking, options), options)
+        rows.append(
+            [masking, options.steps, options.seed, *(f"{each:.4f}" for each in astuple(found)), torch.__version__]
+        )
         print(
             f"{masking:9s} p(moving)/p(still) {found.ratio:5.2f}   visible tokens on what moves "
             f"{found.visible_moving:.1%} (of all tokens {found.moving:.1%} move)   {options.steps} steps in "
             f"{time.perf_counter() - start:.0f} s"
         )
+
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    with options.output.open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["masking", "steps", "seed", "p_moving_over_still", "visible_moving", "moving", "torch"])
+        writer.writerows(rows)
 
 
 if __name__ == "__main__":
