@@ -258,7 +258,7 @@ def test_dry_run_prints_the_recipe_and_writes_nothing(tmp_path):
         (["--masking", "block"], "block"),
         (["--model", "vit_tiny_patch16_224"], "no model 'vit_tiny_patch16_224'; there are pretrain_adamae_vit_base"),
         (["--clip-grad", "-1"], "clip_grad=-1.0, expected 0 or more"),
-        (["--epochs", "3"], "epochs has no effect while steps is 500; add --steps None"),
+        (["--epochs", "3"], "epochs has no effect while steps is 400; add --steps None"),
         (["--preset", "k400"], "preset k400 needs --data"),
         (["--stride", "0"], "stride=0, expected 1 or more"),
         (["--embed-dim", "36", "--num-heads", "6"], "the score network's 8 heads do not divide its width 36"),
