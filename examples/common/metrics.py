@@ -53,7 +53,7 @@ class DeviceMetrics:
         self.sums["nonfinite_reconstruction"] += ~out.reconstruction.isfinite()
         self.sums["nonfinite_sampling"] += ~out.sampling.isfinite()
         if sample.log_probs is not None and sample.num_nonfinite is not None:
-            self.sums["entropy"] -= torch.special.xlogy(sample.log_probs.exp(), sample.log_probs.exp()).sum(1).mean()
+            self.sums["entropy"] += torch.special.entr(sample.log_probs.exp()).sum(1).mean()
             self.sums["nonfinite_scores"] += sample.num_nonfinite.sum()
         else:
             self.adaptive = False
