@@ -1,4 +1,5 @@
 import json
+import os
 from pathlib import Path
 from typing import NamedTuple
 
@@ -8,6 +9,9 @@ import torch
 from hypothesis import settings
 from torch import Tensor
 
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # counts when the kernels are defined, so before the import below
+
 from adamae_sampler.models import AdaMAE
 
 DATA = Path(__file__).parent / "data"
@@ -15,6 +19,13 @@ DATA = Path(__file__).parent / "data"
 # Timings on a shared machine vary; a slow example is not a failure.
 settings.register_profile("default", deadline=None, print_blob=True)
 settings.load_profile("default")
+
+
+def pytest_collection_modifyitems(items) -> None:
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="no GPU"))
 
 
 @pytest.fixture(autouse=True)

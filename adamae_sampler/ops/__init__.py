@@ -1,11 +1,13 @@
 """The operations of masked autoencoding, one file each, usable without the rest of the package.
 
-Every file reads downwards: the plain-PyTorch reference, which is the ground truth and the CPU path, then the
-public function, which checks its input and calls it. None indexes with a boolean mask, loops over the batch
-or reads back from the device.
+Every file reads downwards: the plain-PyTorch reference, which is the ground truth and the CPU path; the Triton
+kernels; their registration with torch, which is how autograd and `torch.compile` know them; and the public function,
+which checks its input and takes one or the other (backend.py). Neither indexes with a boolean mask, loops over the
+batch, reads back from the device or writes to its input.
 """
 
 from adamae_sampler.ops.assemble_tokens import assemble_tokens
+from adamae_sampler.ops.backend import backend_for, get_backend, set_backend, use_backend
 from adamae_sampler.ops.draw_mask import draw_mask
 from adamae_sampler.ops.gather_tokens import gather_tokens
 from adamae_sampler.ops.patches import patchify, unpatchify
@@ -14,11 +16,15 @@ from adamae_sampler.ops.sampling_loss import sampling_loss
 
 __all__ = [
     "assemble_tokens",
+    "backend_for",
     "draw_mask",
     "gather_tokens",
+    "get_backend",
     "patchify",
     "reconstruction_error",
     "reconstruction_target",
     "sampling_loss",
+    "set_backend",
     "unpatchify",
+    "use_backend",
 ]

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from adamae_sampler.mask import MaskSample
-from adamae_sampler.ops.checks import check_device, check_indices, check_pos, check_tokens
-from adamae_sampler.ops.gather_tokens import select_rows
+from adamae_sampler.ops.backend import backend_for, jit, launch, tl
+from adamae_sampler.ops.checks import check_device, check_floating, check_indices, check_pos, check_tokens
+from adamae_sampler.ops.gather_tokens import gather_op, grad_of_pos, select_rows
+from adamae_sampler.ops.rows import as_table, place_of_token, row_tiles, tile_of
 
 Order = Literal["concat", "restore"]
+
+_MOST_PARTS = 1024  # of a sum's first stage; they depend on shapes alone, so that every GPU adds in the same order
+
+# ---------------------------------------------------------------------------------------------------- reference
 
 
 def _assemble_tokens_reference(
@@ -24,6 +30,203 @@ def _assemble_tokens_reference(
     if order == "concat":
         return concatenated + select_rows(pos, token_idx).to(visible.dtype)
     return select_rows(concatenated, token_idx.argsort(dim=1)) + pos.to(visible.dtype)
+
+
+# ------------------------------------------------------------------------------------------------------ kernels
+
+
+@jit
+def _assemble_kernel(
+    visible_ptr,
+    mask_token_ptr,
+    pos_ptr,
+    visible_idx_ptr,
+    masked_idx_ptr,
+    place_ptr,
+    out_ptr,
+    num_rows,
+    N,
+    K,
+    D,
+    visible_stride_b,
+    visible_stride_k,
+    visible_stride_d,
+    mask_token_stride_d,
+    pos_stride_b,
+    pos_stride_n,
+    pos_stride_d,
+    visible_idx_stride_b,
+    visible_idx_stride_k,
+    masked_idx_stride_b,
+    masked_idx_stride_m,
+    RESTORE: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+):
+    """A row of the output: the visible token at `place`, or the mask token if that is -1; plus `token`'s position."""
+    row, col, inside = tile_of(num_rows, D, ROWS, COLS)
+    clip = (row // N).to(tl.int64)
+    rank = row % N
+    if RESTORE:
+        token = rank.to(tl.int64)
+        place = tl.load(place_ptr + row, mask=row < num_rows, other=-1)
+    else:
+        place = tl.where(rank < K, rank, -1)
+        visible_idx = visible_idx_ptr + clip * visible_idx_stride_b + rank * visible_idx_stride_k
+        masked_idx = masked_idx_ptr + clip * masked_idx_stride_b + (rank - K) * masked_idx_stride_m
+        token = tl.load(visible_idx, mask=(row < num_rows) & (rank < K), other=0)
+        token += tl.load(masked_idx, mask=(row < num_rows) & (rank >= K), other=0)
+    value = tl.load(
+        visible_ptr + clip * visible_stride_b + place.to(tl.int64) * visible_stride_k + col * visible_stride_d,
+        mask=inside & (place >= 0),
+        other=0.0,
+    )
+    mask_token = tl.load(mask_token_ptr + col * mask_token_stride_d, mask=col < D, other=0.0)
+    value = tl.where(place == -1, mask_token.to(value.dtype).to(tl.float32), value.to(tl.float32))
+    found = inside & (token >= 0) & (token < N) & (place >= -1)
+    pos = tl.load(
+        pos_ptr + clip * pos_stride_b + token * pos_stride_n + col * pos_stride_d, mask=found, other=float("nan")
+    )
+    value += pos.to(visible_ptr.dtype.element_ty).to(tl.float32)
+    tl.store(out_ptr + row.to(tl.int64) * D + col, value.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+@jit
+def _sum_masked_rows_kernel(
+    grad_ptr,
+    place_ptr,
+    partial_ptr,
+    num_rows,
+    rows_each,
+    N,
+    K,
+    D,
+    grad_stride_b,
+    grad_stride_n,
+    grad_stride_d,
+    RESTORE: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+):
+    """partial[i] = the sum of the masked rows among the i-th `rows_each` rows of grad."""
+    tiles_across = tl.cdiv(D, COLS)
+    part = tl.program_id(0) // tiles_across
+    col = ((tl.program_id(0) % tiles_across) * COLS + tl.arange(0, COLS)[None, :]).to(tl.int64)
+    first = part * rows_each
+    stop = tl.minimum(first + rows_each, num_rows)
+    total = tl.zeros((ROWS, COLS), tl.float32)
+    for start in range(first, stop, ROWS):
+        row = start + tl.arange(0, ROWS)[:, None]
+        rank = row % N
+        if RESTORE:  # noqa: SIM108
+            masked = tl.load(place_ptr + row, mask=row < stop, other=0) == -1
+        else:
+            masked = (row < stop) & (rank >= K)
+        place = (row // N).to(tl.int64) * grad_stride_b + rank.to(tl.int64) * grad_stride_n + col * grad_stride_d
+        total += tl.load(grad_ptr + place, mask=masked & (col < D), other=0.0).to(tl.float32)
+    summed = tl.sum(total, axis=0)[None, :]
+    tl.store(partial_ptr + part.to(tl.int64) * D + col, summed, mask=col < D)
+
+
+# ---------------------------------------------------------------------------------------------------- operators
+
+
+@torch.library.custom_op("adamae_sampler::assemble_tokens", mutates_args=())
+def _assemble_op(
+    visible: Tensor, mask_token: Tensor, pos: Tensor, visible_idx: Tensor, masked_idx: Tensor, restore: bool
+) -> Tensor:
+    """visible [B, K, D], mask_token [D], pos [1, N, D] or [B, N, D] -> [B, N, D]."""
+    out = _empty_assembled(visible, mask_token, pos, visible_idx, masked_idx, restore)
+    batch, num_tokens, width = out.shape
+    programs, tile = row_tiles(batch * num_tokens, width)
+    launch(
+        _assemble_kernel,
+        programs,
+        visible,
+        mask_token,
+        pos,
+        visible_idx,
+        masked_idx,
+        place_of_token(visible_idx, num_tokens) if restore else None,
+        out,
+        batch * num_tokens,
+        num_tokens,
+        visible.shape[1],
+        width,
+        *visible.stride(),
+        *mask_token.stride(),
+        *pos.expand(batch, -1, -1).stride(),
+        *visible_idx.stride(),
+        *masked_idx.stride(),
+        RESTORE=restore,
+        **tile,
+    )
+    return out
+
+
+@_assemble_op.register_fake
+def _empty_assembled(
+    visible: Tensor, mask_token: Tensor, pos: Tensor, visible_idx: Tensor, masked_idx: Tensor, restore: bool
+) -> Tensor:
+    return visible.new_empty(visible.shape[0], pos.shape[1], visible.shape[2])
+
+
+@torch.library.custom_op("adamae_sampler::sum_masked_rows", mutates_args=())
+def _sum_masked_rows_op(grad: Tensor, visible_idx: Tensor, restore: bool) -> Tensor:
+    """grad [B, N, D], in the order that `restore` tells -> [D] fp32, the sum of its masked rows."""
+    batch, num_tokens, width = grad.shape
+    _, tile = row_tiles(batch * num_tokens, width)
+    parts = min(_MOST_PARTS, -(-batch * num_tokens // tile["ROWS"]))
+    rows_each = -(-batch * num_tokens // max(parts, 1))
+    partial = grad.new_empty(parts, width, dtype=torch.float32)
+    launch(
+        _sum_masked_rows_kernel,
+        parts * -(-width // tile["COLS"]),
+        grad,
+        place_of_token(visible_idx, num_tokens) if restore else None,
+        partial,
+        batch * num_tokens,
+        rows_each,
+        num_tokens,
+        visible_idx.shape[1],
+        width,
+        *grad.stride(),
+        RESTORE=restore,
+        **tile,
+    )
+    return partial.sum(0)
+
+
+@_sum_masked_rows_op.register_fake
+def _empty_sum(grad: Tensor, visible_idx: Tensor, restore: bool) -> Tensor:
+    return grad.new_empty(grad.shape[2], dtype=torch.float32)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, mask_token, pos, visible_idx, masked_idx, ctx.restore = inputs
+    ctx.save_for_backward(visible_idx, masked_idx)
+    ctx.mask_token_dtype, ctx.pos_shape, ctx.pos_dtype = mask_token.dtype, pos.shape, pos.dtype
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    visible_idx, masked_idx = ctx.saved_tensors
+    needs_visible, needs_mask_token, needs_pos, *_ = ctx.needs_input_grad
+    grad_visible = grad_mask_token = grad_pos = None
+    if needs_visible:  # in "concat" order they are the first rows as they stand
+        grad_visible = gather_op(grad, visible_idx, None) if ctx.restore else grad[:, : visible_idx.shape[1]]
+    if needs_mask_token:
+        grad_mask_token = _sum_masked_rows_op(grad, visible_idx, ctx.restore).to(ctx.mask_token_dtype)
+    if needs_pos and ctx.restore:
+        grad_pos = (grad if ctx.pos_shape[0] == grad.shape[0] else grad.sum(0, keepdim=True)).to(ctx.pos_dtype)
+    elif needs_pos:
+        grad_pos = grad_of_pos(grad, torch.cat([visible_idx, masked_idx], 1), ctx.pos_shape, ctx.pos_dtype)
+    return grad_visible, grad_mask_token, grad_pos, None, None, None
+
+
+_assemble_op.register_autograd(_backward, setup_context=_save)
+
+
+# ------------------------------------------------------------------------------------------------------- public
 
 
 def assemble_tokens(
@@ -44,7 +247,8 @@ def assemble_tokens(
 
     Raises:
         TypeError, ValueError: a wrong dtype, shape, device or order; an index out of range (checked on CPU in
-            eager mode only).
+            eager mode only). The kernel, which cannot raise without making the host wait, gives NaN for an index out
+            of range, and in "restore" order for a token that is visible twice.
     """
     check_tokens("visible", visible)
     batch, num_visible, width = visible.shape
@@ -59,8 +263,18 @@ def assemble_tokens(
         raise ValueError(
             f"mask_token has shape {tuple(mask_token.shape)}, expected {width} values, one row of visible."
         )
+    check_floating("mask_token", mask_token)
     check_device("mask_token", mask_token, visible.device)
     check_pos(pos, batch, num_tokens, width, visible.device)
     if order not in ("concat", "restore"):
         raise ValueError(f"order={order!r}, expected 'concat' (visible first) or 'restore' (every token in its place).")
+    if visible.shape[1] + sample.masked_idx.shape[1] != num_tokens:
+        raise ValueError(
+            f"the sample has {visible.shape[1]} visible and {sample.masked_idx.shape[1]} masked tokens, expected "
+            f"{num_tokens} together, as its mask has."
+        )
+    if backend_for(visible, mask_token, pos) == "triton":
+        idx = (sample.visible_idx, sample.masked_idx)
+        assembled: Tensor = _assemble_op(visible, mask_token.reshape(-1), as_table(pos), *idx, order == "restore")
+        return assembled
     return _assemble_tokens_reference(visible, mask_token, pos, sample, order)

@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from adamae_sampler.mask import MaskSample, check_num_visible
-from adamae_sampler.ops.checks import at_least_fp32, check_floating
+from adamae_sampler.ops.backend import backend_for, jit, launch, next_power_of_2, tl
+from adamae_sampler.ops.checks import at_least_fp32, check_device, check_floating
 
 # Keys are kept where fp32 still resolves Gumbel noise, which stays within about [-4.5, 88], to a hundredth.
 _LOWEST_FINITE = -(2.0**17)
 _BELOW_FINITE = 2 * _LOWEST_FINITE
 _ABOVE_FINITE = 100.0
+
+# A row of up to this many tokens stays in registers; a longer one goes through it in pieces (tiles).
+_LARGEST_TILE = 4096
+# Three counts of tokens share the 63 bits of an int64.
+_MOST_TOKENS = 2**21 - 1
+
+
+# ---------------------------------------------------------------------------------------------------- reference
 
 
 def _draw_mask_reference(scores: Tensor, num_visible: int, noise: Tensor) -> MaskSample:
@@ -38,7 +49,7 @@ def _ranking_keys(scores: Tensor, noise: Tensor) -> Tensor:
     finite = scores.isfinite()
     highest = torch.where(finite, scores, -torch.inf).amax(1, keepdim=True)  # -inf in a row with no finite score
     outlier = torch.where(scores == torch.inf, _ABOVE_FINITE, _BELOW_FINITE)
-    return torch.where(finite, (scores - highest).clamp_min(_LOWEST_FINITE), outlier) + noise
+    return torch.where(finite, (scores - highest).clamp_min(_LOWEST_FINITE), outlier) + noise.to(scores.dtype)
 
 
 def gumbel_noise(like: Tensor, generator: torch.Generator | None = None) -> Tensor:
@@ -46,6 +57,258 @@ def gumbel_noise(like: Tensor, generator: torch.Generator | None = None) -> Tens
     exponential = torch.empty_like(like, dtype=torch.float32, memory_format=torch.contiguous_format)
     exponential.exponential_(generator=generator)
     return -exponential.clamp_min(torch.finfo(torch.float32).tiny).log()
+
+
+# ------------------------------------------------------------------------------------------------------- kernel
+
+
+@jit
+def _gumbel(seed, clip, token):
+    """Standard Gumbel noise of a token: one Philox block, keyed by the seed and counted by token and clip."""
+    bits, _, _, _ = tl.philox(seed, token, clip, 0, 0)
+    uniform = ((bits >> 9).to(tl.float32) + 0.5) * (1.0 / 8388608.0)  # 2^-23 apart: exact, and never 0 or 1
+    return -tl.log(-tl.log(uniform))
+
+
+@jit
+def _as_ordered_bits(key):
+    """fp32 -> uint32 in the same order, 0 left free. NaN is greatest and -0 equals 0, as torch sorts them."""
+    bits = key.to(tl.uint32, bitcast=True)
+    ordered = tl.where(bits >> 31 == 1, ~bits, bits | 0x80000000)
+    ordered = tl.where(key == 0.0, 0x80000000, ordered)
+    return tl.where(key != key, 0xFFFFFFFF, ordered)
+
+
+@jit
+def _draw_mask_kernel(
+    scores_ptr,
+    noise_ptr,
+    seed_ptr,
+    keys_ptr,
+    visible_ptr,
+    masked_ptr,
+    mask_ptr,
+    log_probs_ptr,
+    num_nonfinite_ptr,
+    N,
+    K,
+    scores_stride_b,
+    scores_stride_n,
+    noise_stride_b,
+    noise_stride_n,
+    LOWEST: tl.constexpr,
+    BELOW: tl.constexpr,
+    ABOVE: tl.constexpr,
+    GIVEN_NOISE: tl.constexpr,
+    ONE_TILE: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """One program draws one clip's mask."""
+    INF: tl.constexpr = float("inf")
+    NAN: tl.constexpr = float("nan")
+    clip = tl.program_id(0).to(tl.int64)
+    scores_ptr += clip * scores_stride_b
+    lane = tl.arange(0, TILE)
+    stop = TILE if ONE_TILE else N  # a loop known to run once is none
+
+    highest = -INF  # of the finite scores
+    num_nonfinite = 0
+    for start in range(0, stop, TILE):
+        token = start + lane
+        score = tl.load(scores_ptr + token.to(tl.int64) * scores_stride_n, mask=token < N, other=0.0).to(tl.float32)
+        finite = (tl.abs(score) < INF) & (token < N)
+        highest = tl.maximum(highest, tl.max(tl.where(finite, score, -INF)))
+        num_nonfinite += tl.sum(((~finite) & (token < N)).to(tl.int32))
+    tl.store(num_nonfinite_ptr + clip, num_nonfinite)
+
+    # Keys, and the sum that turns scores into probabilities.
+    total = 0.0
+    keys = tl.full((TILE,), 0, tl.uint32)
+    for start in range(0, stop, TILE):
+        token = start + lane
+        score = tl.load(scores_ptr + token.to(tl.int64) * scores_stride_n, mask=token < N, other=-INF).to(tl.float32)
+        total += tl.sum(tl.where(token < N, tl.exp(score - highest), 0.0))
+        if GIVEN_NOISE:
+            place = clip * noise_stride_b + token.to(tl.int64) * noise_stride_n
+            noise = tl.load(noise_ptr + place, mask=token < N, other=0.0).to(tl.float32)
+        else:
+            noise = _gumbel(tl.load(seed_ptr), clip.to(tl.int32), token)
+        outlier = tl.where(score == INF, ABOVE, BELOW)
+        key = tl.where(tl.abs(score) < INF, tl.maximum(score - highest, LOWEST), outlier) + noise
+        keys = tl.where(token < N, _as_ordered_bits(key), 0).to(tl.uint32)
+        if not ONE_TILE:
+            tl.store(keys_ptr + clip * N + token, keys.to(tl.int32, bitcast=True), mask=token < N)
+    if not ONE_TILE:
+        tl.debug_barrier()  # the program's threads read each other's keys from here on
+
+    log_total = tl.log(tl.where(total == INF, NAN, total))  # a score of +inf leaves no distribution
+    for start in range(0, stop, TILE):
+        token = start + lane
+        score = tl.load(scores_ptr + token.to(tl.int64) * scores_stride_n, mask=token < N, other=0.0).to(tl.float32)
+        tl.store(log_probs_ptr + clip * N + token, score - highest - log_total, mask=token < N)
+
+    # The K-th largest key, found from its highest bits to its lowest, two at a time: of the three candidates for
+    # the next two bits, count the keys at or above each, and take the largest that at least K keys reach.
+    COUNT_BITS: tl.constexpr = 21
+    COUNT_MASK: tl.constexpr = (1 << 21) - 1
+    threshold = tl.full((), 0, tl.uint32)
+    unit = tl.full((), 1 << 30, tl.uint32)
+    for _ in range(16):
+        counts = tl.full((), 0, tl.int64)
+        for start in range(0, stop, TILE):
+            if not ONE_TILE:
+                token = start + lane
+                keys = tl.load(keys_ptr + clip * N + token, mask=token < N, other=0).to(tl.uint32, bitcast=True)
+            one = (keys >= threshold + unit).to(tl.int64)
+            two = (keys >= threshold + 2 * unit).to(tl.int64)
+            three = (keys >= threshold + 3 * unit).to(tl.int64)
+            counts += tl.sum(one + (two << COUNT_BITS) + (three << 2 * COUNT_BITS))
+        reached = ((counts & COUNT_MASK) >= K).to(tl.uint32)
+        reached += (((counts >> COUNT_BITS) & COUNT_MASK) >= K).to(tl.uint32)
+        reached += ((counts >> 2 * COUNT_BITS) >= K).to(tl.uint32)
+        threshold += reached * unit
+        unit = unit >> 2
+
+    num_above = 0
+    for start in range(0, stop, TILE):
+        if not ONE_TILE:
+            token = start + lane
+            keys = tl.load(keys_ptr + clip * N + token, mask=token < N, other=0).to(tl.uint32, bitcast=True)
+        num_above += tl.sum((keys > threshold).to(tl.int32))
+    num_ties_taken = K - num_above  # of the keys equal to the threshold, those of the lowest tokens
+
+    # Both lists in ascending order: a visible token's place is the number of visible tokens before it. One prefix
+    # sum counts the keys above the threshold in its low half, and those equal to it in its high half.
+    before_tile = tl.full((), 0, tl.int64)
+    for start in range(0, stop, TILE):
+        token = start + lane
+        if not ONE_TILE:
+            keys = tl.load(keys_ptr + clip * N + token, mask=token < N, other=0).to(tl.uint32, bitcast=True)
+        above = keys > threshold
+        tie = keys == threshold
+        counted = above.to(tl.int64) + (tie.to(tl.int64) << 32)
+        before = before_tile + tl.cumsum(counted) - counted
+        ties_before = (before >> 32).to(tl.int32)
+        visible_before = (before & 0xFFFFFFFF).to(tl.int32) + tl.minimum(ties_before, num_ties_taken)
+        visible = above | (tie & (ties_before < num_ties_taken))
+        tl.store(visible_ptr + clip * K + visible_before, token.to(tl.int64), mask=visible)
+        masked_place = clip * (N - K) + token - visible_before
+        tl.store(masked_ptr + masked_place, token.to(tl.int64), mask=(token < N) & ~visible)
+        tl.store(mask_ptr + clip * N + token, ~visible, mask=token < N)
+        before_tile += tl.sum(counted)
+
+
+@jit
+def _log_softmax_backward_kernel(
+    grad_ptr, log_probs_ptr, grad_scores_ptr, N, grad_stride_b, grad_stride_n, TILE: tl.constexpr
+):
+    """grad - p sum(grad), one clip a program."""
+    clip = tl.program_id(0).to(tl.int64)
+    grad_ptr += clip * grad_stride_b
+    lane = tl.arange(0, TILE)
+    total = 0.0
+    for start in range(0, N, TILE):
+        token = start + lane
+        total += tl.sum(tl.load(grad_ptr + token.to(tl.int64) * grad_stride_n, mask=token < N, other=0.0))
+    for start in range(0, N, TILE):
+        token = start + lane
+        grad = tl.load(grad_ptr + token.to(tl.int64) * grad_stride_n, mask=token < N, other=0.0)
+        probs = tl.exp(tl.load(log_probs_ptr + clip * N + token, mask=token < N, other=0.0))
+        tl.store(grad_scores_ptr + clip * N + token, grad - probs * total, mask=token < N)
+
+
+# ----------------------------------------------------------------------------------------------------- operator
+
+
+def _obstacle(num_tokens: int) -> str:
+    return "" if num_tokens <= _MOST_TOKENS else f"the kernel draws from up to {_MOST_TOKENS} tokens, not {num_tokens}"
+
+
+def _tile_and_warps(num_tokens: int) -> dict[str, int]:
+    """A row a tile where it fits, and eight tokens a thread."""
+    tile = min(next_power_of_2(num_tokens), _LARGEST_TILE)
+    return {"TILE": tile, "num_warps": max(1, min(tile // 256, 16))}
+
+
+@torch.library.custom_op("adamae_sampler::draw_mask", mutates_args=())
+def _draw_mask_op(
+    scores: Tensor, num_visible: int, noise: Tensor | None, seed: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """MaskSample's tensors, log_probs first; the noise is given, or made from the seed, an int64 tensor of one value."""
+    log_probs, visible_idx, masked_idx, mask, num_nonfinite = _empty_sample(scores, num_visible, noise, seed)
+    batch, num_tokens = scores.shape
+    tile = _tile_and_warps(num_tokens)
+    one_tile = num_tokens <= tile["TILE"]
+    launch(
+        _draw_mask_kernel,
+        batch,
+        scores,
+        noise,
+        seed,
+        None if one_tile else torch.empty(batch, num_tokens, dtype=torch.int32, device=scores.device),
+        visible_idx,
+        masked_idx,
+        mask,
+        log_probs,
+        num_nonfinite,
+        num_tokens,
+        num_visible,
+        *scores.stride(),
+        *((0, 0) if noise is None else noise.stride()),
+        LOWEST=_LOWEST_FINITE,
+        BELOW=_BELOW_FINITE,
+        ABOVE=_ABOVE_FINITE,
+        GIVEN_NOISE=noise is not None,
+        ONE_TILE=one_tile,
+        **tile,
+    )
+    return log_probs, visible_idx, masked_idx, mask, num_nonfinite
+
+
+@_draw_mask_op.register_fake
+def _empty_sample(
+    scores: Tensor, num_visible: int, noise: Tensor | None, seed: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    batch, num_tokens = scores.shape
+    return (
+        scores.new_empty(batch, num_tokens, dtype=torch.float32),
+        scores.new_empty(batch, num_visible, dtype=torch.int64),
+        scores.new_empty(batch, num_tokens - num_visible, dtype=torch.int64),
+        scores.new_empty(batch, num_tokens, dtype=torch.bool),
+        scores.new_empty(batch, dtype=torch.int64),
+    )
+
+
+@torch.library.custom_op("adamae_sampler::log_softmax_backward", mutates_args=())
+def _log_softmax_backward_op(grad: Tensor, log_probs: Tensor) -> Tensor:
+    grad_scores = torch.empty_like(log_probs)
+    batch, num_tokens = log_probs.shape
+    tile = _tile_and_warps(num_tokens)
+    launch(_log_softmax_backward_kernel, batch, grad, log_probs, grad_scores, num_tokens, *grad.stride(), **tile)
+    return grad_scores
+
+
+@_log_softmax_backward_op.register_fake
+def _(grad: Tensor, log_probs: Tensor) -> Tensor:
+    return torch.empty_like(log_probs)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    log_probs, *draw = output
+    ctx.mark_non_differentiable(*draw)
+    ctx.save_for_backward(log_probs)
+    ctx.dtype = inputs[0].dtype
+
+
+def _backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    (log_probs,) = ctx.saved_tensors
+    return _log_softmax_backward_op(grad, log_probs).to(ctx.dtype), None, None, None
+
+
+_draw_mask_op.register_autograd(_backward, setup_context=_save)
+
+
+# ------------------------------------------------------------------------------------------------------- public
 
 
 def draw_mask(
@@ -57,15 +320,19 @@ def draw_mask(
     """Draws the visible tokens of each clip without replacement from p = softmax(scores) (Algorithm 1).
 
     By the Gumbel-top-k identity (Kool et al., 2019, arXiv:1903.06059) the K largest of log p + Gumbel noise are
-    K successive draws from p without replacement. It is one sort in fp32 log space, so it always gives exactly K
-    distinct indices, for probabilities that underflow and for scores that are not finite too: +inf is drawn
+    K successive draws from p without replacement. It is one selection in fp32 log space, so it always gives exactly
+    K distinct indices, for probabilities that underflow and for scores that are not finite too: +inf is drawn
     first, -inf and NaN last, and the sample counts them.
+
+    The kernel keeps a clip of up to 4096 tokens in registers and passes over a longer one, of up to 2^21 - 1
+    tokens, in tiles of 4096; more tokens take the reference. Its noise is Philox, keyed by one number drawn from
+    the generator on the device, so that a replayed CUDA graph draws afresh.
 
     Args:
         scores: [B, N], floating point. The draw itself has no gradient; `log_probs` has.
         num_visible: K, between 1 and N - 1.
         noise: [B, N] standard Gumbel noise in place of the op's own. The same noise gives the same draw on
-            every device; equal keys are ranked by index, the lower first.
+            every device and backend; equal keys are ranked by index, the lower first.
         generator: source of the noise; torch's default generator of the scores' device if None.
 
     Returns:
@@ -74,8 +341,8 @@ def draw_mask(
 
     Raises:
         TypeError: scores or noise are not floating point.
-        ValueError: scores are not [B, N], noise has another shape, both noise and generator are given, or K
-            is out of range.
+        ValueError: scores are not [B, N], noise has another shape or device, both noise and generator are given,
+            or K is out of range.
 
     >>> import torch
     >>> sample = draw_mask(torch.tensor([[0.0, 9.0, 0.0, 9.0]]), 2, noise=torch.zeros(1, 4))
@@ -86,12 +353,19 @@ def draw_mask(
     if scores.ndim != 2:
         raise ValueError(f"scores have shape {tuple(scores.shape)}, expected [B, N]: one score for each token.")
     check_num_visible(num_visible, scores.shape[1])
-    if noise is None:
-        noise = gumbel_noise(scores, generator)
-    else:
+    if noise is not None:
         check_floating("noise", noise)
         if generator is not None:
             raise ValueError("noise and generator are both given; the generator would not be used. Give one.")
         if noise.shape != scores.shape:
             raise ValueError(f"noise has shape {tuple(noise.shape)}, expected that of scores, {tuple(scores.shape)}.")
+        check_device("noise", noise, scores.device)
+    if backend_for(scores, obstacle=_obstacle(scores.shape[1])) == "triton":
+        seed = None
+        if noise is None:
+            seed = torch.randint(2**63 - 1, (1,), device=scores.device, generator=generator)
+        log_probs, visible_idx, masked_idx, mask, num_nonfinite = _draw_mask_op(scores, num_visible, noise, seed)
+        return MaskSample(visible_idx, masked_idx, mask, log_probs, num_nonfinite)
+    if noise is None:
+        noise = gumbel_noise(scores, generator)
     return _draw_mask_reference(scores, num_visible, noise)

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from adamae_sampler.ops.backend import backend_for, jit, launch, tl
 from adamae_sampler.ops.checks import check_indices, check_pos, check_tokens
+from adamae_sampler.ops.rows import as_table, place_of_token, row_tiles, tile_of
+
+# ---------------------------------------------------------------------------------------------------- reference
 
 
 def _gather_tokens_reference(x: Tensor, idx: Tensor, pos: Tensor | None) -> Tensor:
@@ -26,6 +32,192 @@ def select_rows(x: Tensor, idx: Tensor) -> Tensor:
     return x.reshape(-1, width).index_select(0, idx_flat.reshape(-1)).view(*idx.shape, width)
 
 
+# ------------------------------------------------------------------------------------------------------ kernels
+
+
+@jit
+def _gather_kernel(
+    x_ptr,
+    idx_ptr,
+    pos_ptr,
+    out_ptr,
+    num_rows,
+    N,
+    K,
+    D,
+    x_stride_b,
+    x_stride_n,
+    x_stride_d,
+    idx_stride_b,
+    idx_stride_k,
+    pos_stride_b,
+    pos_stride_n,
+    pos_stride_d,
+    HAS_POS: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+):
+    """out[b, k] = x[b, idx[b, k]] + pos[b, idx[b, k]]; NaN where the index is out of range."""
+    row, col, inside = tile_of(num_rows, D, ROWS, COLS)
+    clip = (row // K).to(tl.int64)
+    token = tl.load(idx_ptr + clip * idx_stride_b + (row % K) * idx_stride_k, mask=row < num_rows, other=0)
+    found = inside & (token >= 0) & (token < N)
+    value = tl.load(x_ptr + clip * x_stride_b + token * x_stride_n + col * x_stride_d, mask=found, other=float("nan"))
+    if HAS_POS:
+        pos = tl.load(pos_ptr + clip * pos_stride_b + token * pos_stride_n + col * pos_stride_d, mask=found, other=0.0)
+        value = value.to(tl.float32) + pos.to(value.dtype).to(tl.float32)
+    tl.store(out_ptr + row.to(tl.int64) * D + col, value.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+@jit
+def _scatter_kernel(
+    grad_ptr,
+    place_ptr,
+    out_ptr,
+    num_rows,
+    N,
+    D,
+    grad_stride_b,
+    grad_stride_k,
+    grad_stride_d,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+):
+    """out[b, n] = grad[b, place[b, n]], 0 where token n has no place: the transpose of a gather, as plain writes."""
+    row, col, inside = tile_of(num_rows, D, ROWS, COLS)
+    clip = (row // N).to(tl.int64)
+    place = tl.load(place_ptr + row, mask=row < num_rows, other=-1)
+    value = tl.load(
+        grad_ptr + clip * grad_stride_b + place.to(tl.int64) * grad_stride_k + col * grad_stride_d,
+        mask=inside & (place >= 0),
+        other=0.0,
+    )
+    value = tl.where(place == -2, float("nan"), value.to(tl.float32))
+    tl.store(out_ptr + row.to(tl.int64) * D + col, value.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+@jit
+def _scatter_sum_kernel(
+    grad_ptr,
+    place_ptr,
+    out_ptr,
+    batch,
+    N,
+    D,
+    grad_stride_b,
+    grad_stride_k,
+    grad_stride_d,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+):
+    """out[n] = the sum over clips b, in their order, of grad[b, place[b, n]]."""
+    token, col, inside = tile_of(N, D, ROWS, COLS)
+    total = tl.zeros((ROWS, COLS), tl.float32)
+    for b in range(batch):
+        clip = tl.cast(b, tl.int64)
+        place = tl.load(place_ptr + clip * N + token, mask=token < N, other=-1)
+        value = tl.load(
+            grad_ptr + clip * grad_stride_b + place.to(tl.int64) * grad_stride_k + col * grad_stride_d,
+            mask=inside & (place >= 0),
+            other=0.0,
+        )
+        total += tl.where(place == -2, float("nan"), value.to(tl.float32))
+    tl.store(out_ptr + token.to(tl.int64) * D + col, total.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+# ---------------------------------------------------------------------------------------------------- operators
+
+
+@torch.library.custom_op("adamae_sampler::gather_tokens", mutates_args=())
+def gather_op(x: Tensor, idx: Tensor, pos: Tensor | None) -> Tensor:
+    """x [B, N, D], idx [B, K], pos [1, N, D] or [B, N, D] -> [B, K, D]."""
+    out = _empty_gathered(x, idx, pos)
+    (batch, num_tokens, width), places = x.shape, idx.shape[1]
+    programs, tile = row_tiles(batch * places, width)
+    launch(
+        _gather_kernel,
+        programs,
+        x,
+        idx,
+        pos,
+        out,
+        batch * places,
+        num_tokens,
+        places,
+        width,
+        *x.stride(),
+        *idx.stride(),
+        *((0, 0, 0) if pos is None else pos.expand(batch, -1, -1).stride()),
+        HAS_POS=pos is not None,
+        **tile,
+    )
+    return out
+
+
+@gather_op.register_fake
+def _empty_gathered(x: Tensor, idx: Tensor, pos: Tensor | None) -> Tensor:
+    return x.new_empty(*idx.shape, x.shape[2])
+
+
+@torch.library.custom_op("adamae_sampler::scatter_tokens", mutates_args=())
+def scatter_op(grad: Tensor, idx: Tensor, num_tokens: int, dtype: torch.dtype) -> Tensor:
+    """grad [B, K, D], idx [B, K] -> [B, N, D] of the dtype, 0 where idx does not lead."""
+    out = _empty_scattered(grad, idx, num_tokens, dtype)
+    batch, _, width = grad.shape
+    programs, tile = row_tiles(batch * num_tokens, width)
+    place = place_of_token(idx, num_tokens)
+    launch(_scatter_kernel, programs, grad, place, out, batch * num_tokens, num_tokens, width, *grad.stride(), **tile)
+    return out
+
+
+@scatter_op.register_fake
+def _empty_scattered(grad: Tensor, idx: Tensor, num_tokens: int, dtype: torch.dtype) -> Tensor:
+    return grad.new_empty(grad.shape[0], num_tokens, grad.shape[2], dtype=dtype)
+
+
+@torch.library.custom_op("adamae_sampler::scatter_tokens_sum", mutates_args=())
+def scatter_sum_op(grad: Tensor, idx: Tensor, num_tokens: int, dtype: torch.dtype) -> Tensor:
+    """As `scatter_op`, summed over the clips: [1, N, D]."""
+    out = _empty_scattered_sum(grad, idx, num_tokens, dtype)
+    batch, _, width = grad.shape
+    programs, tile = row_tiles(num_tokens, width)
+    place = place_of_token(idx, num_tokens)
+    launch(_scatter_sum_kernel, programs, grad, place, out, batch, num_tokens, width, *grad.stride(), **tile)
+    return out
+
+
+@scatter_sum_op.register_fake
+def _empty_scattered_sum(grad: Tensor, idx: Tensor, num_tokens: int, dtype: torch.dtype) -> Tensor:
+    return grad.new_empty(1, num_tokens, grad.shape[2], dtype=dtype)
+
+
+def grad_of_pos(grad: Tensor, idx: Tensor, pos_shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    """The gradient of a position embedding [1, N, D] or [B, N, D] that was added to rows `idx`."""
+    scatter = scatter_op if pos_shape[0] == grad.shape[0] else scatter_sum_op
+    scattered: Tensor = scatter(grad, idx, pos_shape[1], dtype)
+    return scattered
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, idx, pos = inputs
+    ctx.save_for_backward(idx)
+    ctx.num_tokens, ctx.dtype = x.shape[1], x.dtype
+    ctx.pos_shape, ctx.pos_dtype = (None, None) if pos is None else (pos.shape, pos.dtype)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    (idx,) = ctx.saved_tensors
+    needs_x, _, needs_pos = ctx.needs_input_grad
+    grad_x = scatter_op(grad, idx, ctx.num_tokens, ctx.dtype) if needs_x else None
+    return grad_x, None, grad_of_pos(grad, idx, ctx.pos_shape, ctx.pos_dtype) if needs_pos else None
+
+
+gather_op.register_autograd(_backward, setup_context=_save)
+
+
+# ------------------------------------------------------------------------------------------------------- public
+
+
 def gather_tokens(x: Tensor, idx: Tensor, pos: Tensor | None = None) -> Tensor:
     """x[b, idx[b]] + pos[idx[b]] for every clip b.
 
@@ -40,7 +232,8 @@ def gather_tokens(x: Tensor, idx: Tensor, pos: Tensor | None = None) -> Tensor:
 
     Raises:
         TypeError, ValueError: a wrong dtype, shape or device; an index out of range (checked on CPU in eager
-            mode only).
+            mode only). The kernel, which cannot raise without making the host wait, gives NaN for an index out of
+            range, and a NaN gradient to a token that a row of idx names twice.
 
     >>> import torch
     >>> gather_tokens(torch.arange(8.0).view(1, 4, 2), torch.tensor([[1, 3]])).tolist()
@@ -50,4 +243,7 @@ def gather_tokens(x: Tensor, idx: Tensor, pos: Tensor | None = None) -> Tensor:
     check_indices("idx", idx, x.shape[0], x.shape[1], x.device)
     if pos is not None:
         check_pos(pos, x.shape[0], x.shape[1], x.shape[2], x.device)
+    if backend_for(x, *([] if pos is None else [pos])) == "triton":
+        gathered: Tensor = gather_op(x, idx, None if pos is None else as_table(pos))
+        return gathered
     return _gather_tokens_reference(x, idx, pos)

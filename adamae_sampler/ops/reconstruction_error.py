@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from adamae_sampler.ops.backend import backend_for, jit, launch, next_power_of_2, tl
 from adamae_sampler.ops.checks import at_least_fp32, check_device, check_floating, check_indices
 from adamae_sampler.ops.gather_tokens import select_rows
 from adamae_sampler.ops.patches import PatchSize, patch_pair, patchify, token_grid
 
 Kind = Literal["mse", "l1"]
 STD_EPS = 1e-6  # added to the standard deviation, not the variance, as VideoMAE and AdaMAE do
+_MOST_PIXELS = 8192  # of a patch that one program holds; a larger patch takes the reference
+
+# ---------------------------------------------------------------------------------------------------- reference
 
 
 def _reconstruction_error_reference(prediction: Tensor, target: Tensor, kind: Kind) -> Tensor:
@@ -43,6 +48,227 @@ def _target_reference(
         centre_var, centre = torch.var_mean(pixels, dim=-2, correction=1, keepdim=True)
         pixels = (pixels - centre) / (centre_var.sqrt() + STD_EPS)
     return pixels.flatten(-2)
+
+
+# ------------------------------------------------------------------------------------------------------- kernel
+
+
+# Neighbouring lanes are to take neighbouring pixels, since a pixel's channels lie apart in the video and together in
+# the prediction: a stride of 1 known to the compiler would give each lane a run of pixels, and its loads of the
+# prediction 32 cache lines each.
+@jit(do_not_specialize=["video_stride_w"])
+def _error_kernel(
+    prediction_ptr,
+    video_ptr,
+    masked_idx_ptr,
+    grad_error_ptr,
+    out_ptr,
+    N,
+    M,
+    TOKENS_HW,
+    TOKENS_W,
+    prediction_stride_b,
+    prediction_stride_m,
+    prediction_stride_p,
+    video_stride_b,
+    video_stride_c,
+    video_stride_t,
+    video_stride_h,
+    video_stride_w,
+    masked_idx_stride_b,
+    masked_idx_stride_m,
+    grad_error_stride_b,
+    grad_error_stride_m,
+    BACKWARD: tl.constexpr,
+    SQUARED: tl.constexpr,
+    NORMALIZE: tl.constexpr,
+    STD_EPS: tl.constexpr,
+    MEAN: tl.constexpr,
+    STD: tl.constexpr,
+    IS_UINT8: tl.constexpr,
+    C: tl.constexpr,
+    TUBELET: tl.constexpr,
+    P1: tl.constexpr,
+    P2: tl.constexpr,
+    PIXELS: tl.constexpr,
+):
+    """One program, one masked token: its error, or the gradient of its prediction; NaN if its index is out of range.
+
+    The target is made here from the token's pixels, channel by channel, and never stored. Blocks run over a patch's
+    (t p1 p2), padded to a power of two.
+    """
+    NUM_PIXELS: tl.constexpr = TUBELET * P1 * P2
+    clip = (tl.program_id(0) // M).to(tl.int64)
+    place = (tl.program_id(0) % M).to(tl.int64)
+    index = tl.load(masked_idx_ptr + clip * masked_idx_stride_b + place * masked_idx_stride_m)
+    exists = (index >= 0) & (index < N)
+    token = index.to(tl.int32)
+    pixel = tl.arange(0, PIXELS)
+    inside = pixel < NUM_PIXELS
+    found = pixel < tl.where(exists, NUM_PIXELS, 0)
+
+    t = token // TOKENS_HW * TUBELET + pixel // (P1 * P2)
+    h = token % TOKENS_HW // TOKENS_W * P1 + pixel // P2 % P1
+    w = token % TOKENS_W * P2 + pixel % P2
+    video_ptr += clip * video_stride_b
+    video_place = t.to(tl.int64) * video_stride_t + h.to(tl.int64) * video_stride_h + w.to(tl.int64) * video_stride_w
+    prediction_ptr += clip * prediction_stride_b + place * prediction_stride_m
+    if BACKWARD:
+        upstream = tl.load(grad_error_ptr + clip * grad_error_stride_b + place * grad_error_stride_m).to(tl.float32)
+        upstream = tl.where(exists, upstream, float("nan")) / (NUM_PIXELS * C)
+    total = tl.zeros((PIXELS,), tl.float32)
+
+    for c in tl.static_range(C):
+        value = tl.load(video_ptr + c * video_stride_c + video_place, mask=found, other=0).to(tl.float32)
+        if IS_UINT8:
+            value = value * (1.0 / 255.0)
+        if MEAN is not None:  # constants of the kernel: a tensor of them would be copied to the device and waited for
+            value = value * STD[c] + MEAN[c]
+        if NORMALIZE:
+            centre = tl.sum(tl.where(inside, value, 0.0)) / NUM_PIXELS
+            value = value - centre
+            variance = tl.sum(tl.where(inside, value * value, 0.0)) / (NUM_PIXELS - 1)
+            value = value * (1.0 / (tl.sqrt(variance) + STD_EPS))
+        column = pixel * C + c
+        prediction = tl.load(prediction_ptr + column * prediction_stride_p, mask=inside, other=0.0).to(tl.float32)
+        difference = prediction - value
+        if BACKWARD:
+            sign = tl.where(difference > 0, 1.0, tl.where(difference < 0, -1.0, difference * 0.0))  # NaN stays NaN
+            grad = upstream * (2 * difference if SQUARED else sign)
+            row = (clip * M + place) * (NUM_PIXELS * C)
+            tl.store(out_ptr + row + column, grad.to(out_ptr.dtype.element_ty), mask=inside)
+        else:
+            total += tl.where(inside, difference * difference if SQUARED else tl.abs(difference), 0.0)
+    if not BACKWARD:
+        error = tl.where(exists, tl.sum(total), float("nan")) / (NUM_PIXELS * C)
+        tl.store(out_ptr + clip * M + place, error)
+
+
+# ---------------------------------------------------------------------------------------------------- operators
+
+
+def _obstacle(patch: list[int]) -> str:
+    if math.prod(patch) <= _MOST_PIXELS:
+        return ""
+    return f"the kernel takes patches of up to {_MOST_PIXELS} pixels, not {'x'.join(map(str, patch))}"
+
+
+def _launch(
+    prediction: Tensor,
+    video: Tensor,
+    masked_idx: Tensor,
+    grad_error: Tensor | None,
+    out: Tensor,
+    kind: str,
+    normalize: bool,
+    patch: list[int],
+    mean: list[float] | None,
+    std: list[float] | None,
+) -> None:
+    (batch, num_masked), channels = masked_idx.shape, video.shape[1]
+    tubelet, p1, p2 = patch
+    tokens_t, tokens_h, tokens_w = token_grid(tuple(video.shape), (p1, p2), tubelet)
+    pixels = next_power_of_2(math.prod(patch))
+    launch(
+        _error_kernel,
+        batch * num_masked,
+        prediction,
+        video,
+        masked_idx,
+        grad_error,
+        out,
+        tokens_t * tokens_h * tokens_w,
+        num_masked,
+        tokens_h * tokens_w,
+        tokens_w,
+        *prediction.stride(),
+        *video.stride(),
+        *masked_idx.stride(),
+        *((0, 0) if grad_error is None else grad_error.stride()),
+        BACKWARD=grad_error is not None,
+        SQUARED=kind == "mse",
+        NORMALIZE=normalize,
+        STD_EPS=STD_EPS,
+        MEAN=None if mean is None else tuple(mean),
+        STD=None if std is None else tuple(std),
+        IS_UINT8=video.dtype == torch.uint8,
+        C=channels,
+        TUBELET=tubelet,
+        P1=p1,
+        P2=p2,
+        PIXELS=pixels,
+        num_warps=max(1, min(pixels // 512, 8)),  # one warp for 2x16x16 pixels: sums then need no barrier
+    )
+
+
+# Spelt out, since torch 2.6 does not infer lists. `patch` is (tubelet, height, width).
+_HOW = "str kind, bool normalize, int[] patch, float[]? mean, float[]? std"
+
+
+@torch.library.custom_op(
+    "adamae_sampler::reconstruction_error",
+    mutates_args=(),
+    schema=f"(Tensor prediction, Tensor video, Tensor masked_idx, {_HOW}) -> Tensor",
+)
+def _error_op(
+    prediction: Tensor,
+    video: Tensor,
+    masked_idx: Tensor,
+    kind: str,
+    normalize: bool,
+    patch: list[int],
+    mean: list[float] | None,
+    std: list[float] | None,
+) -> Tensor:
+    error = prediction.new_empty(masked_idx.shape, dtype=torch.float32)
+    _launch(prediction, video, masked_idx, None, error, kind, normalize, patch, mean, std)
+    return error
+
+
+@_error_op.register_fake
+def _(prediction: Tensor, video: Tensor, masked_idx: Tensor, *_: Any) -> Tensor:
+    return prediction.new_empty(masked_idx.shape, dtype=torch.float32)
+
+
+@torch.library.custom_op(
+    "adamae_sampler::reconstruction_error_backward",
+    mutates_args=(),
+    schema=f"(Tensor grad_error, Tensor prediction, Tensor video, Tensor masked_idx, {_HOW}) -> Tensor",
+)
+def _error_backward_op(
+    grad_error: Tensor,
+    prediction: Tensor,
+    video: Tensor,
+    masked_idx: Tensor,
+    kind: str,
+    normalize: bool,
+    patch: list[int],
+    mean: list[float] | None,
+    std: list[float] | None,
+) -> Tensor:
+    grad = prediction.new_empty(prediction.shape)
+    _launch(prediction, video, masked_idx, grad_error, grad, kind, normalize, patch, mean, std)
+    return grad
+
+
+@_error_backward_op.register_fake
+def _(grad_error: Tensor, prediction: Tensor, *_: Any) -> Tensor:
+    return prediction.new_empty(prediction.shape)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:3])
+    ctx.how = inputs[3:]
+
+
+def _backward(ctx: Any, grad_error: Tensor) -> tuple[Tensor | None, ...]:
+    return _error_backward_op(grad_error, *ctx.saved_tensors, *ctx.how), *[None] * 7
+
+
+_error_op.register_autograd(_backward, setup_context=_save)
+
+
+# ------------------------------------------------------------------------------------------------------- public
 
 
 @torch.no_grad()
@@ -128,6 +354,12 @@ def reconstruction_error(
             "decoder that predicts all tokens must be cut to the masked ones first."
         )
     _check_target_indices(video, masked_idx, patch_size, tubelet_size)
+    patch = [tubelet_size, p1, p2]
+    floating = (prediction, video) if video.is_floating_point() else (prediction,)
+    if backend_for(*floating, obstacle=_obstacle(patch)) == "triton":
+        how = (kind, normalize, patch, None if mean is None else list(mean), None if std is None else list(std))
+        error: Tensor = _error_op(prediction, video.detach(), masked_idx, *how)
+        return error
     with torch.no_grad():
         target = _target_reference(video, masked_idx, patch_size, tubelet_size, normalize, mean, std)
     return _reconstruction_error_reference(prediction, target, kind)

@@ -3,20 +3,167 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from adamae_sampler.ops.backend import backend_for, jit, launch, next_power_of_2, tl
 from adamae_sampler.ops.checks import at_least_fp32, check_device, check_floating, check_indices
+from adamae_sampler.ops.rows import place_of_token
 
 # Where the official code's Categorical stops: log of the fp32 epsilon, and of one minus it.
 _EPS = torch.finfo(torch.float32).eps
 _LOG_PROB_RANGE = (math.log(_EPS), math.log1p(-_EPS))
 
+# ---------------------------------------------------------------------------------------------------- reference
+
 
 def _sampling_loss_reference(log_probs: Tensor, masked_idx: Tensor, error: Tensor) -> Tensor:
     log_p = log_probs.gather(1, masked_idx).clamp(*_LOG_PROB_RANGE)
     return -(log_p * error.detach()).mean()
+
+
+# ------------------------------------------------------------------------------------------------------ kernels
+
+
+@jit
+def _sampling_loss_kernel(
+    log_probs_ptr,
+    masked_idx_ptr,
+    error_ptr,
+    partial_ptr,
+    N,
+    M,
+    log_probs_stride_b,
+    log_probs_stride_n,
+    masked_idx_stride_b,
+    masked_idx_stride_m,
+    error_stride_b,
+    error_stride_m,
+    LOWEST: tl.constexpr,
+    HIGHEST: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """partial[b] = the sum over clip b's masked tokens of log p times error."""
+    clip = tl.program_id(0).to(tl.int64)
+    total = tl.zeros((TILE,), tl.float32)
+    for start in range(0, M, TILE):
+        place = (start + tl.arange(0, TILE)).to(tl.int64)
+        token = tl.load(masked_idx_ptr + clip * masked_idx_stride_b + place * masked_idx_stride_m, mask=place < M)
+        error = tl.load(error_ptr + clip * error_stride_b + place * error_stride_m, mask=place < M).to(tl.float32)
+        found = (place < M) & (token >= 0) & (token < N)
+        where = log_probs_ptr + clip * log_probs_stride_b + token * log_probs_stride_n
+        log_p = tl.load(where, mask=found, other=float("nan")).to(tl.float32)
+        clamped = tl.where(log_p < LOWEST, LOWEST, tl.where(log_p > HIGHEST, HIGHEST, log_p))  # NaN stays
+        total += tl.where(place < M, clamped * error, 0.0)
+    tl.store(partial_ptr + clip, tl.sum(total))
+
+
+@jit
+def _sampling_loss_backward_kernel(
+    grad_ptr,
+    log_probs_ptr,
+    place_ptr,
+    error_ptr,
+    grad_log_probs_ptr,
+    num_errors,
+    N,
+    log_probs_stride_b,
+    log_probs_stride_n,
+    error_stride_b,
+    error_stride_m,
+    LOWEST: tl.constexpr,
+    HIGHEST: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """One program writes a tile of one clip's gradient: -error / (B M) where masked and not clamped, else 0."""
+    tiles = tl.cdiv(N, TILE)
+    clip = (tl.program_id(0) // tiles).to(tl.int64)
+    token = ((tl.program_id(0) % tiles) * TILE + tl.arange(0, TILE)).to(tl.int64)
+    place = tl.load(place_ptr + clip * N + token, mask=token < N, other=-1)
+    where = log_probs_ptr + clip * log_probs_stride_b + token * log_probs_stride_n
+    log_p = tl.load(where, mask=token < N, other=0.0).to(tl.float32)
+    learns = (place >= 0) & (log_p >= LOWEST) & (log_p <= HIGHEST)
+    error = tl.load(error_ptr + clip * error_stride_b + place.to(tl.int64) * error_stride_m, mask=learns, other=0.0)
+    grad = -tl.load(grad_ptr) * error.to(tl.float32) / num_errors
+    grad = tl.where(place == -2, float("nan"), tl.where(learns, grad, 0.0))
+    tl.store(grad_log_probs_ptr + clip * N + token, grad, mask=token < N)
+
+
+# ---------------------------------------------------------------------------------------------------- operators
+
+
+@torch.library.custom_op("adamae_sampler::sampling_loss", mutates_args=())
+def _sampling_loss_op(log_probs: Tensor, masked_idx: Tensor, error: Tensor) -> Tensor:
+    (batch, num_tokens), num_masked = log_probs.shape, masked_idx.shape[1]
+    partial = log_probs.new_empty(batch, dtype=torch.float32)
+    launch(
+        _sampling_loss_kernel,
+        batch,
+        log_probs,
+        masked_idx,
+        error,
+        partial,
+        num_tokens,
+        num_masked,
+        *log_probs.stride(),
+        *masked_idx.stride(),
+        *error.stride(),
+        LOWEST=_LOG_PROB_RANGE[0],
+        HIGHEST=_LOG_PROB_RANGE[1],
+        TILE=min(next_power_of_2(num_masked), 2048),
+    )
+    return partial.sum() / -(batch * num_masked)
+
+
+@_sampling_loss_op.register_fake
+def _(log_probs: Tensor, masked_idx: Tensor, error: Tensor) -> Tensor:
+    return log_probs.new_empty((), dtype=torch.float32)
+
+
+@torch.library.custom_op("adamae_sampler::sampling_loss_backward", mutates_args=())
+def _sampling_loss_backward_op(grad: Tensor, log_probs: Tensor, masked_idx: Tensor, error: Tensor) -> Tensor:
+    (batch, num_tokens), num_masked = log_probs.shape, masked_idx.shape[1]
+    grad_log_probs = log_probs.new_empty(batch, num_tokens, dtype=torch.float32)
+    tile = min(next_power_of_2(num_tokens), 1024)
+    launch(
+        _sampling_loss_backward_kernel,
+        batch * -(-num_tokens // tile),
+        grad,
+        log_probs,
+        place_of_token(masked_idx, num_tokens),
+        error,
+        grad_log_probs,
+        batch * num_masked,
+        num_tokens,
+        *log_probs.stride(),
+        *error.stride(),
+        LOWEST=_LOG_PROB_RANGE[0],
+        HIGHEST=_LOG_PROB_RANGE[1],
+        TILE=tile,
+    )
+    return grad_log_probs
+
+
+@_sampling_loss_backward_op.register_fake
+def _(grad: Tensor, log_probs: Tensor, masked_idx: Tensor, error: Tensor) -> Tensor:
+    return log_probs.new_empty(log_probs.shape, dtype=torch.float32)
+
+
+def _save(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    log_probs, masked_idx, error = ctx.saved_tensors
+    return _sampling_loss_backward_op(grad, log_probs, masked_idx, error).to(log_probs.dtype), None, None
+
+
+_sampling_loss_op.register_autograd(_backward, setup_context=_save)
+
+
+# ------------------------------------------------------------------------------------------------------- public
 
 
 def sampling_loss(log_probs: Tensor, masked_idx: Tensor, error: Tensor) -> Tensor:
@@ -35,7 +182,7 @@ def sampling_loss(log_probs: Tensor, masked_idx: Tensor, error: Tensor) -> Tenso
 
     Raises:
         TypeError, ValueError: a wrong dtype, shape or device; an index out of range (checked on CPU in eager
-            mode only).
+            mode only; the kernel gives NaN for it).
     """
     check_floating("log_probs", log_probs)
     check_floating("error", error)
@@ -47,4 +194,7 @@ def sampling_loss(log_probs: Tensor, masked_idx: Tensor, error: Tensor) -> Tenso
         raise ValueError(
             f"error has shape {tuple(error.shape)}, expected {tuple(masked_idx.shape)}: one for each masked token."
         )
+    if backend_for(log_probs, error) == "triton":
+        loss: Tensor = _sampling_loss_op(log_probs, masked_idx, error.detach())
+        return loss
     return _sampling_loss_reference(at_least_fp32(log_probs), masked_idx, at_least_fp32(error))

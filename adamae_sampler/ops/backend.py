@@ -1,0 +1,149 @@
+"""Which implementation an op runs: its Triton kernel or its plain-PyTorch reference.
+
+"auto", the default, takes the kernels where they run well (NVIDIA GPUs of compute capability 8.0 and newer, fp32,
+fp16 and bf16 tensors) and the reference everywhere else. "torch" always takes the reference. "triton" takes the
+kernels or raises. The environment variable ADAMAE_SAMPLER_BACKEND sets the choice at import.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from functools import cache, partial
+from typing import Any, Literal, TypeVar, get_args
+
+import torch
+from torch import Tensor
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # Triton has no wheels for this platform: the reference is what runs
+    triton = tl = None
+
+__all__ = ["backend_for", "get_backend", "jit", "launch", "next_power_of_2", "set_backend", "tl", "use_backend"]
+
+Backend = Literal["auto", "triton", "torch"]
+KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+MIN_CAPABILITY = (8, 0)
+ENVIRONMENT_VARIABLE = "ADAMAE_SAMPLER_BACKEND"
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+def _checked(backend: str, source: str) -> str:
+    if backend not in get_args(Backend):
+        raise ValueError(f"{source}={backend!r}, expected one of {', '.join(map(repr, get_args(Backend)))}.")
+    return backend
+
+
+_backend = _checked(os.environ.get(ENVIRONMENT_VARIABLE, "auto"), ENVIRONMENT_VARIABLE)
+# Triton's interpreter runs kernels on CPU tensors, for tests; the variable counts when a kernel is defined.
+INTERPRETED = triton is not None and os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def get_backend() -> str:
+    """The choice in force: "auto", "triton" or "torch". `backend_for` tells what it comes to for a tensor."""
+    return _backend
+
+
+def set_backend(backend: Backend) -> None:
+    """Chooses the implementation of all ops, for the whole process.
+
+    Raises:
+        ValueError: not one of "auto", "triton", "torch".
+    """
+    global _backend
+    _backend = _checked(backend, "backend")
+
+
+@contextmanager
+def use_backend(backend: Backend) -> Iterator[None]:
+    """Chooses the implementation within a `with` block, for the whole process.
+
+    Raises:
+        ValueError: not one of "auto", "triton", "torch".
+    """
+    before = get_backend()
+    set_backend(backend)
+    try:
+        yield
+    finally:
+        _restore(before)
+
+
+def _restore(backend: str) -> None:
+    global _backend
+    _backend = backend
+
+
+def backend_for(*tensors: Tensor, obstacle: str = "") -> Literal["triton", "torch"]:
+    """What an op runs on these floating-point tensors: "triton" or "torch".
+
+    Args:
+        tensors: at least one, all on one device.
+        obstacle: why the op has no kernel for its input, empty if it has.
+
+    Raises:
+        TypeError: "triton" is asked for and a tensor is neither fp32 nor half precision.
+        ValueError: "triton" is asked for and the device cannot run it, or the op has no kernel for its input.
+    """
+    if _backend == "torch":
+        return "torch"
+    device = tensors[0].device
+    if _backend == "auto":
+        takes = device.type == "cuda" and not obstacle and all(x.dtype in KERNEL_DTYPES for x in tensors)
+        return "triton" if takes and not _device_obstacle(device) else "torch"
+    for x in tensors:
+        if x.dtype not in KERNEL_DTYPES:
+            raise TypeError(
+                f"the Triton kernels take float32, float16 and bfloat16, got {x.dtype}. Cast it, or use "
+                'set_backend("auto"), which takes plain PyTorch for other dtypes.'
+            )
+    obstacle = obstacle or _device_obstacle(device)
+    if obstacle:
+        raise ValueError(
+            f'backend "triton" was asked for, but {obstacle}. Use set_backend("auto"), which takes plain PyTorch '
+            "where the kernels do not run."
+        )
+    return "triton"
+
+
+@torch.compiler.assume_constant_result
+def _device_obstacle(device: torch.device) -> str:
+    """Why kernels do not run on a device; empty if they do."""
+    return _find_obstacle(device)
+
+
+@cache
+def _find_obstacle(device: torch.device) -> str:
+    if triton is None:
+        return "Triton is not installed (pip install triton, on Linux)"
+    if INTERPRETED:
+        return ""
+    if device.type != "cuda" or not torch.cuda.is_available() or torch.version.hip is not None:
+        return f"the tensors are on {device}, which is no NVIDIA GPU that this process can use"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < MIN_CAPABILITY:
+        return f"{device} has compute capability {capability}, and the kernels are made for {MIN_CAPABILITY} and newer"
+    return ""
+
+
+def jit(function: _Function | None = None, **options: Any) -> Any:
+    """`triton.jit`, where there is Triton; elsewhere the kernel is left alone, and never launched."""
+    if function is None:
+        return partial(jit, **options)
+    return function if triton is None else triton.jit(function, **options)
+
+
+def next_power_of_2(n: int) -> int:
+    """The least power of two that is at least n; Triton's blocks have such sizes."""
+    return 1 << max(n - 1, 0).bit_length()
+
+
+def launch(kernel: Any, programs: int, *args: Any, **constants: Any) -> None:
+    """Launches `programs` programs of a kernel on its first argument's device, which need not be the current one."""
+    device = args[0].device
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        kernel[(programs,)](*args, enable_fp_fusion=True, **constants)  # as Triton always did; newer ones warn if unset

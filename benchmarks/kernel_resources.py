@@ -1,0 +1,200 @@
+"""Compiles every kernel ahead of time, without a GPU, and reads registers and spills from the binaries.
+
+    python benchmarks/kernel_resources.py [FILE.csv]    # ViT-B's sizes, for sm_80, sm_90 and sm_100
+
+The ops run on CPU tensors with Triton's launch replaced by its compilation, so what is compiled is exactly what a
+GPU would launch: the same arguments, constants, warps and specialisations. Rows go to the file given, else to
+benchmarks/results/kernel_resources.csv.
+"""
+
+from __future__ import annotations
+
+import csv
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import astuple, dataclass, fields
+from functools import partial
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import triton
+from triton.backends import nvidia
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+import adamae_sampler.ops  # noqa: F401  # registers the operators
+
+RESULTS = Path(__file__).parent / "results" / "kernel_resources.csv"
+ARCHITECTURES = (80, 90, 100)
+CUOBJDUMP = Path(next(iter(nvidia.__path__))) / "bin" / "cuobjdump"
+OPS = torch.ops.adamae_sampler
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What one kernel of one op takes on one architecture; bytes are per thread for spills, per program for shared."""
+
+    case: str
+    kernel: str
+    architecture: str
+    threads: int
+    registers: int
+    spilled_bytes: int
+    shared_bytes: int
+    triton: str
+
+
+class CompileOnly:
+    """A driver for a GPU that is not there, of a given architecture."""
+
+    def __init__(self, architecture: int) -> None:
+        self.architecture = architecture
+
+    def get_current_device(self) -> int:
+        """A number of its own for each architecture, since compiled kernels are kept by device."""
+        return self.architecture
+
+    def get_current_stream(self, device: int) -> int:
+        """No stream: nothing is launched."""
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        """What to compile for."""
+        return GPUTarget("cuda", self.architecture, 32)
+
+
+@contextmanager
+def compiled_not_launched(architecture: int) -> Iterator[list[tuple[str, Any]]]:
+    """Within it, launching a kernel compiles it; the list fills with (kernel's name, compiled kernel)."""
+    found: list[tuple[str, Any]] = []
+    run = JITFunction.run
+
+    def compile_only(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        found.append((self.__name__, run(self, *args, grid=grid, warmup=True, **kwargs)))
+
+    driver.set_active(CompileOnly(architecture))
+    try:
+        with mock.patch.object(JITFunction, "run", compile_only):
+            yield found
+    finally:
+        driver._active = None  # whatever the machine has, looked up when next needed
+
+
+def read_resources(cubin: bytes) -> tuple[int, int, int]:
+    """(registers a thread, bytes of stack a thread that spills go to, bytes of shared memory) of a binary."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [str(CUOBJDUMP), "--dump-resource-usage", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL|SHARED):(\d+)", text)}
+    return found["REG"], found["STACK"] + found["LOCAL"], found["SHARED"]
+
+
+def draw_mask(num_tokens: int, num_visible: int, noise: bool = False) -> None:
+    """The draw and the gradient of its log-probabilities."""
+    scores = torch.empty(CLIPS, num_tokens)
+    seed = torch.empty(1, dtype=torch.int64)
+    OPS.draw_mask(scores, num_visible, scores, None) if noise else OPS.draw_mask(scores, num_visible, None, seed)
+    OPS.log_softmax_backward(scores, scores)
+
+
+def gather_tokens(width: int, dtype: torch.dtype) -> None:
+    """The gather, and both ways back: to the tokens, and to a position table shared by the clips."""
+    x, idx = torch.empty(CLIPS, N, width, dtype=dtype), torch.empty(CLIPS, K, dtype=torch.int64)
+    grad = OPS.gather_tokens(x, idx, torch.empty(1, N, width))
+    OPS.scatter_tokens(grad, idx, N, dtype)
+    OPS.scatter_tokens_sum(grad, idx, N, torch.float32)
+
+
+def assemble_tokens(width: int, dtype: torch.dtype, restore: bool) -> None:
+    """The decoder's input, and the sum that is the mask token's gradient."""
+    visible, idx = torch.empty(CLIPS, K, width, dtype=dtype), torch.empty(CLIPS, N, dtype=torch.int64)
+    pos, mask_token = torch.empty(1, N, width), torch.empty(width)
+    grad = OPS.assemble_tokens(visible, mask_token, pos, idx[:, :K], idx[:, K:], restore)
+    OPS.sum_masked_rows(grad, idx[:, :K], restore)
+
+
+def reconstruction_error(dtype: torch.dtype, video_dtype: torch.dtype, kind: str, normalize: bool) -> None:
+    """The error and its gradient, for 2x16x16 patches of three channels."""
+    prediction, idx = torch.empty(CLIPS, N - K, 1536, dtype=dtype), torch.empty(CLIPS, N - K, dtype=torch.int64)
+    video = torch.empty(CLIPS, 3, 16, 224, 224, dtype=video_dtype)
+    stats = [None, None] if video_dtype == torch.uint8 else [[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]]
+    how = (kind, normalize, [2, 16, 16], *stats)
+    error = OPS.reconstruction_error(prediction, video, idx, *how)
+    OPS.reconstruction_error_backward(error, prediction, video, idx, *how)
+
+
+def sampling_loss() -> None:
+    """The loss and its gradient."""
+    log_probs, idx, error = (
+        torch.empty(CLIPS, N),
+        torch.empty(CLIPS, N - K, dtype=torch.int64),
+        torch.empty(CLIPS, N - K),
+    )
+    OPS.sampling_loss_backward(OPS.sampling_loss(log_probs, idx, error), log_probs, idx, error)
+
+
+CLIPS, N, K = 2, 1568, 78  # ViT-B on 16x224x224 at 95%; the number of clips is no constant of any kernel
+CASES: dict[str, Callable[[], None]] = {
+    "draw_mask, 1568 tokens": lambda: draw_mask(N, K),
+    "draw_mask, 1568 tokens, noise given": lambda: draw_mask(N, K, noise=True),
+    "draw_mask, 18432 tokens": lambda: draw_mask(18432, 921),
+    "sampling_loss": sampling_loss,
+}
+for _dtype in (torch.float32, torch.bfloat16, torch.float16):
+    _name = str(_dtype).removeprefix("torch.")
+    CASES[f"gather_tokens, 768 wide, {_name}"] = partial(gather_tokens, 768, _dtype)
+    for _order in ("concat", "restore"):
+        CASES[f"assemble_tokens, 384 wide, {_name}, {_order}"] = partial(
+            assemble_tokens, 384, _dtype, _order == "restore"
+        )
+    for _video in (torch.float32, torch.bfloat16, torch.uint8):
+        _video_name = str(_video).removeprefix("torch.")
+        CASES[f"reconstruction_error, {_name}, {_video_name} video"] = partial(
+            reconstruction_error, _dtype, _video, "mse", True
+        )
+CASES["reconstruction_error, bfloat16, uint8 video, raw l1"] = partial(
+    reconstruction_error, torch.bfloat16, torch.uint8, "l1", False
+)
+
+
+def measure(case: str, architecture: int) -> list[Resources]:
+    """The resources of a case's kernels on an architecture."""
+    with compiled_not_launched(architecture) as compiled:
+        CASES[case]()
+    rows = []
+    for name, kernel in compiled:
+        registers, spilled, shared = read_resources(kernel.asm["cubin"])
+        threads = 32 * kernel.metadata.num_warps
+        shared = max(shared, kernel.metadata.shared)
+        rows.append(
+            Resources(case, name, f"sm_{architecture}", threads, registers, spilled, shared, triton.__version__)
+        )
+    return rows
+
+
+def main() -> None:
+    """Compiles, prints, and writes the rows."""
+    rows = [row for case in CASES for architecture in ARCHITECTURES for row in measure(case, architecture)]
+    for row in rows:
+        print(
+            f"{row.case:40s} {row.kernel:32s} {row.architecture:7s} {row.registers:4d} registers "
+            f"{row.spilled_bytes:5d} B spilled {row.shared_bytes:6d} B shared, {row.threads} threads"
+        )
+    output = Path(sys.argv[1]) if len(sys.argv) > 1 else RESULTS
+    with output.open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(field.name for field in fields(Resources))
+        writer.writerows(map(astuple, rows))
+
+
+if __name__ == "__main__":
+    main()

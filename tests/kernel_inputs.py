@@ -1,0 +1,51 @@
+"""What the kernel tests share: the device they run on, awkward sizes, and the comparison with the reference."""
+
+import torch
+
+from adamae_sampler import MaskSample, ops
+
+# The same tests run on a GPU where there is one, and in Triton's interpreter, on CPU tensors, where there is none.
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+OPS = torch.ops.adamae_sampler
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+# Tolerances for sums; copies are compared bit for bit. The interpreter cuts fp32 down to bf16 instead of rounding.
+TOLERANCE = {
+    torch.float32: {"rtol": 1e-5, "atol": 1e-6},
+    torch.float16: {"rtol": 2e-3, "atol": 1e-5},
+    torch.bfloat16: {"rtol": 1.6e-2, "atol": 1e-5},
+}
+
+
+def whole_numbers(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """Small whole numbers: sums of a few are exact in every dtype, so results can be compared bit for bit."""
+    return torch.randint(-8, 9, shape).to(DEVICE, dtype)
+
+
+def make_sample(batch: int, tokens: int, visible: int) -> MaskSample:
+    with ops.use_backend("torch"):
+        return ops.draw_mask(torch.zeros(batch, tokens, device=DEVICE), visible)
+
+
+def run_both(call, *leaves, upstream=None):
+    """(outputs and gradients of the reference, the same of the kernel), of a call that returns one tensor."""
+    results = []
+    for backend in ("torch", "triton"):
+        inputs = [leaf.detach().requires_grad_() for leaf in leaves]
+        with ops.use_backend(backend):
+            out = call(*inputs)
+            if upstream is None:
+                upstream = whole_numbers(*out.shape, dtype=out.dtype)
+            grads = torch.autograd.grad(out, inputs, upstream.to(out.device))
+        results.append((out.detach(), *grads))
+    return results
+
+
+def assert_same(reference, kernel):
+    """Bit for bit, dtype and shape included."""
+    for expected, got in zip(reference, kernel, strict=True):
+        torch.testing.assert_close(got, expected, rtol=0, atol=0, equal_nan=True)
+
+
+def assert_close(reference, kernel, dtype=torch.float32):
+    for expected, got in zip(reference, kernel, strict=True):
+        torch.testing.assert_close(got, expected, equal_nan=True, **TOLERANCE[dtype])

@@ -1,0 +1,399 @@
+"""Every Triton kernel against the op's plain-PyTorch reference: outputs and all gradients.
+
+On a machine without a GPU the kernels run in Triton's interpreter (see conftest.py). What an allocation leaves
+uninitialised is poisoned throughout, so that a place that no kernel wrote shows.
+"""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from kernel_inputs import DEVICE, DTYPES, OPS, assert_close, assert_same, make_sample, run_both, whole_numbers
+
+from adamae_sampler import AdaMAELoss, MaskSample, ops
+from adamae_sampler.ops.draw_mask import _gumbel, gumbel_noise
+
+triton = pytest.importorskip("triton", reason="the kernels need Triton")
+tl = pytest.importorskip("triton.language")
+INF, NAN = math.inf, math.nan
+
+
+@pytest.fixture(autouse=True)
+def _poison():
+    torch.use_deterministic_algorithms(True, warn_only=True)  # fills what torch.empty gives with NaN and extremes
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def draw_both(scores, visible, noise=None):
+    noise = gumbel_noise(scores) if noise is None else noise
+    with ops.use_backend("torch"):
+        expected = ops.draw_mask(scores, visible, noise=noise)
+    with ops.use_backend("triton"):
+        return expected, ops.draw_mask(scores, visible, noise=noise)
+
+
+def assert_same_draw(expected, got):
+    for name in ("visible_idx", "masked_idx", "mask", "num_nonfinite"):
+        assert torch.equal(getattr(got, name), getattr(expected, name)), name
+    torch.testing.assert_close(got.log_probs, expected.log_probs, rtol=1e-5, atol=2e-6, equal_nan=True)
+
+
+@pytest.mark.parametrize("tokens", [2, 3, 31, 32, 33, 127, 129, 1568, 4095, 4096, 4097, 18432])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_same_noise_gives_the_same_draw(tokens, dtype):
+    """One tile, and several (beyond 4096 tokens)."""
+    scores = (3 * torch.randn(2, tokens)).to(DEVICE, dtype)
+    for visible in sorted({1, tokens // 20 or 1, tokens - 1}):
+        assert_same_draw(*draw_both(scores, visible))
+
+
+numbers = st.one_of(st.sampled_from([0.0, -0.0, 1.0, 1e-30, -1e9, 3e38, INF, -INF, NAN]), st.floats(-30, 30, width=32))
+
+
+@settings(max_examples=60)
+@given(st.data(), st.integers(2, 40), st.integers(1, 3), st.booleans())
+def test_any_scores_and_noise_with_ties(data, tokens, batch, tied):
+    row = st.lists(numbers, min_size=tokens, max_size=tokens)
+    scores = torch.tensor(data.draw(st.lists(row, min_size=batch, max_size=batch)), device=DEVICE)
+    noise = torch.randint(-2, 3, (batch, tokens)).to(DEVICE, torch.float32) if tied else None
+    assert_same_draw(*draw_both(scores, data.draw(st.integers(1, tokens - 1)), noise))
+
+
+def test_ties_across_tiles_go_to_the_lower_index():
+    scores = torch.zeros(1, 9000, device=DEVICE)
+    for visible in (3, 4096, 4100, 8999):
+        with ops.use_backend("triton"):
+            sample = ops.draw_mask(scores, visible, noise=torch.zeros_like(scores))
+        assert torch.equal(sample.visible_idx[0], torch.arange(visible, device=DEVICE))
+        assert torch.equal(sample.masked_idx[0], torch.arange(visible, 9000, device=DEVICE))
+
+
+def test_noise_that_is_nan_or_negative_zero_ranks_as_torch_sorts():
+    noise = torch.tensor([[NAN, 0.0, -0.0, 1.0, -NAN, -0.0, 0.0, INF]], device=DEVICE)
+    for visible in range(1, 8):
+        assert_same_draw(*draw_both(torch.zeros(1, 8, device=DEVICE), visible, noise))
+
+
+@pytest.mark.parametrize("tokens", [2, 33, 127, 5000])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gradient_of_log_probs(tokens, dtype):
+    scores, noise = torch.randn(3, tokens).to(DEVICE, dtype), torch.randn(3, tokens, device=DEVICE)
+    upstream = torch.randn(1, tokens, device=DEVICE).expand(3, -1)
+    reference, kernel = run_both(lambda x: ops.draw_mask(x, 1, noise=noise).log_probs, scores, upstream=upstream)
+    assert_close(reference, kernel, dtype)
+    assert kernel[1].dtype == dtype
+
+
+def test_the_draw_follows_the_generator():
+    scores = torch.randn(4, 50, device=DEVICE)
+    with ops.use_backend("triton"):
+        draw = lambda **kwargs: ops.draw_mask(scores, 10, **kwargs).visible_idx  # noqa: E731
+        torch.manual_seed(5)
+        first = draw()
+        assert not torch.equal(first, draw())
+        torch.manual_seed(5)
+        assert torch.equal(first, draw())
+        own = [draw(generator=torch.Generator(DEVICE).manual_seed(3)) for _ in range(2)]
+        assert torch.equal(*own)
+    assert not (first[0] == first[1]).all()  # clips differ
+
+
+@triton.jit
+def noise_kernel(seed_ptr, out_ptr, TOKENS: tl.constexpr):
+    token = tl.arange(0, TOKENS)
+    tl.store(out_ptr + tl.program_id(0) * TOKENS + token, _gumbel(tl.load(seed_ptr), tl.program_id(0), token))
+
+
+def test_the_kernels_noise_is_standard_gumbel_and_independent():
+    clips, tokens = 8, 1 << 15
+    noise = torch.empty(2, clips, tokens, device=DEVICE)
+    for seed, out in zip((7, 2**40 + 7), noise, strict=True):
+        noise_kernel[(clips,)](torch.tensor([seed], device=DEVICE), out, TOKENS=tokens)
+    assert noise.isfinite().all()
+    uniform = torch.exp(-torch.exp(-noise.double())).cpu()  # its distribution function
+    count = uniform.numel()
+    ranks = uniform.flatten().sort().values
+    distance = (ranks - (torch.arange(count, dtype=torch.float64) + 0.5) / count).abs().max().item()
+    assert distance < 1.95 / count**0.5  # Kolmogorov-Smirnov, one in a thousand
+    streams = uniform.flatten(0, 1)  # every clip of every seed, and each against itself one token on
+    correlation = torch.corrcoef(torch.cat([streams, streams.roll(1, 1)]))
+    assert (correlation - torch.eye(4 * clips)).abs().max() < 5 / tokens**0.5
+
+
+# Clips, tokens, visible, width: one, primes, 2^n and 2^n +- 1.
+ROWS = [(1, 2, 1, 1), (2, 7, 3, 5), (3, 37, 11, 48), (2, 33, 32, 127), (1, 64, 17, 129), (2, 16, 5, 768)]
+
+
+def pos_of(kind, batch, tokens, width):
+    if kind == "none":
+        return []
+    return [whole_numbers(*{"table": (tokens, width), "one": (1, tokens, width), "each": (batch, tokens, width)}[kind])]
+
+
+@pytest.mark.parametrize("size", ROWS)
+@pytest.mark.parametrize("kind", ["none", "table", "one", "each"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gather_tokens(size, kind, dtype):
+    batch, tokens, visible, width = size
+    idx = make_sample(batch, tokens, visible).visible_idx
+    x = whole_numbers(batch, tokens, width, dtype=dtype)
+    call = lambda x, pos=None: ops.gather_tokens(x, idx, pos)  # noqa: E731
+    assert_same(*run_both(call, x, *pos_of(kind, batch, tokens, width)))
+
+
+def test_gather_takes_any_order_and_strides():
+    x = whole_numbers(5, 12, 3).transpose(0, 2)  # [3, 12, 5]
+    idx = torch.stack([torch.randperm(12)[:8] for _ in range(3)]).to(DEVICE)[:, ::2]
+    pos = whole_numbers(5, 12).t()
+    upstream = whole_numbers(3, 1, 5).expand(3, 4, 5)
+    before = x.clone(), idx.clone(), pos.clone()
+    assert_same(*run_both(lambda x, p: ops.gather_tokens(x, idx, p), x, pos, upstream=upstream))
+    assert all(torch.equal(*each) for each in zip((x, idx, pos), before, strict=True))  # inputs are not written
+    expanded = whole_numbers(1, 12, 5).expand(3, 12, 5)
+    assert_same(*run_both(lambda x: ops.gather_tokens(x, idx), expanded))
+
+
+@pytest.mark.parametrize("size", ROWS)
+@pytest.mark.parametrize("kind", ["table", "one", "each"])
+@pytest.mark.parametrize("order", ["concat", "restore"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_assemble_tokens(size, kind, order, dtype):
+    batch, tokens, visible, width = size
+    sample = make_sample(batch, tokens, visible)
+    leaves = whole_numbers(batch, visible, width, dtype=dtype), whole_numbers(1, 1, width)
+    call = lambda v, m, p: ops.assemble_tokens(v, m, p, sample, order)  # noqa: E731
+    assert_same(*run_both(call, *leaves, *pos_of(kind, batch, tokens, width)))
+
+
+@pytest.mark.parametrize("order", ["concat", "restore"])
+def test_assemble_honours_strides(order):
+    sample = make_sample(3, 12, 4)
+    visible, mask_token, pos = whole_numbers(5, 4, 3).transpose(0, 2), whole_numbers(10)[::2], whole_numbers(5, 12).t()
+    upstream = whole_numbers(5, 1, 3).transpose(0, 2).expand(3, 12, 5)
+    call = lambda v, m, p: ops.assemble_tokens(v, m, p, sample, order)  # noqa: E731
+    assert_same(*run_both(call, visible, mask_token, pos, upstream=upstream))
+
+
+def test_mask_token_gradient_of_many_rows():
+    """More rows than the first stage of the sum has programs."""
+    sample = make_sample(7, 701, 30)
+    for order in ("concat", "restore"):
+        call = lambda m: ops.assemble_tokens(torch.zeros(7, 30, 3, device=DEVICE), m, m.expand(701, 3), sample, order)  # noqa: B023, E731
+        reference, kernel = run_both(call, torch.zeros(3, device=DEVICE), upstream=torch.rand(7, 701, 3, device=DEVICE))
+        assert_close(reference, kernel)
+
+
+def make_video(dtype, channels, t, h, w):
+    video = torch.rand(2, channels, t, h, w)
+    return ((video * 255).to(torch.uint8) if dtype == torch.uint8 else video.to(dtype)).to(DEVICE)
+
+
+@pytest.mark.parametrize("kind", ["mse", "l1"])
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("video_dtype", [torch.float32, torch.bfloat16, torch.uint8])
+@pytest.mark.parametrize(("patch", "tubelet", "channels"), [((4, 4), 2, 3), ((3, 5), 1, 1), ((2, 3), 3, 4)])
+def test_reconstruction_error(kind, normalize, dtype, video_dtype, patch, tubelet, channels):
+    video = make_video(video_dtype, channels, 2 * tubelet, 2 * patch[0], 3 * patch[1])
+    idx = make_sample(2, 12, 5).masked_idx
+    prediction = torch.randn(2, 7, tubelet * patch[0] * patch[1] * channels).to(DEVICE, dtype)
+    how = {"kind": kind, "normalize": normalize, "patch_size": patch, "tubelet_size": tubelet}
+    call = lambda p: ops.reconstruction_error(p, video, idx, **how)  # noqa: E731
+    (error, grad), (kernel_error, kernel_grad) = run_both(call, prediction, upstream=torch.randn(2, 7, device=DEVICE))
+    assert kernel_error.dtype == torch.float32
+    assert_close([error], [kernel_error])
+    assert_close([grad], [kernel_grad], dtype)
+
+
+def test_reconstruction_error_of_a_mean_std_normalised_strided_video():
+    mean, std = (0.5, 0.4, 0.3), (0.2, 0.3, 0.25)
+    video = torch.randn(2, 4, 8, 12, 3, device=DEVICE).movedim(-1, 1)  # channels last in memory
+    idx = make_sample(2, 24, 5).masked_idx.flip(1)
+    prediction = torch.randn(48, 19, 2, device=DEVICE).transpose(0, 2)
+    before = video.clone(), prediction.clone()
+    for normalize in (True, False):
+        how = {"patch_size": 4, "tubelet_size": 1, "mean": mean, "std": std, "normalize": normalize}
+        call = lambda p: ops.reconstruction_error(p, video, idx, **how)  # noqa: B023, E731
+        assert_close(*run_both(call, prediction, upstream=torch.tensor(0.3, device=DEVICE).expand(2, 19)))
+    assert torch.equal(video, before[0])
+    assert torch.equal(prediction, before[1])
+
+
+def test_reconstruction_error_of_a_constant_patch_is_finite():
+    video, idx = torch.full((1, 3, 2, 32, 32), 0.7, device=DEVICE), make_sample(1, 4, 1).masked_idx
+    reference, kernel = run_both(
+        lambda p: ops.reconstruction_error(p, video, idx), torch.randn(1, 3, 1536, device=DEVICE)
+    )
+    assert all(each.isfinite().all() for each in (*reference, *kernel))
+
+
+@pytest.mark.parametrize(("batch", "tokens", "visible"), [(1, 2, 1), (3, 37, 11), (2, 128, 1), (2, 2500, 129)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_sampling_loss(batch, tokens, visible, dtype):
+    idx = make_sample(batch, tokens, visible).masked_idx
+    log_probs = (4 * torch.randn(batch, tokens)).log_softmax(1).to(DEVICE, dtype)
+    error = torch.rand(batch, tokens - visible).to(DEVICE, dtype)
+    reference, kernel = run_both(lambda x: ops.sampling_loss(x, idx, error), log_probs, upstream=torch.tensor(3.0))
+    assert_close(reference[:1], kernel[:1])
+    assert_close(reference[1:], kernel[1:], dtype)
+
+
+def test_sampling_loss_clamps_and_keeps_nan():
+    idx = torch.tensor([[0, 1, 3]], device=DEVICE)
+    error = torch.ones(1, 3, device=DEVICE)
+    for low, high in ((-100.0, -1e-9), (NAN, -1.0), (-INF, 0.0)):
+        log_probs = torch.tensor([[low, -2.0, -1.0, high]], device=DEVICE)
+        call = lambda x: ops.sampling_loss(x.expand(2, 4), idx.expand(2, 3), error.expand(2, 3))  # noqa: E731
+        assert_close(*run_both(call, log_probs, upstream=torch.tensor(1.0)))
+
+
+def test_an_index_out_of_range_gives_nan_and_touches_nothing_else():
+    """The public functions refuse it on CPU; on a GPU they cannot look without making the host wait."""
+    x, pos = whole_numbers(1, 4, 3), whole_numbers(1, 4, 3)
+    for bad in (-1, 4, 2**40):
+        idx = torch.tensor([[1, bad, 3]], device=DEVICE)
+        assert OPS.gather_tokens(x, idx, pos).isnan().all(-1).tolist() == [[False, True, False]]
+        scattered = OPS.scatter_tokens(x[:, :3], idx, 4, torch.float32)
+        assert torch.equal(scattered[0, [1, 3]], x[0, [0, 2]])
+        assert not scattered[0, [0, 2]].any()
+        full = OPS.assemble_tokens(x[:, :3], x[0, 0], pos, idx, torch.tensor([[0]], device=DEVICE), False)
+        assert full.isnan().all(-1).tolist() == [[False, True, False, False]]
+        how = ("mse", True, [1, 2, 2], None, None)
+        prediction, video = torch.randn(1, 3, 4, device=DEVICE), torch.rand(1, 1, 1, 4, 4, device=DEVICE)
+        error = OPS.reconstruction_error(prediction, video, idx, *how)
+        assert error.isnan().tolist() == [[False, True, False]]
+        grad = OPS.reconstruction_error_backward(error, prediction, video, idx, *how)
+        assert grad.isnan().all(-1).tolist() == [[False, True, False]]
+        assert OPS.sampling_loss(x[..., 0], idx, prediction[..., 0]).isnan()
+
+
+def test_a_token_named_twice_has_a_nan_gradient():
+    """Plain writes cannot add, so the kernel says that it could not."""
+    grad, idx = whole_numbers(1, 3, 2), torch.tensor([[1, 3, 1]], device=DEVICE)
+    assert OPS.scatter_tokens(grad, idx, 4, torch.float32).isnan().all(-1).tolist() == [[False, True, False, False]]
+    assert OPS.scatter_tokens_sum(grad, idx, 4, torch.float32).isnan().all(-1).tolist() == [[False, True, False, False]]
+    full = OPS.assemble_tokens(grad, grad[0, 0], grad.new_zeros(1, 5, 2), idx, idx[:, :2], True)
+    assert full.isnan().all(-1).tolist() == [[False, True, False, False, False]]
+    log_probs, error = torch.full((1, 4), -1.0, device=DEVICE), torch.ones(1, 3, device=DEVICE)
+    loss_grad = OPS.sampling_loss_backward(torch.ones((), device=DEVICE), log_probs, idx, error)
+    assert loss_grad.isnan().tolist() == [[False, True, False, False]]
+
+
+def test_empty_batch():
+    with ops.use_backend("triton"):
+        sample = ops.draw_mask(torch.zeros(0, 8, device=DEVICE), 3)
+        x = torch.zeros(0, 8, 4, device=DEVICE, requires_grad=True)
+        gathered = ops.gather_tokens(x, sample.visible_idx)
+        full = ops.assemble_tokens(gathered, torch.zeros(4, device=DEVICE), torch.zeros(8, 4, device=DEVICE), sample)
+        video = torch.zeros(0, 1, 2, 4, 4, device=DEVICE)
+        error = ops.reconstruction_error(full[:, 3:], video, sample.masked_idx, patch_size=2, tubelet_size=1)
+        (full.sum() + error.sum()).backward()
+    assert sample.mask.shape == (0, 8)
+    assert x.grad.shape == x.shape
+
+
+def op_calls():
+    """Every registered operator with one input."""
+    scores = torch.randn(2, 9, device=DEVICE, requires_grad=True)
+    sample = make_sample(2, 9, 3)
+    x = torch.randn(2, 9, 6, device=DEVICE, requires_grad=True)
+    visible, pos = torch.randn(2, 3, 6, device=DEVICE, requires_grad=True), torch.randn(1, 9, 6, device=DEVICE)
+    pos.requires_grad_()
+    mask_token = torch.randn(6, device=DEVICE, requires_grad=True)
+    video, prediction = torch.rand(2, 1, 3, 6, 6, device=DEVICE), torch.randn(2, 6, 4, device=DEVICE)
+    error, how = torch.rand(2, 6, device=DEVICE), ("mse", True, [1, 2, 2], [0.5], [0.25])
+    idx = (sample.visible_idx, sample.masked_idx)
+    indices = make_sample(2, 27, 21).masked_idx
+    seed = torch.tensor([11], device=DEVICE)
+    return {
+        "draw_mask": (scores, 3, None, seed),
+        "log_softmax_backward": (scores.detach(), scores.detach()),
+        "gather_tokens": (x, sample.visible_idx, pos),
+        "scatter_tokens": (visible.detach(), sample.visible_idx, 9, torch.float32),
+        "scatter_tokens_sum": (visible.detach(), sample.visible_idx, 9, torch.bfloat16),
+        "assemble_tokens": (visible, mask_token, pos, *idx, True),
+        "sum_masked_rows": (x.detach(), sample.visible_idx, False),
+        "reconstruction_error": (prediction.clone().requires_grad_(), video, indices, *how),
+        "reconstruction_error_backward": (error, prediction, video, indices, *how),
+        "sampling_loss": (scores, sample.masked_idx, error),
+        "sampling_loss_backward": (error.sum(), scores.detach(), sample.masked_idx, error),
+    }
+
+
+@pytest.mark.parametrize("name", sorted(op_calls()))
+def test_registration(name):
+    """Schema, fake tensors, autograd and tracing, as torch checks them."""
+    torch.library.opcheck(getattr(OPS, name).default, op_calls()[name])
+
+
+def test_every_operator_is_checked():
+    registered = {name.partition("::")[2] for name in torch._C._dispatch_get_all_op_names() if "adamae_sampler" in name}
+    assert registered == set(op_calls())
+
+
+@pytest.mark.parametrize("name", sorted(op_calls()))
+def test_bit_identical_from_run_to_run(name):
+    first, second = (getattr(OPS, name)(*op_calls_once) for op_calls_once in [op_calls()[name]] * 2)
+    first, second = (each if isinstance(each, tuple) else (each,) for each in (first, second))
+    assert_same(first, second)
+
+
+def losses_and_grads(model, video, sample, loss):
+    model.zero_grad()
+    prediction, sample = model(video, mask=sample)
+    out = loss(prediction, video, sample)
+    out.loss.backward()
+    return [*out, *(each.grad for each in model.parameters())]
+
+
+def test_a_training_step_is_the_references(tiny):
+    model, video = tiny
+    sample, loss = make_sample(2, 64, 16), AdaMAELoss(patch_size=8, sampling_weight=0.1)
+    results = []
+    for backend in ("torch", "triton"):
+        with ops.use_backend(backend):
+            results.append(losses_and_grads(model, video, sample, loss))
+    for expected, got in zip(*results, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_autocast_leaves_the_ops_as_they_are(tiny):
+    model, video = tiny
+    sample = make_sample(2, 64, 16)
+    with ops.use_backend("triton"), torch.autocast(DEVICE, torch.bfloat16):
+        prediction, sample = model(video, mask=sample)
+        assert prediction.dtype == torch.bfloat16
+        out = AdaMAELoss(patch_size=8)(prediction, video, sample)
+        assert all(each.dtype == torch.float32 for each in (*out, sample.log_probs))
+        out.loss.backward()
+    assert all(each.grad.isfinite().all() for each in model.parameters())
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_a_training_step_compiles_as_one_graph(tiny, backend):
+    model, video = tiny
+    loss = AdaMAELoss(patch_size=8)
+
+    def forward(video):
+        prediction, sample = model(video)
+        return loss(prediction, video, sample), sample
+
+    with ops.use_backend("triton"):
+        out, sample = torch.compile(forward, fullgraph=True, backend=backend)(video)
+        out.loss.backward()
+        grads = [each.grad for each in model.parameters()]
+        expected = losses_and_grads(model, video, MaskSample(*sample[:3]), loss)
+    torch.testing.assert_close([*out], expected[:4], rtol=1e-4, atol=1e-5)
+    for got, want in zip(grads, expected[4:], strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-5)
+
+
+@pytest.fixture
+def tiny():
+    from conftest import tiny_model
+
+    return tiny_model().eval().to(DEVICE), torch.randn(2, 3, 8, 32, 32, device=DEVICE)
