@@ -76,6 +76,9 @@ def test_what_the_kernels_do_not_take_is_an_error_when_they_are_asked_for():
             ops.draw_mask(torch.zeros(1, 2**21, device=device), 2)
         with pytest.raises(ValueError, match=r"patches of up to 8192 pixels, not 2x128x128"):
             ops.reconstruction_error(prediction, video, idx, patch_size=128)
+        five, stats = torch.zeros(1, 5, 2, 16, 16, device=device), {"mean": [0.5] * 5, "std": [0.2] * 5}
+        with pytest.raises(ValueError, match=r"mean and std of up to 4 channels, not 5"):
+            ops.reconstruction_error(torch.zeros(1, 1, 2560, device=device), five, idx, **stats)
     # "auto" takes plain PyTorch for them.
     assert ops.draw_mask(scores, 2).log_probs.dtype == torch.float64
     assert ops.reconstruction_error(prediction, video, idx, patch_size=128).shape == (1, 1)

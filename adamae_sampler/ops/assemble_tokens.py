@@ -11,7 +11,7 @@ from adamae_sampler.mask import MaskSample
 from adamae_sampler.ops.backend import backend_for, jit, launch, tl
 from adamae_sampler.ops.checks import check_device, check_floating, check_indices, check_pos, check_tokens
 from adamae_sampler.ops.gather_tokens import gather_op, grad_of_pos, select_rows
-from adamae_sampler.ops.rows import as_table, place_of_token, row_tiles, tile_of
+from adamae_sampler.ops.rows import as_table, cast_once, place_of_token, row_tiles, tile_of
 
 Order = Literal["concat", "restore"]
 
@@ -139,6 +139,7 @@ def _assemble_op(
     out = _empty_assembled(visible, mask_token, pos, visible_idx, masked_idx, restore)
     batch, num_tokens, width = out.shape
     programs, tile = row_tiles(batch * num_tokens, width)
+    pos = cast_once(pos, visible.dtype)
     launch(
         _assemble_kernel,
         programs,

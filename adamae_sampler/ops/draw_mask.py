@@ -72,10 +72,9 @@ def _gumbel(seed, clip, token):
 
 @jit
 def _as_ordered_bits(key):
-    """fp32 -> uint32 in the same order, 0 left free. NaN is greatest and -0 equals 0, as torch sorts them."""
+    """fp32 -> uint32 in the same order, 0 left free. NaN is greatest, as torch sorts it; -0 is no key: 0 + -0 is 0."""
     bits = key.to(tl.uint32, bitcast=True)
     ordered = tl.where(bits >> 31 == 1, ~bits, bits | 0x80000000)
-    ordered = tl.where(key == 0.0, 0x80000000, ordered)
     return tl.where(key != key, 0xFFFFFFFF, ordered)
 
 
@@ -234,7 +233,7 @@ def _tile_and_warps(num_tokens: int) -> dict[str, int]:
 def _draw_mask_op(
     scores: Tensor, num_visible: int, noise: Tensor | None, seed: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """MaskSample's tensors, log_probs first; the noise is given, or made from the seed, an int64 tensor of one value."""
+    """MaskSample's tensors, log_probs first. The noise is given, or made from the seed, one int64 on the device."""
     log_probs, visible_idx, masked_idx, mask, num_nonfinite = _empty_sample(scores, num_visible, noise, seed)
     batch, num_tokens = scores.shape
     tile = _tile_and_warps(num_tokens)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from adamae_sampler.ops.backend import backend_for, jit, launch, tl
 from adamae_sampler.ops.checks import check_indices, check_pos, check_tokens
-from adamae_sampler.ops.rows import as_table, place_of_token, row_tiles, tile_of
+from adamae_sampler.ops.rows import as_table, cast_once, place_of_token, row_tiles, tile_of
 
 # ---------------------------------------------------------------------------------------------------- reference
 
@@ -134,6 +134,8 @@ def gather_op(x: Tensor, idx: Tensor, pos: Tensor | None) -> Tensor:
     out = _empty_gathered(x, idx, pos)
     (batch, num_tokens, width), places = x.shape, idx.shape[1]
     programs, tile = row_tiles(batch * places, width)
+    if pos is not None:
+        pos = cast_once(pos, x.dtype)
     launch(
         _gather_kernel,
         programs,

@@ -17,6 +17,7 @@ from adamae_sampler.ops.patches import PatchSize, patch_pair, patchify, token_gr
 Kind = Literal["mse", "l1"]
 STD_EPS = 1e-6  # added to the standard deviation, not the variance, as VideoMAE and AdaMAE do
 _MOST_PIXELS = 8192  # of a patch that one program holds; a larger patch takes the reference
+_MOST_MEANS = 4  # channels whose mean and std the kernel takes
 
 # ---------------------------------------------------------------------------------------------------- reference
 
@@ -79,12 +80,19 @@ def _error_kernel(
     masked_idx_stride_m,
     grad_error_stride_b,
     grad_error_stride_m,
+    mean_0,
+    mean_1,
+    mean_2,
+    mean_3,
+    std_0,
+    std_1,
+    std_2,
+    std_3,
     BACKWARD: tl.constexpr,
     SQUARED: tl.constexpr,
     NORMALIZE: tl.constexpr,
     STD_EPS: tl.constexpr,
-    MEAN: tl.constexpr,
-    STD: tl.constexpr,
+    UN_NORMALIZE: tl.constexpr,
     IS_UINT8: tl.constexpr,
     C: tl.constexpr,
     TUBELET: tl.constexpr,
@@ -122,8 +130,10 @@ def _error_kernel(
         value = tl.load(video_ptr + c * video_stride_c + video_place, mask=found, other=0).to(tl.float32)
         if IS_UINT8:
             value = value * (1.0 / 255.0)
-        if MEAN is not None:  # constants of the kernel: a tensor of them would be copied to the device and waited for
-            value = value * STD[c] + MEAN[c]
+        if UN_NORMALIZE:  # numbers, not a tensor of them, which would be copied to the device and waited for
+            std = std_0 if c == 0 else std_1 if c == 1 else std_2 if c == 2 else std_3
+            mean = mean_0 if c == 0 else mean_1 if c == 1 else mean_2 if c == 2 else mean_3
+            value = value * std + mean
         if NORMALIZE:
             centre = tl.sum(tl.where(inside, value, 0.0)) / NUM_PIXELS
             value = value - centre
@@ -147,10 +157,16 @@ def _error_kernel(
 # ---------------------------------------------------------------------------------------------------- operators
 
 
-def _obstacle(patch: list[int]) -> str:
-    if math.prod(patch) <= _MOST_PIXELS:
-        return ""
-    return f"the kernel takes patches of up to {_MOST_PIXELS} pixels, not {'x'.join(map(str, patch))}"
+def _obstacle(patch: list[int], mean: Sequence[float] | None) -> str:
+    if math.prod(patch) > _MOST_PIXELS:
+        return f"the kernel takes patches of up to {_MOST_PIXELS} pixels, not {'x'.join(map(str, patch))}"
+    if mean is not None and len(mean) > _MOST_MEANS:
+        return f"the kernel takes the mean and std of up to {_MOST_MEANS} channels, not {len(mean)}"
+    return ""
+
+
+def _padded(values: list[float] | None) -> list[float]:
+    return [*(values or []), *[0.0] * _MOST_MEANS][:_MOST_MEANS]
 
 
 def _launch(
@@ -185,12 +201,13 @@ def _launch(
         *video.stride(),
         *masked_idx.stride(),
         *((0, 0) if grad_error is None else grad_error.stride()),
+        *_padded(mean),
+        *_padded(std),
         BACKWARD=grad_error is not None,
         SQUARED=kind == "mse",
         NORMALIZE=normalize,
         STD_EPS=STD_EPS,
-        MEAN=None if mean is None else tuple(mean),
-        STD=None if std is None else tuple(std),
+        UN_NORMALIZE=mean is not None,
         IS_UINT8=video.dtype == torch.uint8,
         C=channels,
         TUBELET=tubelet,
@@ -356,7 +373,7 @@ def reconstruction_error(
     _check_target_indices(video, masked_idx, patch_size, tubelet_size)
     patch = [tubelet_size, p1, p2]
     floating = (prediction, video) if video.is_floating_point() else (prediction,)
-    if backend_for(*floating, obstacle=_obstacle(patch)) == "triton":
+    if backend_for(*floating, obstacle=_obstacle(patch, mean)) == "triton":
         how = (kind, normalize, patch, None if mean is None else list(mean), None if std is None else list(std))
         error: Tensor = _error_op(prediction, video.detach(), masked_idx, *how)
         return error

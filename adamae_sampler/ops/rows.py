@@ -16,6 +16,11 @@ def as_table(pos: Tensor) -> Tensor:
     return pos if pos.ndim == 3 else pos[None]
 
 
+def cast_once(pos: Tensor, dtype: torch.dtype) -> Tensor:
+    """A table that every clip reads, in the clips' dtype; half the bytes then come from the cache for each of them."""
+    return pos.to(dtype) if pos.shape[0] == 1 else pos
+
+
 def row_tiles(num_rows: int, width: int) -> tuple[int, dict[str, int]]:
     """How many programs cover num_rows rows of a width, and the tile of each, as the kernel's constants.
 
