@@ -74,7 +74,7 @@ def _gumbel(seed, clip, token):
 def _as_ordered_bits(key):
     """fp32 -> uint32 in the same order, 0 left free. NaN is greatest, as torch sorts it; -0 is no key: 0 + -0 is 0."""
     bits = key.to(tl.uint32, bitcast=True)
-    ordered = tl.where(bits >> 31 == 1, ~bits, bits | 0x80000000)
+    ordered = tl.where(bits >> 31 == 1, bits ^ 0xFFFFFFFF, bits | 0x80000000)
     return tl.where(key != key, 0xFFFFFFFF, ordered)
 
 
