@@ -4,9 +4,14 @@ Written for this benchmark from the method's description, operation by operation
 matrices, position tables copied at each step, softmax and multinomial, boolean-mask indexing, a target built by
 rearranging the whole video, one Categorical per clip in a Python loop. The parameters have the official names, so
 `load_checkpoint` reads its state dict, and the benchmark can check that both compute the same before it times them.
+
+The functions come first, one for each op of the package; the model and `official_loss` are made of them.
+B clips, N tokens, K visible, M masked, D width, P values of a patch; True in a mask = masked.
 """
 
 from __future__ import annotations
+
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +20,84 @@ from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 
 from adamae_sampler.models.layers import sinusoid_table
+
+
+def official_draw(scores: Tensor, num_visible: int) -> tuple[Tensor, Tensor]:
+    """scores [B, N] -> probs [B, N] and a mask [B, N] that leaves K tokens of each clip visible."""
+    probs = torch.nan_to_num(scores).softmax(dim=-1)
+    visible_idx = torch.multinomial(probs, num_samples=num_visible, replacement=False)
+    mask = torch.ones((scores.shape[0], scores.shape[1])).to(scores.device, non_blocking=True)
+    mask.scatter_(dim=-1, index=visible_idx, value=0.0)
+    return probs, mask.flatten(1).to(torch.bool)
+
+
+def official_indices(mask: Tensor) -> tuple[Tensor, Tensor]:
+    """mask [B, N] -> visible [B, K] and masked [B, M] indices, as a boolean index finds them: by `nonzero`."""
+    batch = mask.shape[0]
+    return (~mask).nonzero()[:, 1].reshape(batch, -1), mask.nonzero()[:, 1].reshape(batch, -1)
+
+
+def official_gather(tokens: Tensor, mask: Tensor, pos: Tensor) -> Tensor:
+    """tokens [B, N, D], pos [1, N, D] -> the visible ones with their position, [B, K, D]."""
+    x = tokens + pos.type_as(tokens).to(tokens.device).clone().detach()
+    return x[~mask].reshape(x.shape[0], -1, x.shape[2])
+
+
+def official_assemble(visible: Tensor, mask_token: Tensor, pos: Tensor, mask: Tensor) -> Tensor:
+    """visible [B, K, D], mask_token [1, 1, D], pos [1, N, D] -> the decoder's input [B, N, D], visible first."""
+    batch, _, width = visible.shape
+    pos = pos.expand(batch, -1, -1).type_as(visible).to(visible.device).clone().detach()
+    pos_visible = pos[~mask].reshape(batch, -1, width)
+    pos_masked = pos[mask].reshape(batch, -1, width)
+    return torch.cat([visible + pos_visible, mask_token + pos_masked], dim=1)
+
+
+def official_restore(visible: Tensor, mask_token: Tensor, pos: Tensor, restore_idx: Tensor) -> Tensor:
+    """As `official_assemble`, every token in its place, as MAE's decoder does it; AdaMAE has no such order.
+
+    restore_idx [B, N] is where each token stands in (visible ++ masked).
+    """
+    batch, num_visible, width = visible.shape
+    fill = mask_token.repeat(batch, restore_idx.shape[1] - num_visible, 1)
+    full = torch.cat([visible, fill], dim=1)
+    full = torch.gather(full, dim=1, index=restore_idx.unsqueeze(-1).repeat(1, 1, width))
+    return full + pos.type_as(visible)
+
+
+def official_error(
+    prediction: Tensor,
+    video: Tensor,
+    mask: Tensor,
+    patch_size: int = 16,
+    tubelet_size: int = 2,
+    kind: Literal["mse", "l1"] = "mse",
+    normalize: bool = True,
+) -> Tensor:
+    """prediction [B, M, P], mean/std-normalised video [B, 3, T, H, W] -> the error of each masked token [B, M]."""
+    with torch.no_grad():
+        mean = torch.as_tensor(IMAGENET_DEFAULT_MEAN).to(video.device)[None, :, None, None, None]
+        std = torch.as_tensor(IMAGENET_DEFAULT_STD).to(video.device)[None, :, None, None, None]
+        pixels = video * std + mean
+        patches = rearrange(
+            pixels, "b c (t p0) (h p1) (w p2) -> b (t h w) (p0 p1 p2) c", p0=tubelet_size, p1=patch_size, p2=patch_size
+        )
+        if normalize:
+            centred = patches - patches.mean(dim=-2, keepdim=True)
+            patches = centred / (patches.var(dim=-2, unbiased=True, keepdim=True).sqrt() + 1e-6)
+        target = rearrange(patches, "b n p c -> b n (p c)")
+    target = target[mask].reshape(video.shape[0], -1, target.shape[2])
+    loss = F.mse_loss if kind == "mse" else F.l1_loss
+    return loss(prediction, target, reduction="none").mean(dim=-1)
+
+
+def official_sampling_loss(probs: Tensor, mask: Tensor, error: Tensor) -> Tensor:
+    """probs [B, N], error [B, M] -> the sampling loss, a scalar."""
+    sampling = torch.zeros(probs.shape[0]).to(error.device)
+    for clip in range(probs.shape[0]):
+        distribution = torch.distributions.Categorical(probs=probs[clip])
+        log_probs = distribution.log_prob(torch.arange(0, probs.shape[1], 1).to(probs.device))
+        sampling[clip] = -(log_probs[mask[clip]] * error[clip].detach()).mean()
+    return sampling.mean()
 
 
 class EagerAttention(nn.Module):
@@ -91,18 +174,13 @@ class EagerEncoder(nn.Module):
 
     def draw(self, x: Tensor) -> tuple[Tensor, Tensor]:
         logits = self.get_token_probs(x + self.pos_embed_probs.type_as(x).to(x.device).clone())
-        probs = torch.nan_to_num(logits).softmax(dim=-1)
-        visible_idx = torch.multinomial(probs, num_samples=self.visible, replacement=False)
-        mask = torch.ones((x.shape[0], x.shape[1])).to(x.device, non_blocking=True)
-        mask.scatter_(dim=-1, index=visible_idx, value=0.0)
-        return probs, mask.flatten(1).to(torch.bool)
+        return official_draw(logits, self.visible)
 
     def forward(self, video: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         x = self.patch_embed(video)
         probs, drawn = self.draw(x)
         mask = drawn if mask is None else mask
-        x = x + self.pos_embed.type_as(x).to(x.device).clone().detach()
-        x = x[~mask].reshape(x.shape[0], -1, x.shape[2])
+        x = official_gather(x, mask, self.pos_embed)
         for block in self.blocks:
             x = block(x)
         return self.norm(x), probs, mask
@@ -153,34 +231,15 @@ class OfficialFormulation(nn.Module):
     def forward(self, video: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         x, probs, mask = self.encoder(video, mask)
         x = self.encoder_to_decoder(x)
-        batch, _, width = x.shape
-        pos = self.pos_embed.expand(batch, -1, -1).type_as(x).to(x.device).clone().detach()
-        pos_visible = pos[~mask].reshape(batch, -1, width)
-        pos_masked = pos[mask].reshape(batch, -1, width)
-        full = torch.cat([x + pos_visible, self.mask_token + pos_masked], dim=1)
-        return self.decoder(full, pos_masked.shape[1]), probs, mask
+        num_masked = mask.shape[1] - x.shape[1]
+        x = official_assemble(x, self.mask_token, self.pos_embed, mask)
+        return self.decoder(x, num_masked), probs, mask
 
 
 def official_loss(
     prediction: Tensor, video: Tensor, probs: Tensor, mask: Tensor, patch_size: int = 16, tubelet_size: int = 2
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(loss, reconstruction, sampling) with the normalised target, from a mean/std-normalised video."""
-    with torch.no_grad():
-        mean = torch.as_tensor(IMAGENET_DEFAULT_MEAN).to(video.device)[None, :, None, None, None]
-        std = torch.as_tensor(IMAGENET_DEFAULT_STD).to(video.device)[None, :, None, None, None]
-        pixels = video * std + mean
-        patches = rearrange(
-            pixels, "b c (t p0) (h p1) (w p2) -> b (t h w) (p0 p1 p2) c", p0=tubelet_size, p1=patch_size, p2=patch_size
-        )
-        centred = patches - patches.mean(dim=-2, keepdim=True)
-        normed = centred / (patches.var(dim=-2, unbiased=True, keepdim=True).sqrt() + 1e-6)
-        target = rearrange(normed, "b n p c -> b n (p c)")
-    target = target[mask].reshape(video.shape[0], -1, target.shape[2])
-    error = F.mse_loss(prediction, target, reduction="none").mean(dim=-1)  # [B, M]
-    sampling = torch.zeros(video.shape[0]).to(video.device)
-    for clip in range(video.shape[0]):
-        distribution = torch.distributions.Categorical(probs=probs[clip])
-        log_probs = distribution.log_prob(torch.arange(0, probs.shape[1], 1).to(probs.device))
-        sampling[clip] = -(log_probs[mask[clip]] * error[clip].detach()).mean()
-    reconstruction, sampling_mean = error.mean(), sampling.mean()
-    return reconstruction + 1e-4 * sampling_mean, reconstruction, sampling_mean
+    error = official_error(prediction, video, mask, patch_size, tubelet_size)  # [B, M]
+    reconstruction, sampling = error.mean(), official_sampling_loss(probs, mask, error)
+    return reconstruction + 1e-4 * sampling, reconstruction, sampling

@@ -1,0 +1,232 @@
+"""Makes tables and plots of the rows that run.py wrote, and of nothing else: no row, no figure.
+
+python benchmarks/report.py                     # into README.md, between its two "benchmarks" markers
+python benchmarks/report.py --readme copy.md
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+
+import plots
+import tyro
+from official_repository import ADAMAE, VIDEOMAE
+from rows import COMPILED, OFFICIAL, OURS, PRODUCTS, RESULTS, TORCH_BACKEND, Row, find, format_seconds, read_rows
+
+BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
+
+_SSV2_CLIPS = 168_913
+_PAPER_EPOCH_S = {"adaptive 95%": 9 * 60 + 11, "tube 90%": 9 * 60 + 49}  # on 8 GPUs; supplement, Table 4
+_TIMES = (  # columns of times: header, implementation, whether by graph replay
+    ("ours", OURS, False),
+    ("ours, CUDA graph", OURS, True),
+    ("ours, compiled", f"{OURS} compiled", False),
+    ("torch backend, CUDA graph", TORCH_BACKEND, True),
+    ("official", OFFICIAL, False),
+    ("official, compiled", COMPILED, False),
+    (ADAMAE, ADAMAE, False),
+    (VIDEOMAE, VIDEOMAE, False),
+    (PRODUCTS, PRODUCTS, True),
+    (PRODUCTS, PRODUCTS, False),
+)
+
+Case = Sequence[Row]  # the rows of one case
+Column = tuple[str, Callable[[Case], str]]
+
+
+@dataclass(frozen=True)
+class Options:
+    """What is read and written."""
+
+    readme: Path = Path(__file__).parent.parent / "README.md"
+    """The file that gets the tables."""
+    results: Path = RESULTS
+    """Folder of the rows, which gets the plots."""
+
+
+def main(options: Options) -> None:
+    """Writes plots and tables."""
+    devices = read_devices(options.results)
+    text = insert(options.readme.read_text(encoding="utf-8"), markdown(devices), options.readme)
+    for device, rows in devices.items():
+        for picture in plots.draw(rows, options.results, device):
+            print(f"wrote {picture}")
+    options.readme.write_text(text, encoding="utf-8")
+    print(f"wrote the tables in {options.readme}")
+
+
+def read_devices(folder: Path) -> dict[str, list[Row]]:
+    """The rows of each device, by the device's name in the files', GPUs first.
+
+    Raises:
+        ValueError: there are none.
+    """
+    found: dict[str, list[Row]] = {}
+    for suite in ("steps", "sweep", "ops"):
+        for file in sorted(folder.glob(f"{suite}_*.csv")):
+            rows = read_rows(file)
+            if rows:
+                found.setdefault(file.stem.removeprefix(f"{suite}_"), []).extend(rows)
+    if not found:
+        raise ValueError(f"{folder} has no rows of benchmarks/run.py; run it first.")
+    return dict(sorted(found.items(), key=lambda item: item[0] == "cpu"))
+
+
+def insert(text: str, tables: str, path: Path) -> str:
+    """`text` with what stands between the markers replaced.
+
+    Raises:
+        ValueError: it does not hold each marker once, in their order.
+    """
+    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
+        raise ValueError(f"{path} must hold {BEGIN} and, after it, {END}, once each: the tables go between them.")
+    return f"{text.partition(BEGIN)[0]}{BEGIN}\n\n{tables}\n\n{END}{text.partition(END)[2]}"
+
+
+def markdown(devices: dict[str, list[Row]]) -> str:
+    """The tables of all devices."""
+    parts: list[str] = []
+    for device, rows in devices.items():
+        steps = [row for row in rows if row.suite == "steps"]
+        parts += [heading(device, rows), comparison(steps, "Training step")]
+        parts += [epochs(steps), sweep(rows)] if device != "cpu" else []
+        for suite in ("ops", "sweep"):
+            ops = [row for row in rows if row.suite == suite and row.direction != "step"]
+            parts.append(comparison(ops, "Op" if suite == "ops" else "Op, over the tokens of a clip"))
+    return "\n\n".join(filter(None, parts))
+
+
+def heading(device: str, rows: Sequence[Row]) -> str:
+    """The device, and what ran on it."""
+    facts = dict.fromkeys(
+        f"torch {row.torch}, " + (f"{row.threads} threads" if device == "cpu" else f"triton {row.triton}")
+        for row in rows
+    )
+    commits = ", ".join(dict.fromkeys(row.commit for row in rows))
+    return f"### {rows[0].device}\n\n{'; '.join(facts)}; commit {commits}. Medians."
+
+
+def comparison(rows: Sequence[Row], title: str) -> str:
+    """A line for each case, a column for each implementation that was timed; empty without rows."""
+    columns: list[Column] = [(title, lambda case: case[0].case)]
+    columns += [(header, _time_of(implementation, graph)) for header, implementation, graph in _TIMES]
+    columns += [
+        ("ours / official", lambda case: _number(find(case, OURS), "of_official", "{:.2f}")),
+        ("ours, of a copy's pace", lambda case: _number(_fastest(case), "fraction_of_copy", "{:.0%}")),
+        ("ours, peak", lambda case: _memory(find(case, OURS))),
+        ("official, peak", lambda case: _memory(find(case, OFFICIAL))),
+    ]
+    if any(row.direction == "step" for row in rows):
+        columns.append(("ours, clips/s", lambda case: _rate(_fastest(case))))
+    return table(columns, [list(case) for _, case in groupby(sorted_by_case(rows), key=lambda row: row.case)])
+
+
+def sorted_by_case(rows: Sequence[Row]) -> list[Row]:
+    """The rows of each case together, cases in their first row's order."""
+    order = list(dict.fromkeys(row.case for row in rows))
+    return sorted(rows, key=lambda row: order.index(row.case))
+
+
+def epochs(steps: Sequence[Row]) -> str:
+    """The paper's Table 4: an epoch of SSv2 with adaptive masking at 95% beside tube masking at 90%."""
+    found = {
+        kind: {
+            (row.clips, row.implementation, row.timing): row
+            for row in steps
+            if row.op == f"training step of ViT-B, {kind}" and row.implementation.startswith(OURS)
+        }
+        for kind in _PAPER_EPOCH_S
+    }
+    adaptive, tube = found.values()
+    both = [key for key in adaptive if key in tube]
+    if not both:
+        return ""
+    best = max(both, key=lambda key: adaptive[key].clips_per_s or 0)
+    seconds = [_SSV2_CLIPS * row.median_s / row.clips for row in (adaptive[best], tube[best])]
+    lines = [
+        "| An epoch of SSv2, 168,913 clips | adaptive 95% | tube 90% | ratio |",
+        "|---|---|---|---|",
+        f"| ours, one {adaptive[best].device}, training steps alone, {best[0]} clips each | "
+        f"{_minutes(seconds[0])} | {_minutes(seconds[1])} | {seconds[0] / seconds[1]:.3f} |",
+        "| the paper, 8 GPUs, data loading included | "
+        + " | ".join(_minutes(each) for each in _PAPER_EPOCH_S.values())
+        + f" | {_PAPER_EPOCH_S['adaptive 95%'] / _PAPER_EPOCH_S['tube 90%']:.3f} |",
+    ]
+    return "\n".join(lines)
+
+
+def sweep(rows: Sequence[Row]) -> str:
+    """Adaptive beside random masking, over clips of a batch and tokens of a clip."""
+    steps = [row for row in rows if row.suite == "sweep" and row.direction == "step"]
+    sizes = dict.fromkeys((row.clips, row.tokens) for row in steps)
+    columns: list[Column] = [
+        ("Clips x tokens", lambda case: f"{case[0].clips} x {case[0].tokens}"),
+        ("adaptive 95%", lambda case: _seconds(_fastest(_masked(case, "adaptive")))),
+        ("random 95%", lambda case: _seconds(_fastest(_masked(case, "random")))),
+        ("clips/s, adaptive", lambda case: _rate(_fastest(_masked(case, "adaptive")))),
+        ("peak, adaptive", lambda case: _memory(_fastest(_masked(case, "adaptive")))),
+        ("peak, random", lambda case: _memory(_fastest(_masked(case, "random")))),
+    ]
+    return table(columns, [[row for row in steps if (row.clips, row.tokens) == size] for size in sizes])
+
+
+def table(columns: Sequence[Column], cases: Sequence[Case]) -> str:
+    """Markdown, without the columns in which no case has anything; empty without cases."""
+    if not cases:
+        return ""
+    filled = [(header, cells) for header, cell in columns if any(cells := [cell(case) for case in cases])]
+    lines = [
+        [header for header, _ in filled],
+        ["---"] * len(filled),
+        *zip(*(cells for _, cells in filled), strict=True),
+    ]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _fastest(case: Case) -> Row | None:
+    """Of ours."""
+    ours = [row for row in case if row.implementation.startswith(OURS)]
+    return min(ours, key=lambda row: row.median_s, default=None)
+
+
+def _masked(case: Case, masking: str) -> Case:
+    return [row for row in case if f", {masking} " in row.op]
+
+
+def _time_of(implementation: str, graph: bool) -> Callable[[Case], str]:
+    return lambda case: _seconds(find(case, implementation, graph))
+
+
+def _seconds(row: Row | None) -> str:
+    return format_seconds(row.median_s) if row else ""
+
+
+def _minutes(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s"
+
+
+def _memory(row: Row | None) -> str:
+    return f"{row.peak_bytes / 1e9:.3g} GB" if row and row.peak_bytes is not None else ""
+
+
+def _rate(row: Row | None) -> str:
+    if row is None or row.clips_per_s is None:
+        return ""
+    return f"{row.clips_per_s:,.0f}" if row.clips_per_s >= 100 else f"{row.clips_per_s:.3g}"
+
+
+def _number(row: Row | None, column: str, form: str) -> str:
+    value = getattr(row, column, None)
+    return "" if value is None else form.format(value)
+
+
+if __name__ == "__main__":
+    try:
+        main(tyro.cli(Options, description=__doc__))
+    except ValueError as error:
+        sys.exit(f"error: {error}")  # a missing marker or row, not a defect

@@ -1,0 +1,239 @@
+"""The rows of measurements: what each holds, and the CSV files that they are written to as they are measured."""
+
+from __future__ import annotations
+
+import csv
+import importlib.metadata
+import platform
+import re
+import shutil
+import subprocess
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from timing import Times
+
+RESULTS = Path(__file__).parent / "results"
+OURS, TORCH_BACKEND = "adamae_sampler", "torch backend"
+OFFICIAL, COMPILED = "official", "official compiled"
+COPY, PRODUCTS = "device copy", "matrix products alone"  # what bounds an op, and a step
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measurement. An empty field does not apply.
+
+    Attributes:
+        suite: "ops", "steps" or "sweep".
+        case: what is timed, the same for all its implementations.
+        op: the op, or "training step".
+        implementation: "adamae_sampler", "torch backend", "official", "official compiled", "device copy", ...
+        direction: "forward", "backward", "forward+backward", or "step".
+        timing: "graph", "events" or "alternated", see timing.py.
+        clips: B.
+        tokens: N.
+        visible: K.
+        width: D, or P for predictions.
+        shape: of the tokens or scores, B x N x D; of a step's video, frames x height x width.
+        dtype: of the inputs, or what a step computes in.
+        median_s: seconds of one call; the next four are of the same repeats.
+        repeats: how many.
+        bytes: the fewest that must move, read and written.
+        fraction_of_copy: seconds of a device copy that moves as many bytes, over median_s.
+        of_official: median_s over that of "official" for the same case and timing, by round where both took turns.
+        peak_bytes: device memory at its peak: of an op, beyond its inputs; of a step, in all.
+        clips_per_s: clips over median_s.
+        device: its name.
+        threads: of PyTorch on the CPU.
+        commit: of this repository.
+    """
+
+    suite: str
+    case: str
+    op: str
+    implementation: str
+    direction: str
+    timing: str
+    clips: int
+    tokens: int
+    visible: int
+    width: int | None
+    shape: str
+    dtype: str
+    median_s: float
+    min_s: float
+    q1_s: float
+    q3_s: float
+    max_s: float
+    repeats: int
+    bytes: int | None
+    fraction_of_copy: float | None
+    of_official: float | None
+    peak_bytes: int | None
+    clips_per_s: float | None
+    device: str
+    threads: int
+    torch: str
+    triton: str
+    commit: str
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is measured: the part of a row that all implementations of a case share. See `Row`."""
+
+    suite: str
+    case: str
+    op: str
+    direction: str
+    clips: int
+    tokens: int
+    visible: int
+    dtype: str
+    width: int | None = None
+    shape: str = ""
+    bytes: int | None = None
+
+
+class RowWriter:
+    """Writes rows to a CSV file, each when it is measured, so that a run cut short keeps what it has.
+
+    Args:
+        path: the file; one of an earlier run is replaced.
+        device: what is measured on.
+        commit: of this repository; git is asked if it is empty.
+    """
+
+    def __init__(self, path: Path, device: torch.device, commit: str = "") -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.path = path
+        self.rows: list[Row] = []
+        self._file = path.open("w", newline="", encoding="utf-8")
+        self._csv = csv.writer(self._file, lineterminator="\n")
+        self._csv.writerow([each.name for each in fields(Row)])
+        self._device = device_name(device)
+        self._commit = commit or _commit()
+
+    def __enter__(self) -> RowWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._file.close()
+
+    def add(
+        self,
+        subject: Subject,
+        implementation: str,
+        times: Times,
+        *,
+        copy: Times | None = None,
+        of_official: float | None = None,
+        peak_bytes: int | None = None,
+    ) -> Row:
+        """Writes one row.
+
+        Args:
+            subject: what was measured.
+            implementation: whose.
+            times: of one call.
+            copy: of a device copy of the subject's bytes.
+            of_official: by round; else from the "official" row of the case, if that is written and timed alike.
+            peak_bytes: see `Row`.
+        """
+        q1, q3 = times.quartiles
+        if of_official is None:
+            baseline = find([each for each in self.rows if each.case == subject.case], OFFICIAL)
+            if baseline is not None and baseline.timing == times.method:
+                of_official = times.median / baseline.median_s
+        row = Row(
+            **vars(subject),
+            implementation=implementation,
+            timing=times.method,
+            median_s=times.median,
+            min_s=min(times.seconds),
+            q1_s=q1,
+            q3_s=q3,
+            max_s=max(times.seconds),
+            repeats=len(times.seconds),
+            fraction_of_copy=None if copy is None else copy.median / times.median,
+            of_official=of_official,
+            peak_bytes=peak_bytes,
+            clips_per_s=subject.clips / times.median,
+            device=self._device,
+            threads=torch.get_num_threads(),
+            torch=torch.__version__,
+            triton=_triton_version(),
+            commit=self._commit,
+        )
+        self.rows.append(row)
+        self._csv.writerow([_text(getattr(row, each.name)) for each in fields(Row)])
+        self._file.flush()
+        return row
+
+
+def find(rows: Iterable[Row], implementation: str, graph: bool = False) -> Row | None:
+    """The first row of an implementation that was timed by graph replay, or otherwise."""
+    found = (row for row in rows if row.implementation == implementation and (row.timing == "graph") == graph)
+    return next(found, None)
+
+
+def read_rows(path: Path) -> list[Row]:
+    """The rows of a file that `RowWriter` wrote."""
+    with path.open(newline="", encoding="utf-8") as file:
+        return [Row(**{name: _value(name, text) for name, text in each.items()}) for each in csv.DictReader(file)]
+
+
+def device_name(device: torch.device) -> str:
+    """The name of the processor."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.processor())
+
+
+def device_slug(device: torch.device) -> str:
+    """What a file's name calls the device: "cpu", or a GPU's name such as "nvidia_h200"."""
+    return "cpu" if device.type == "cpu" else re.sub(r"[^a-z0-9]+", "_", device_name(device).lower()).strip("_")
+
+
+def format_seconds(seconds: float) -> str:
+    """With three digits and a unit: "12.3 µs"."""
+    for unit, scale in (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6)):
+        if seconds >= scale or unit == "µs":
+            break
+    return f"{seconds / scale:.3g} {unit}"
+
+
+_TYPES = {each.name: str(each.type) for each in fields(Row)}
+
+
+def _value(name: str, text: str) -> Any:
+    kind = _TYPES[name]
+    if not text and "None" in kind:
+        return None
+    return int(text) if kind.startswith("int") else float(text) if kind.startswith("float") else text
+
+
+def _text(value: Any) -> str:
+    return "" if value is None else f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+def _triton_version() -> str:
+    try:
+        return importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:  # there are no wheels for this platform
+        return ""
+
+
+def _commit() -> str:
+    if shutil.which("git") is None:
+        return "unknown"
+    command = ["git", "describe", "--always", "--dirty"]
+    found = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+    return found.stdout.strip() or "unknown"

@@ -1,0 +1,79 @@
+"""The benchmark suite in small: it checks before it times, writes its rows, and makes tables of rows alone."""
+
+import csv
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import report
+import torch
+from op_cases import DrawMask, GatherTokens, ReconstructionError
+
+from adamae_sampler import ops
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("results")
+    command = [sys.executable, str(ROOT / "benchmarks" / "run.py"), "--quick", "--device", "cpu"]
+    done = subprocess.run([*command, "--output", str(folder)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def test_every_op_and_a_step_are_timed_beside_the_official_code(results):
+    rows = [row for path in sorted(results.glob("*.csv")) for row in csv.DictReader(path.open())]
+    names = {"draw_mask", "gather_tokens", "assemble_tokens", "reconstruction_error", "sampling_loss"}
+    for name in names:
+        assert {"adamae_sampler", "official"} <= {row["implementation"] for row in rows if row["op"] == name}
+    assert {"adamae_sampler", "official"} <= {row["implementation"] for row in rows if row["direction"] == "step"}
+    for row in rows:
+        assert float(row["min_s"]) <= float(row["q1_s"]) <= float(row["median_s"]) <= float(row["max_s"])
+        assert row["torch"] == torch.__version__
+        assert row["commit"]
+        if row["op"] in names:
+            assert int(row["bytes"]) > 0
+            assert float(row["fraction_of_copy"]) > 0
+
+
+def test_tables_are_made_of_rows_alone(results, tmp_path):
+    readme = tmp_path / "README.md"
+    readme.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+    report.main(report.Options(readme, results))
+    text = readme.read_text()
+    assert text.startswith("before\n")
+    assert text.endswith("after\n")
+    assert "old" not in text
+    assert "draw_mask 2 x 128" in text
+    assert "epoch" not in text.lower()  # no GPU rows, no such table
+    again = readme.read_text()
+    report.main(report.Options(readme, results))
+    assert readme.read_text() == again
+    readme.write_text("no markers")
+    with pytest.raises(ValueError, match="benchmarks: begin"):
+        report.main(report.Options(readme, results))
+    with pytest.raises(ValueError, match="has no rows"):
+        report.read_devices(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("case", [DrawMask(2, 64, 5), GatherTokens(2, 64, 5, "backward", width=8)])
+def test_a_wrong_result_is_found_before_any_time_is_taken(case, monkeypatch):
+    device = torch.device("cpu")
+    case.check(device)
+    right = getattr(ops, case.op)
+    if case.op == "draw_mask":
+        wrong = lambda *args: right(*args)._replace(log_probs=right(*args).log_probs + 1e-3)  # noqa: E731
+    else:
+        wrong = lambda *args: right(*args) * 1.0001  # noqa: E731
+    monkeypatch.setattr(ops, case.op, wrong)
+    with pytest.raises(AssertionError, match=case.op):
+        case.check(device)
+
+
+def test_bytes_are_the_fewest_that_must_move():
+    assert DrawMask(256, 1568, 78).bytes == 256 * 1568 * (4 + 8 + 1 + 4) + 256 * 8
+    fp16 = ReconstructionError(256, 1568, 78, dtype=torch.float16, video_dtype=torch.uint8)
+    assert fp16.bytes == 256 * 1490 * (1536 * 3 + 8 + 4)
