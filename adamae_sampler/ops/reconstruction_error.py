@@ -227,18 +227,9 @@ _HOW = "str kind, bool normalize, int[] patch, float[]? mean, float[]? std"
     mutates_args=(),
     schema=f"(Tensor prediction, Tensor video, Tensor masked_idx, {_HOW}) -> Tensor",
 )
-def _error_op(
-    prediction: Tensor,
-    video: Tensor,
-    masked_idx: Tensor,
-    kind: str,
-    normalize: bool,
-    patch: list[int],
-    mean: list[float] | None,
-    std: list[float] | None,
-) -> Tensor:
+def _error_op(prediction: Tensor, video: Tensor, masked_idx: Tensor, *how: Any) -> Tensor:
     error = prediction.new_empty(masked_idx.shape, dtype=torch.float32)
-    _launch(prediction, video, masked_idx, None, error, kind, normalize, patch, mean, std)
+    _launch(prediction, video, masked_idx, None, error, *how)
     return error
 
 
@@ -252,19 +243,9 @@ def _(prediction: Tensor, video: Tensor, masked_idx: Tensor, *_: Any) -> Tensor:
     mutates_args=(),
     schema=f"(Tensor grad_error, Tensor prediction, Tensor video, Tensor masked_idx, {_HOW}) -> Tensor",
 )
-def _error_backward_op(
-    grad_error: Tensor,
-    prediction: Tensor,
-    video: Tensor,
-    masked_idx: Tensor,
-    kind: str,
-    normalize: bool,
-    patch: list[int],
-    mean: list[float] | None,
-    std: list[float] | None,
-) -> Tensor:
+def _error_backward_op(grad_error: Tensor, prediction: Tensor, video: Tensor, masked_idx: Tensor, *how: Any) -> Tensor:
     grad = prediction.new_empty(prediction.shape)
-    _launch(prediction, video, masked_idx, grad_error, grad, kind, normalize, patch, mean, std)
+    _launch(prediction, video, masked_idx, grad_error, grad, *how)
     return grad
 
 
