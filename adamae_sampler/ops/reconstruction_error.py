@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from adamae_sampler.ops.backend import backend_for, jit, launch, next_power_of_2, tl
@@ -23,8 +24,9 @@ _MOST_MEANS = 4  # channels whose mean and std the kernel takes
 
 
 def _reconstruction_error_reference(prediction: Tensor, target: Tensor, kind: Kind) -> Tensor:
-    difference = at_least_fp32(prediction) - target
-    return (difference.square() if kind == "mse" else difference.abs()).mean(-1)
+    loss = F.mse_loss if kind == "mse" else F.l1_loss
+    prediction = prediction.to(torch.promote_types(prediction.dtype, target.dtype))  # a target is fp32 or fp64
+    return loss(prediction, target, reduction="none").mean(-1)
 
 
 def _target_reference(
@@ -41,13 +43,17 @@ def _target_reference(
         patches = select_rows(patches, idx)  # before the arithmetic, which then runs on masked tokens alone
     pixels = patches.unflatten(-1, (-1, video.shape[1]))  # [B, M, pixels, C]
     pixels = pixels.float() / 255 if video.dtype == torch.uint8 else at_least_fp32(pixels)
-    if mean is not None and std is not None:
-        # One scalar for each channel: a tensor of them would be copied to the device and waited for.
+    # Numbers for each channel, not a tensor of them, which would be copied to the device and waited for.
+    if normalize:
+        variance, centre = torch.var_mean(pixels, dim=-2, correction=1, keepdim=True)  # [B, M, 1, C]
+        deviation = variance.sqrt()
+        # Un-normalising the pixels first would change nothing but the weight of the epsilon beside their deviation.
+        eps = [STD_EPS] * video.shape[1] if std is None else [STD_EPS / scale for scale in std]
+        deviation = torch.stack([x + each for x, each in zip(deviation.unbind(-1), eps, strict=True)], dim=-1)
+        pixels = (pixels - centre) / deviation
+    elif mean is not None and std is not None:
         channels = zip(pixels.unbind(-1), mean, std, strict=True)
         pixels = torch.stack([x * scale + shift for x, shift, scale in channels], dim=-1)
-    if normalize:
-        centre_var, centre = torch.var_mean(pixels, dim=-2, correction=1, keepdim=True)
-        pixels = (pixels - centre) / (centre_var.sqrt() + STD_EPS)
     return pixels.flatten(-2)
 
 
