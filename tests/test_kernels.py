@@ -198,6 +198,15 @@ def test_mask_token_gradient_of_many_rows():
         assert_close(reference, kernel)
 
 
+def test_mask_token_gradient_adds_its_own_rows_alone():
+    """The parts of the sum reach past the last row, into another tensor's memory."""
+    sample, width = make_sample(1, 2049, 1), 1024
+    upstream = torch.ones(2, 2049, width, device=DEVICE)[:1]
+    visible, pos = torch.zeros(1, 1, width, device=DEVICE), torch.zeros(2049, width, device=DEVICE)
+    call = lambda m: ops.assemble_tokens(visible, m, pos, sample)  # noqa: E731
+    assert_same(*run_both(call, torch.zeros(width, device=DEVICE), upstream=upstream))
+
+
 def make_video(dtype, channels, t, h, w):
     video = torch.rand(2, channels, t, h, w)
     return ((video * 255).to(torch.uint8) if dtype == torch.uint8 else video.to(dtype)).to(DEVICE)
@@ -260,6 +269,15 @@ def test_sampling_loss_clamps_and_keeps_nan():
         log_probs = torch.tensor([[low, -2.0, -1.0, high]], device=DEVICE)
         call = lambda x: ops.sampling_loss(x.expand(2, 4), idx.expand(2, 3), error.expand(2, 3))  # noqa: E731
         assert_close(*run_both(call, log_probs, upstream=torch.tensor(1.0)))
+
+
+def test_sampling_loss_clamps_certainty():
+    """log p near 0 stops at log(1 - 2^-23), which a large error makes visible."""
+    idx, error = torch.tensor([[0, 1]], device=DEVICE), torch.full((1, 2), 1e6, device=DEVICE)
+    log_probs = torch.zeros(1, 3, device=DEVICE)
+    reference, kernel = run_both(lambda x: ops.sampling_loss(x, idx, error), log_probs, upstream=torch.tensor(1.0))
+    assert kernel[0] > 0.1
+    assert_close(reference, kernel)
 
 
 def test_an_index_out_of_range_gives_nan_and_touches_nothing_else():
