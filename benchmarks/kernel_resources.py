@@ -101,7 +101,7 @@ def read_resources(cubin: bytes) -> tuple[int, int, int]:
 def draw_mask(num_tokens: int, num_visible: int, noise: bool = False) -> None:
     """The draw and the gradient of its log-probabilities."""
     scores = torch.empty(CLIPS, num_tokens)
-    seed = torch.empty(1, dtype=torch.int64)
+    seed = torch.empty(2, dtype=torch.int64)
     OPS.draw_mask(scores, num_visible, scores, None) if noise else OPS.draw_mask(scores, num_visible, None, seed)
     OPS.log_softmax_backward(scores, scores)
 

@@ -27,7 +27,7 @@ def op_calls():
     error, how = torch.rand(2, 6, device=DEVICE), ("mse", True, [1, 2, 2], [0.5], [0.25])
     idx = (sample.visible_idx, sample.masked_idx)
     indices = make_sample(2, 27, 21).masked_idx
-    seed = torch.tensor([11], device=DEVICE)
+    seed = torch.tensor([11, 12], device=DEVICE)
     return {
         "draw_mask": (scores, 3, None, seed),
         "log_softmax_backward": (scores.detach(), scores.detach()),

@@ -75,7 +75,9 @@ def test_ties_across_tiles_go_to_the_lower_index():
 def test_noise_that_is_nan_or_negative_zero_ranks_as_torch_sorts():
     noise = torch.tensor([[NAN, 0.0, -0.0, 1.0, -NAN, -0.0, 0.0, INF]], device=DEVICE)
     for visible in range(1, 8):
-        assert_same_draw(*draw_both(torch.zeros(1, 8, device=DEVICE), visible, noise))
+        for zero in (0.0, -0.0):
+            scores = torch.full((1, 8), zero, device=DEVICE).index_fill(1, torch.tensor([0], device=DEVICE), 0.0)
+            assert_same_draw(*draw_both(scores, visible, noise))
 
 
 @pytest.mark.parametrize("tokens", [2, 33, 127, 5000])

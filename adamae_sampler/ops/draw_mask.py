@@ -72,9 +72,10 @@ def _gumbel(seed, clip, token):
 
 @jit
 def _as_ordered_bits(key):
-    """fp32 -> uint32 in the same order, 0 left free. NaN is greatest, as torch sorts it; -0 is no key: 0 + -0 is 0."""
+    """fp32 -> uint32 in the same order, 0 left free. NaN is greatest and -0 equals 0, as torch sorts them."""
     bits = key.to(tl.uint32, bitcast=True)
     ordered = tl.where(bits >> 31 == 1, bits ^ 0xFFFFFFFF, bits | 0x80000000)
+    ordered = tl.where(key == 0.0, 0x80000000, ordered)
     return tl.where(key != key, 0xFFFFFFFF, ordered)
 
 
@@ -131,7 +132,8 @@ def _draw_mask_kernel(
             place = clip * noise_stride_b + token.to(tl.int64) * noise_stride_n
             noise = tl.load(noise_ptr + place, mask=token < N, other=0.0).to(tl.float32)
         else:
-            noise = _gumbel(tl.load(seed_ptr), clip.to(tl.int32), token)
+            seed = (tl.load(seed_ptr) << 31) ^ tl.load(seed_ptr + 1)
+            noise = _gumbel(seed, clip.to(tl.int32), token)
         outlier = tl.where(score == INF, ABOVE, BELOW)
         key = tl.where(tl.abs(score) < INF, tl.maximum(score - highest, LOWEST), outlier) + noise
         keys = tl.where(token < N, _as_ordered_bits(key), 0).to(tl.uint32)
@@ -233,7 +235,7 @@ def _tile_and_warps(num_tokens: int) -> dict[str, int]:
 def _draw_mask_op(
     scores: Tensor, num_visible: int, noise: Tensor | None, seed: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """MaskSample's tensors, log_probs first. The noise is given, or made from the seed, one int64 on the device."""
+    """MaskSample's tensors, log_probs first. The noise is given, or made from the seed, two int64 of 31 bits."""
     log_probs, visible_idx, masked_idx, mask, num_nonfinite = _empty_sample(scores, num_visible, noise, seed)
     batch, num_tokens = scores.shape
     tile = _tile_and_warps(num_tokens)
@@ -324,8 +326,9 @@ def draw_mask(
     first, -inf and NaN last, and the sample counts them.
 
     The kernel keeps a clip of up to 4096 tokens in registers and passes over a longer one, of up to 2^21 - 1
-    tokens, in tiles of 4096; more tokens take the reference. Its noise is Philox, keyed by one number drawn from
-    the generator on the device, so that a replayed CUDA graph draws afresh.
+    tokens, in tiles of 4096; more tokens take the reference. Its noise is Philox, keyed by a number drawn from
+    the generator on the device, so that a replayed CUDA graph draws afresh; a generator of your own must be
+    registered with the graph.
 
     Args:
         scores: [B, N], floating point. The draw itself has no gradient; `log_probs` has.
@@ -362,7 +365,8 @@ def draw_mask(
     if backend_for(scores, obstacle=_obstacle(scores.shape[1])) == "triton":
         seed = None
         if noise is None:
-            seed = torch.randint(2**63 - 1, (1,), device=scores.device, generator=generator)
+            # Two numbers, since compiled code draws them in 32 bits.
+            seed = torch.randint(2**31 - 1, (2,), device=scores.device, generator=generator)
         log_probs, visible_idx, masked_idx, mask, num_nonfinite = _draw_mask_op(scores, num_visible, noise, seed)
         return MaskSample(visible_idx, masked_idx, mask, log_probs, num_nonfinite)
     if noise is None:

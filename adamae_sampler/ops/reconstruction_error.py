@@ -133,7 +133,9 @@ def _error_kernel(
     total = tl.zeros((PIXELS,), tl.float32)
 
     for c in tl.static_range(C):
-        value = tl.load(video_ptr + c * video_stride_c + video_place, mask=found, other=0).to(tl.float32)
+        value = tl.load(video_ptr + tl.cast(c, tl.int64) * video_stride_c + video_place, mask=found, other=0).to(
+            tl.float32
+        )
         if IS_UINT8:
             value = value * (1.0 / 255.0)
         if UN_NORMALIZE:  # numbers, not a tensor of them, which would be copied to the device and waited for
