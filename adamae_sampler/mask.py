@@ -128,7 +128,12 @@ def check_mask_ratio(mask_ratio: float) -> None:
 
 
 def check_num_visible(num_visible: int, num_tokens: int) -> None:
-    """Raises ValueError unless at least one token is visible and at least one is masked."""
+    """Raises unless num_visible is a whole number that leaves at least one token visible and one masked."""
+    if not isinstance(num_visible, (int, torch.SymInt)):
+        raise TypeError(
+            f"num_visible={num_visible!r}, expected a whole number; num_visible_tokens(num_tokens, mask_ratio) in "
+            "adamae_sampler.mask makes one of a ratio."
+        )
     if not 1 <= num_visible < num_tokens:
         raise ValueError(
             f"num_visible={num_visible} of {num_tokens} tokens, expected between 1 and {num_tokens - 1}: "

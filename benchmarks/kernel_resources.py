@@ -194,6 +194,7 @@ def main() -> None:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(field.name for field in fields(Resources))
         writer.writerows(map(astuple, rows))
+    print(f"{len(rows)} compiled kernels, {sum(row.spilled_bytes > 0 for row in rows)} that spill; rows in {output}")
 
 
 if __name__ == "__main__":

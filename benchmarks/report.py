@@ -228,5 +228,5 @@ def _number(row: Row | None, column: str, form: str) -> str:
 if __name__ == "__main__":
     try:
         main(tyro.cli(Options, description=__doc__))
-    except ValueError as error:
+    except (ValueError, FileNotFoundError) as error:
         sys.exit(f"error: {error}")  # a missing marker or row, not a defect

@@ -89,7 +89,7 @@ class Options:
     budget: float = 460.0
     """Seconds after which nothing more is started; what takes long to compile comes last."""
     threads: int = 2
-    """Threads of PyTorch on a CPU."""
+    """Threads of PyTorch on a CPU; --quick takes one."""
     commit: str = ""
     """What the rows name as the commit; git is asked if this is empty."""
     output: Path | None = None

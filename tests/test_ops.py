@@ -219,7 +219,7 @@ def test_sampling_loss_gradients_reach_log_probs_alone():
 
 
 def test_bad_input():
-    x, idx, pos = torch.zeros(2, 6, 4), torch.zeros(2, 3, dtype=torch.int64), torch.zeros(6, 4)
+    x, idx, pos = torch.zeros(2, 6, 4), torch.arange(3).repeat(2, 1), torch.zeros(6, 4)
     sample = make_sample(2, 6, 3)
     video, prediction = torch.zeros(2, 3, 4, 16, 16), torch.zeros(2, 3, 96)
     cases = [
@@ -227,7 +227,7 @@ def test_bad_input():
         (ValueError, r"idx has shape \(3,\), expected \[2, K\]", lambda: ops.gather_tokens(x, idx[0])),
         (
             ValueError,
-            r"idx holds 0..6, expected indices within 0..5",
+            r"idx holds 1..6, expected indices within 0..5",
             lambda: ops.gather_tokens(x, idx.index_fill(1, idx[0, :1], 6)),
         ),
         (ValueError, r"idx is on meta, the other tensors on cpu", lambda: ops.gather_tokens(x, idx.to("meta"))),
@@ -277,13 +277,51 @@ def test_bad_input():
         (
             ValueError,
             r"prediction has shape \(2, 3, 96\), expected \(2, 3, 1536\)",
-            lambda: ops.reconstruction_error(prediction, video, idx * 0),
+            lambda: ops.reconstruction_error(prediction, video[..., :32].repeat(1, 1, 2, 2, 2), idx),
         ),
         (ValueError, "kind='huber'", lambda: ops.reconstruction_error(prediction, video, idx, kind="huber")),
         (
             ValueError,
             r"error has shape \(2, 2\), expected \(2, 3\)",
             lambda: ops.sampling_loss(x[..., 0], idx, x[:, :2, 0]),
+        ),
+    ]
+    cases += [
+        (TypeError, "idx is a boolean mask, expected int64 indices", lambda: ops.gather_tokens(x, sample.mask)),
+        (TypeError, "idx is MaskSample, expected a tensor", lambda: ops.gather_tokens(x, sample)),
+        (TypeError, "x is ndarray, expected a tensor", lambda: ops.gather_tokens(x.numpy(), idx)),
+        (
+            ValueError,
+            "names 2 different tokens with 3 indices in row 0",
+            lambda: ops.gather_tokens(x, idx.clamp(max=1)),
+        ),
+        (TypeError, "sample is Tensor, expected a MaskSample", lambda: ops.assemble_tokens(x[:, :3], pos[0], pos, idx)),
+        (
+            ValueError,
+            "together names 5 different tokens with 6 indices",
+            lambda: ops.assemble_tokens(
+                x[:, :3], pos[0], pos, MaskSample(idx, torch.tensor([[2, 3, 4]] * 2), sample.mask)
+            ),
+        ),
+        (TypeError, "mask_token is float", lambda: ops.assemble_tokens(x[:, :3], 0.0, pos, sample)),
+        (TypeError, "pos is NoneType", lambda: ops.assemble_tokens(x[:, :3], pos[0], None, sample)),
+        (TypeError, "log_probs is None", lambda: ops.sampling_loss(None, idx, x[:, :3, 0])),
+        (TypeError, "num_visible=3.0, expected a whole number", lambda: ops.draw_mask(x[..., 0], 3.0)),
+        (ValueError, "expected positive whole numbers", lambda: ops.patchify(video, -8)),
+        (ValueError, "expected positive whole numbers", lambda: ops.patchify(video, 8, 0)),
+        (
+            ValueError,
+            r"patch_size=\(1, 8, 8\), expected a whole number, or a pair",
+            lambda: ops.patchify(video, (1, 8, 8)),
+        ),
+        (ValueError, r"images.unsqueeze\(2\) and tubelet_size=1", lambda: ops.patchify(video[:, :, 0])),
+        (TypeError, "video is ndarray", lambda: ops.reconstruction_error(prediction, video.numpy(), idx)),
+        (ValueError, r"masked_idx has shape \(3,\)", lambda: ops.reconstruction_error(prediction, video, idx[0])),
+        (TypeError, "expected a list or tuple", lambda: ops.reconstruction_target(video, mean=0.5, std=0.5)),
+        (
+            ValueError,
+            r"std=\(0.0, 0.0, 0.0\), expected positive",
+            lambda: ops.reconstruction_target(video, mean=(0.5,) * 3, std=(0.0,) * 3),
         ),
     ]
     for kind, message, call in cases:

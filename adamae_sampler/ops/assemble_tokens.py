@@ -7,9 +7,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from adamae_sampler.mask import MaskSample
+from adamae_sampler.mask import MaskSample, free_to_read
 from adamae_sampler.ops.backend import backend_for, jit, launch, tl
-from adamae_sampler.ops.checks import check_device, check_floating, check_indices, check_pos, check_tokens
+from adamae_sampler.ops.checks import check_device, check_floating, check_indices, check_pos, check_tensor, check_tokens
 from adamae_sampler.ops.gather_tokens import gather_op, grad_of_pos, select_rows
 from adamae_sampler.ops.rows import as_table, cast_once, place_of_token, row_tiles, tile_of
 
@@ -252,6 +252,11 @@ def assemble_tokens(
             of range, and in "restore" order for a token that is visible twice.
     """
     check_tokens("visible", visible)
+    if not isinstance(sample, MaskSample):
+        raise TypeError(
+            f"sample is {type(sample).__name__}, expected a MaskSample; MaskSample.from_mask(mask, num_visible) makes "
+            "one of a mask."
+        )
     batch, num_visible, width = visible.shape
     num_tokens = sample.mask.shape[1]
     if num_visible != sample.visible_idx.shape[1]:
@@ -260,6 +265,7 @@ def assemble_tokens(
         )
     check_indices("sample.visible_idx", sample.visible_idx, batch, num_tokens, visible.device)
     check_indices("sample.masked_idx", sample.masked_idx, batch, num_tokens, visible.device)
+    check_tensor("mask_token", mask_token)
     if mask_token.numel() != width:
         raise ValueError(
             f"mask_token has shape {tuple(mask_token.shape)}, expected {width} values, one row of visible."
@@ -274,6 +280,9 @@ def assemble_tokens(
             f"the sample has {visible.shape[1]} visible and {sample.masked_idx.shape[1]} masked tokens, expected "
             f"{num_tokens} together, as its mask has."
         )
+    if free_to_read(visible):
+        both = torch.cat([sample.visible_idx, sample.masked_idx], 1)
+        check_indices("sample's visible_idx and masked_idx together", both, batch, num_tokens, visible.device)
     if backend_for(visible, mask_token, pos) == "triton":
         idx = (sample.visible_idx, sample.masked_idx)
         assembled: Tensor = _assemble_op(visible, mask_token.reshape(-1), as_table(pos), *idx, order == "restore")

@@ -38,7 +38,7 @@ def _checked(backend: str, source: str) -> str:
     return backend
 
 
-_backend = _checked(os.environ.get(ENVIRONMENT_VARIABLE, "auto"), ENVIRONMENT_VARIABLE)
+_backend = _checked(os.environ.get(ENVIRONMENT_VARIABLE) or "auto", ENVIRONMENT_VARIABLE)
 # Triton's interpreter runs kernels on CPU tensors, for tests; the variable counts when a kernel is defined.
 INTERPRETED = triton is not None and os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -78,11 +78,12 @@ def _restore(backend: str) -> None:
     _backend = backend
 
 
-def backend_for(*tensors: Tensor, obstacle: str = "") -> Literal["triton", "torch"]:
+def backend_for(x: Tensor, *others: Tensor, obstacle: str = "") -> Literal["triton", "torch"]:
     """What an op runs on these floating-point tensors: "triton" or "torch".
 
     Args:
-        tensors: at least one, all on one device.
+        x: one of the tensors.
+        others: the others, on the same device.
         obstacle: why the op has no kernel for its input, empty if it has.
 
     Raises:
@@ -91,14 +92,14 @@ def backend_for(*tensors: Tensor, obstacle: str = "") -> Literal["triton", "torc
     """
     if _backend == "torch":
         return "torch"
-    device = tensors[0].device
+    device, tensors = x.device, (x, *others)
     if _backend == "auto":
-        takes = device.type == "cuda" and not obstacle and all(x.dtype in KERNEL_DTYPES for x in tensors)
+        takes = device.type == "cuda" and not obstacle and all(each.dtype in KERNEL_DTYPES for each in tensors)
         return "triton" if takes and not _device_obstacle(device) else "torch"
-    for x in tensors:
-        if x.dtype not in KERNEL_DTYPES:
+    for each in tensors:
+        if each.dtype not in KERNEL_DTYPES:
             raise TypeError(
-                f"the Triton kernels take float32, float16 and bfloat16, got {x.dtype}. Cast it, or use "
+                f"the Triton kernels take float32, float16 and bfloat16, got {each.dtype}. Cast it, or use "
                 'set_backend("auto"), which takes plain PyTorch for other dtypes.'
             )
     obstacle = obstacle or _device_obstacle(device)

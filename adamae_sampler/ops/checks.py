@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from adamae_sampler.mask import free_to_read
+from adamae_sampler.ops.patches import PatchSize, patch_pair, token_grid
+
+
+def check_tensor(name: str, x: object) -> None:
+    """Raises TypeError unless x is a tensor."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} is {type(x).__name__}, expected a tensor; use torch.as_tensor({name}) for an array.")
 
 
 def check_floating(name: str, x: Tensor) -> None:
-    """Raises TypeError unless x is floating point."""
+    """Raises TypeError unless x is a floating-point tensor."""
+    check_tensor(name, x)
     if not x.is_floating_point():
-        raise TypeError(f"{name} has dtype {x.dtype}, expected a floating-point tensor.")
+        raise TypeError(f"{name} has dtype {x.dtype}, expected a floating-point tensor; use {name}.float().")
 
 
 def check_tokens(name: str, x: Tensor) -> None:
@@ -21,25 +31,44 @@ def check_tokens(name: str, x: Tensor) -> None:
         raise ValueError(f"{name} has shape {tuple(x.shape)}, expected [B, N, D]: clips, tokens, width.")
 
 
-def check_indices(name: str, idx: Tensor, batch: int, num_tokens: int, device: torch.device) -> None:
-    """Raises unless idx is int64 [B, K] on the device given, and, on CPU in eager mode, within 0..N-1.
-
-    On other devices the range is not checked, since that would make the host wait; what `draw_mask` and
-    `MaskSample.from_mask` return is always within it.
-    """
+def check_index_shape(name: str, idx: Tensor, batch: int, device: torch.device) -> None:
+    """Raises unless idx is int64 [B, K] on the device given."""
+    check_tensor(name, idx)
+    if idx.dtype == torch.bool:
+        raise TypeError(
+            f"{name} is a boolean mask, expected int64 indices: visible_idx or masked_idx of a sample, such as "
+            "MaskSample.from_mask(mask, num_visible) makes of a mask."
+        )
     if idx.dtype != torch.int64:
         raise TypeError(f"{name} has dtype {idx.dtype}, expected torch.int64; use {name}.long().")
     if idx.ndim != 2 or idx.shape[0] != batch:
         raise ValueError(f"{name} has shape {tuple(idx.shape)}, expected [{batch}, K]: a row for each clip.")
     check_device(name, idx, device)
+
+
+def check_indices(name: str, idx: Tensor, batch: int, num_tokens: int, device: torch.device) -> None:
+    """Raises unless idx is int64 [B, K] on the device given, and, on CPU in eager mode, distinct within 0..N-1.
+
+    On other devices the values are not checked, since that would make the host wait; what `draw_mask` and
+    `MaskSample.from_mask` return is always right.
+    """
+    check_index_shape(name, idx, batch, device)
     if free_to_read(idx) and idx.numel():
         low, high = (int(bound) for bound in idx.aminmax())
         if low < 0 or high >= num_tokens:
             raise ValueError(f"{name} holds {low}..{high}, expected indices within 0..{num_tokens - 1}.")
+        named = torch.zeros(batch, num_tokens, dtype=torch.bool).scatter_(1, idx, True).sum(1)  # [B]
+        if (named != idx.shape[1]).any():
+            row = int((named != idx.shape[1]).nonzero()[0])
+            raise ValueError(
+                f"{name} names {int(named[row])} different tokens with {idx.shape[1]} indices in row {row}, expected "
+                "each token once at most."
+            )
 
 
 def check_device(name: str, x: Tensor, device: torch.device) -> None:
-    """Raises ValueError unless x is on the device given."""
+    """Raises unless x is a tensor on the device given."""
+    check_tensor(name, x)
     if x.device != device:
         raise ValueError(f"{name} is on {x.device}, the other tensors on {device}; move one to the other.")
 
@@ -59,3 +88,32 @@ def check_pos(pos: Tensor, batch: int, num_tokens: int, width: int, device: torc
 def at_least_fp32(x: Tensor) -> Tensor:
     """x in fp32, or as it is if it is fp64 already: probabilities and losses are never computed in less."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def check_video(
+    video: Tensor,
+    patch_size: PatchSize,
+    tubelet_size: int,
+    normalize: bool,
+    mean: Sequence[float] | None,
+    std: Sequence[float] | None,
+) -> None:
+    """Raises unless the video [B, C, T, H, W] and how it is cut and normalised fit each other."""
+    check_tensor("video", video)
+    token_grid(tuple(video.shape), patch_size, tubelet_size)
+    if video.dtype != torch.uint8 and not video.is_floating_point():
+        raise TypeError(f"video has dtype {video.dtype}, expected uint8 pixels or floating point.")
+    p1, p2 = patch_pair(patch_size)
+    if normalize and tubelet_size * p1 * p2 < 2:
+        raise ValueError("a patch of one pixel has no standard deviation; use normalize=False.")
+    if (mean is None) != (std is None):
+        raise ValueError(f"mean={mean} and std={std}: give both or neither.")
+    if mean is not None and std is not None:
+        if video.dtype == torch.uint8:
+            raise ValueError("video is uint8, which is pixels already: leave mean and std out.")
+        if not isinstance(mean, Sequence) or not isinstance(std, Sequence):
+            raise TypeError(f"mean={mean} and std={std}, expected a list or tuple of numbers each, one for a channel.")
+        if not len(mean) == len(std) == video.shape[1]:
+            raise ValueError(f"mean has {len(mean)} values, std {len(std)}, the video {video.shape[1]} channels.")
+        if not all(scale > 0 for scale in std):
+            raise ValueError(f"std={std}, expected positive numbers.")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from einops import rearrange
 from torch import Tensor
 
@@ -16,14 +18,18 @@ def token_grid(video_shape: tuple[int, ...], patch_size: PatchSize, tubelet_size
     """
     if len(video_shape) != 5:
         raise ValueError(
-            f"video has shape {tuple(video_shape)}, expected [B, C, T, H, W]: clips, channels, frames, height, width."
+            f"video has shape {tuple(video_shape)}, expected [B, C, T, H, W]: clips, channels, frames, height, width. "
+            "For images use images.unsqueeze(2) and tubelet_size=1."
         )
     frames, height, width = video_shape[2:]
     patch_height, patch_width = patch_pair(patch_size)
+    sizes = (tubelet_size, patch_height, patch_width)
+    if any(not isinstance(each, int) or each < 1 for each in sizes):
+        raise ValueError(f"tubelet_size={tubelet_size} and patch_size={patch_size}, expected positive whole numbers.")
     if frames % tubelet_size:
         raise ValueError(
             f"video has {frames} frames, which tubelet_size={tubelet_size} does not divide. "
-            f"Take {frames - frames % tubelet_size or tubelet_size} frames or another tubelet size."
+            f"Take {frames - frames % tubelet_size or tubelet_size} frames or another tubelet size, 1 for images."
         )
     if height % patch_height or width % patch_width:
         raise ValueError(
@@ -34,8 +40,16 @@ def token_grid(video_shape: tuple[int, ...], patch_size: PatchSize, tubelet_size
 
 
 def patch_pair(patch_size: PatchSize) -> tuple[int, int]:
-    """patch_size as (height, width)."""
-    return (patch_size, patch_size) if isinstance(patch_size, int) else patch_size
+    """patch_size as (height, width).
+
+    Raises:
+        ValueError: neither a number nor a pair.
+    """
+    if isinstance(patch_size, int):
+        return patch_size, patch_size
+    if not isinstance(patch_size, Sequence) or len(patch_size) != 2:
+        raise ValueError(f"patch_size={patch_size}, expected a whole number, or a pair of them: height, width.")
+    return patch_size[0], patch_size[1]
 
 
 def patchify(video: Tensor, patch_size: PatchSize = 16, tubelet_size: int = 2) -> Tensor:

@@ -11,7 +11,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from adamae_sampler.ops.backend import backend_for, jit, launch, next_power_of_2, tl
-from adamae_sampler.ops.checks import at_least_fp32, check_device, check_floating, check_indices
+from adamae_sampler.ops.checks import (
+    at_least_fp32,
+    check_device,
+    check_floating,
+    check_index_shape,
+    check_indices,
+    check_tensor,
+    check_video,
+)
 from adamae_sampler.ops.gather_tokens import select_rows
 from adamae_sampler.ops.patches import PatchSize, patch_pair, patchify, token_grid
 
@@ -308,7 +316,7 @@ def reconstruction_target(
         TypeError, ValueError: a wrong dtype or shape, a size that patches do not divide, or `mean` and `std`
             that do not fit each other, the channels or the dtype.
     """
-    _check_video(video, patch_size, tubelet_size, normalize, mean, std)
+    check_video(video, patch_size, tubelet_size, normalize, mean, std)
     if idx is not None:
         _check_target_indices(video, idx, patch_size, tubelet_size)
     return _target_reference(video, idx, patch_size, tubelet_size, normalize, mean, std)
@@ -349,8 +357,10 @@ def reconstruction_error(
     if kind not in ("mse", "l1"):
         raise ValueError(f"kind={kind!r}, expected 'mse' or 'l1'.")
     check_floating("prediction", prediction)
+    check_tensor("video", video)
     check_device("prediction", prediction, video.device)
-    _check_video(video, patch_size, tubelet_size, normalize, mean, std)
+    check_video(video, patch_size, tubelet_size, normalize, mean, std)
+    check_index_shape("masked_idx", masked_idx, video.shape[0], video.device)
     p1, p2 = patch_pair(patch_size)
     expected = (*masked_idx.shape, tubelet_size * p1 * p2 * video.shape[1])
     if tuple(prediction.shape) != expected:
@@ -374,26 +384,3 @@ def reconstruction_error(
 def _check_target_indices(video: Tensor, idx: Tensor, patch_size: PatchSize, tubelet_size: int) -> None:
     t, h, w = token_grid(tuple(video.shape), patch_size, tubelet_size)
     check_indices("masked_idx", idx, video.shape[0], t * h * w, video.device)
-
-
-def _check_video(
-    video: Tensor,
-    patch_size: PatchSize,
-    tubelet_size: int,
-    normalize: bool,
-    mean: Sequence[float] | None,
-    std: Sequence[float] | None,
-) -> None:
-    token_grid(tuple(video.shape), patch_size, tubelet_size)
-    if video.dtype != torch.uint8 and not video.is_floating_point():
-        raise TypeError(f"video has dtype {video.dtype}, expected uint8 pixels or floating point.")
-    p1, p2 = patch_pair(patch_size)
-    if normalize and tubelet_size * p1 * p2 < 2:
-        raise ValueError("a patch of one pixel has no standard deviation; use normalize=False.")
-    if (mean is None) != (std is None):
-        raise ValueError(f"mean={mean} and std={std}: give both or neither.")
-    if mean is not None and std is not None:
-        if video.dtype == torch.uint8:
-            raise ValueError("video is uint8, which is pixels already: leave mean and std out.")
-        if not len(mean) == len(std) == video.shape[1]:
-            raise ValueError(f"mean has {len(mean)} values, std {len(std)}, the video {video.shape[1]} channels.")

@@ -184,6 +184,8 @@ def sampling_loss(log_probs: Tensor, masked_idx: Tensor, error: Tensor) -> Tenso
         TypeError, ValueError: a wrong dtype, shape or device; an index out of range (checked on CPU in eager
             mode only; the kernel gives NaN for it).
     """
+    if log_probs is None:
+        raise TypeError("log_probs is None: masks that no network drew have no distribution to learn.")
     check_floating("log_probs", log_probs)
     check_floating("error", error)
     if log_probs.ndim != 2:
