@@ -105,10 +105,10 @@ class RowWriter:
     Args:
         path: the file; one of an earlier run is replaced.
         device: what is measured on.
-        commit: of this repository; git is asked if it is empty.
+        commit: of this repository.
     """
 
-    def __init__(self, path: Path, device: torch.device, commit: str = "") -> None:
+    def __init__(self, path: Path, device: torch.device, commit: str) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         self.path = path
         self.rows: list[Row] = []
@@ -116,7 +116,7 @@ class RowWriter:
         self._csv = csv.writer(self._file, lineterminator="\n")
         self._csv.writerow([each.name for each in fields(Row)])
         self._device = device_name(device)
-        self._commit = commit or _commit()
+        self._commit = commit
 
     def __enter__(self) -> RowWriter:
         return self
@@ -231,7 +231,8 @@ def _triton_version() -> str:
         return ""
 
 
-def _commit() -> str:
+def current_commit() -> str:
+    """This repository's, as git describes it; "unknown" without git."""
     if shutil.which("git") is None:
         return "unknown"
     command = ["git", "describe", "--always", "--dirty"]

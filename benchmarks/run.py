@@ -49,6 +49,7 @@ from rows import (
     TORCH_BACKEND,
     Row,
     RowWriter,
+    current_commit,
     device_name,
     device_slug,
     find,
@@ -109,6 +110,7 @@ class Task:
 def main(options: Options) -> None:
     """Checks, measures, and prints a table."""
     start, others = time.perf_counter(), cpu_seconds_of_others()
+    commit = options.commit or current_commit()  # before the rows of the last run are replaced
     for path in options.official:
         repository_name(path)  # raises, before anything has been waited for
     device = torch.device(_kind(options))
@@ -124,7 +126,7 @@ def main(options: Options) -> None:
         print(f"[{time.perf_counter() - start:4.0f} s] {count} cases correct", flush=True)
         folder = options.output or (Path(tempfile.mkdtemp()) if options.quick else RESULTS)
         files = {suite: folder / f"{suite}_{device_slug(device)}.csv" for suite in suites}
-        writers = {suite: stack.enter_context(RowWriter(file, device, options.commit)) for suite, file in files.items()}
+        writers = {suite: stack.enter_context(RowWriter(file, device, commit)) for suite, file in files.items()}
         tasks = [task for suite in suites for task in make_tasks(suite, options, writers[suite], device)]
         problems = run_all(tasks, options, writers, device, start)
     print_table([row for writer in writers.values() for row in writer.rows])
