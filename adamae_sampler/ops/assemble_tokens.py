@@ -25,7 +25,8 @@ def _assemble_tokens_reference(
 ) -> Tensor:
     batch, num_visible, width = visible.shape
     token_idx = torch.cat([sample.visible_idx, sample.masked_idx], dim=1)  # [B, N], the order of "concat"
-    fill = mask_token.to(visible.dtype).reshape(1, 1, width).expand(batch, token_idx.shape[1] - num_visible, width)
+    fill = mask_token.to(visible.dtype).reshape(1, 1, width).expand(batch, 1, width)
+    fill = fill.expand(batch, token_idx.shape[1] - num_visible, width)  # apart: its gradient sums one axis at a time
     concatenated = torch.cat([visible, fill], dim=1)  # [B, N, D]
     if order == "concat":
         return concatenated + select_rows(pos, token_idx).to(visible.dtype)
