@@ -39,6 +39,14 @@ def test_auto_takes_plain_pytorch_on_cpu():
     assert ops.backend_for(torch.zeros(1)) == "torch"
 
 
+def test_what_the_choice_comes_to():
+    pytest.importorskip("triton")
+    x = torch.zeros(1, device="cuda" if torch.cuda.is_available() else "cpu")
+    for backend in ("torch", "triton"):
+        with ops.use_backend(backend):
+            assert ops.backend_for(x) == backend
+
+
 def test_environment_variable():
     code = "from adamae_sampler import ops; print(ops.get_backend())"
     assert run(code, ADAMAE_SAMPLER_BACKEND="torch").stdout.strip() == "torch"
