@@ -9,7 +9,14 @@ from torch import Tensor
 
 from adamae_sampler.mask import MaskSample, free_to_read
 from adamae_sampler.ops.backend import backend_for, jit, launch, tl
-from adamae_sampler.ops.checks import check_device, check_floating, check_indices, check_pos, check_tensor, check_tokens
+from adamae_sampler.ops.checks import (
+    check_device,
+    check_floating,
+    check_index_shape,
+    check_indices,
+    check_pos,
+    check_tokens,
+)
 from adamae_sampler.ops.gather_tokens import gather_op, grad_of_pos, select_rows
 from adamae_sampler.ops.rows import as_table, cast_once, place_of_token, row_tiles, tile_of
 
@@ -264,14 +271,13 @@ def assemble_tokens(
         raise ValueError(
             f"visible holds {num_visible} tokens, the sample leaves {sample.visible_idx.shape[1]} visible."
         )
-    check_indices("sample.visible_idx", sample.visible_idx, batch, num_tokens, visible.device)
-    check_indices("sample.masked_idx", sample.masked_idx, batch, num_tokens, visible.device)
-    check_tensor("mask_token", mask_token)
+    check_index_shape("sample.visible_idx", sample.visible_idx, batch, visible.device)
+    check_index_shape("sample.masked_idx", sample.masked_idx, batch, visible.device)
+    check_floating("mask_token", mask_token)
     if mask_token.numel() != width:
         raise ValueError(
             f"mask_token has shape {tuple(mask_token.shape)}, expected {width} values, one row of visible."
         )
-    check_floating("mask_token", mask_token)
     check_device("mask_token", mask_token, visible.device)
     check_pos(pos, batch, num_tokens, width, visible.device)
     if order not in ("concat", "restore"):

@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import cache, partial
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, Literal, TypeVar, cast, get_args
 
 import torch
 from torch import Tensor
@@ -32,10 +32,10 @@ ENVIRONMENT_VARIABLE = "ADAMAE_SAMPLER_BACKEND"
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
-def _checked(backend: str, source: str) -> str:
+def _checked(backend: str, source: str) -> Backend:
     if backend not in get_args(Backend):
         raise ValueError(f"{source}={backend!r}, expected one of {', '.join(map(repr, get_args(Backend)))}.")
-    return backend
+    return cast(Backend, backend)
 
 
 _backend = _checked(os.environ.get(ENVIRONMENT_VARIABLE) or "auto", ENVIRONMENT_VARIABLE)
@@ -43,7 +43,7 @@ _backend = _checked(os.environ.get(ENVIRONMENT_VARIABLE) or "auto", ENVIRONMENT_
 INTERPRETED = triton is not None and os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def get_backend() -> str:
+def get_backend() -> Backend:
     """The choice in force: "auto", "triton" or "torch". `backend_for` tells what it comes to for a tensor."""
     return _backend
 
@@ -70,12 +70,7 @@ def use_backend(backend: Backend) -> Iterator[None]:
     try:
         yield
     finally:
-        _restore(before)
-
-
-def _restore(backend: str) -> None:
-    global _backend
-    _backend = backend
+        set_backend(before)
 
 
 def backend_for(x: Tensor, *others: Tensor, obstacle: str = "") -> Literal["triton", "torch"]:

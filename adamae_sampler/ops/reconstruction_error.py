@@ -17,7 +17,6 @@ from adamae_sampler.ops.checks import (
     check_floating,
     check_index_shape,
     check_indices,
-    check_tensor,
     check_video,
 )
 from adamae_sampler.ops.gather_tokens import select_rows
@@ -357,9 +356,8 @@ def reconstruction_error(
     if kind not in ("mse", "l1"):
         raise ValueError(f"kind={kind!r}, expected 'mse' or 'l1'.")
     check_floating("prediction", prediction)
-    check_tensor("video", video)
-    check_device("prediction", prediction, video.device)
     check_video(video, patch_size, tubelet_size, normalize, mean, std)
+    check_device("prediction", prediction, video.device)
     check_index_shape("masked_idx", masked_idx, video.shape[0], video.device)
     p1, p2 = patch_pair(patch_size)
     expected = (*masked_idx.shape, tubelet_size * p1 * p2 * video.shape[1])
