@@ -5,13 +5,15 @@
     networks.py    the adaptive sampler's score networks
     losses.py      reconstruction error, sampling loss, and both together
     ops/           the operations underneath, one file each
+    integrations/  patch and unpatch, one file for each host
     models/        the reference encoder-decoder on timm's blocks, checkpoint formats
     visualize.py   pictures of masks, probabilities and errors (needs matplotlib; imported by name)
 
-Data flows one way: models -> sampler, losses -> ops -> mask.
+Data flows one way: models, integrations -> sampler, losses -> ops -> mask.
 """
 
-from adamae_sampler import models, ops
+from adamae_sampler import integrations, models, ops
+from adamae_sampler.integrations import patch, unpatch
 from adamae_sampler.losses import AdaMAELoss, reconstruction_error, sampling_loss
 from adamae_sampler.mask import MaskSample
 from adamae_sampler.sampler import (
@@ -30,8 +32,11 @@ __all__ = [
     "MaskSample",
     "RandomTokenSampler",
     "TubeTokenSampler",
+    "integrations",
     "models",
     "ops",
+    "patch",
     "reconstruction_error",
     "sampling_loss",
+    "unpatch",
 ]

@@ -121,9 +121,47 @@ class AdaMAELoss(nn.Module):
         self.mean = mean
         self.std = std
 
-    def forward(self, prediction: Tensor, video: Tensor, sample: MaskSample) -> LossOutput:
-        """prediction [B, M, P], video [B, C, T, H, W] -> LossOutput. See `reconstruction_error`."""
-        error = reconstruction_error(
+    def forward(
+        self, prediction: Tensor, video: Tensor, sample: MaskSample, decode_mask: Tensor | None = None
+    ) -> LossOutput:
+        """The losses of a step.
+
+        Args:
+            prediction: [B, M, P], see `reconstruction_error`.
+            video: [B, C, T, H, W], see `reconstruction_error`.
+            sample: the mask.
+            decode_mask: [B, N] bool, True = not decoded, for decoders that leave tokens out (VideoMAEv2): then the
+                prediction is [B, tokens left, P], and the losses are means over those of them that are masked.
+
+        Raises:
+            TypeError, ValueError: shapes, dtypes or arguments that do not fit each other.
+        """
+        if decode_mask is not None:
+            return self._of_decoded(prediction, video, sample, decode_mask)
+        error = self._error(prediction, video, sample)
+        reconstruction = error.mean()
+        if sample.log_probs is None:
+            return LossOutput(reconstruction, reconstruction, error.new_zeros(()), error)
+        sampling = sampling_loss(sample, error)
+        return LossOutput(reconstruction + self.sampling_weight * sampling, reconstruction, sampling, error)
+
+    def _of_decoded(self, prediction: Tensor, video: Tensor, sample: MaskSample, decode_mask: Tensor) -> LossOutput:
+        if decode_mask.shape != sample.mask.shape:
+            raise ValueError(
+                f"decode_mask has shape {tuple(decode_mask.shape)}, expected {tuple(sample.mask.shape)}: clips, tokens."
+            )
+        left = MaskSample.from_mask(decode_mask, prediction.shape[1]).visible_idx  # [B, tokens left]
+        decoded = MaskSample(sample.visible_idx, left, sample.mask, sample.log_probs)
+        error = self._error(prediction, video, decoded) * sample.mask.gather(1, left)
+        share = sample.mask.gather(1, left).float().mean()  # of tokens left that are masked
+        reconstruction = error.mean() / share
+        if sample.log_probs is None:
+            return LossOutput(reconstruction, reconstruction, error.new_zeros(()), error)
+        sampling = sampling_loss(decoded, error) / share
+        return LossOutput(reconstruction + self.sampling_weight * sampling, reconstruction, sampling, error)
+
+    def _error(self, prediction: Tensor, video: Tensor, sample: MaskSample) -> Tensor:
+        return reconstruction_error(
             prediction,
             video,
             sample,
@@ -134,11 +172,6 @@ class AdaMAELoss(nn.Module):
             mean=self.mean,
             std=self.std,
         )
-        reconstruction = error.mean()
-        if sample.log_probs is None:
-            return LossOutput(reconstruction, reconstruction, error.new_zeros(()), error)
-        sampling = sampling_loss(sample, error)
-        return LossOutput(reconstruction + self.sampling_weight * sampling, reconstruction, sampling, error)
 
     def extra_repr(self) -> str:
         """For print(loss)."""

@@ -1,4 +1,4 @@
-"""The reference video MAE and the checkpoint formats it reads. Importing this registers the models with timm."""
+"""The reference video MAE, and the formats it reads and writes. Importing this registers the models with timm."""
 
 from adamae_sampler.models.adamae import (
     AdaMAE,
@@ -7,6 +7,7 @@ from adamae_sampler.models.adamae import (
     pretrain_adamae_vit_small_patch16_224,
 )
 from adamae_sampler.models.checkpoint import LoadReport, load_checkpoint
+from adamae_sampler.models.export import save_encoder
 
 __all__ = [
     "AdaMAE",
@@ -15,4 +16,5 @@ __all__ = [
     "pretrain_adamae_vit_base_patch16_224",
     "pretrain_adamae_vit_large_patch16_224",
     "pretrain_adamae_vit_small_patch16_224",
+    "save_encoder",
 ]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,8 @@ from typing import Any
 import safetensors.torch
 import torch
 from torch import Tensor, nn
+
+from adamae_sampler.models import huggingface
 
 
 @dataclass(frozen=True)
@@ -50,16 +52,20 @@ class Format:
         name: for reports and errors.
         marker: a regular expression that some key of such a file matches.
         renames: (pattern, replacement) pairs, applied in order to every key.
+        convert: the file's weights under our names, where renaming is not enough.
         lacks: prefixes of the model's keys that files of this format never have.
     """
 
     name: str
     marker: str
     renames: Sequence[tuple[str, str]] = field(default_factory=tuple)
+    convert: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]] = dict
     lacks: tuple[str, ...] = ()
 
 
 FORMATS = (
+    # First, since a patched model's file has a sampler too.
+    Format("Hugging Face VideoMAE", huggingface.MARKER, convert=huggingface.from_huggingface, lacks=("sampler.",)),
     Format("adamae_sampler", r"^sampler\."),
     Format(
         "official AdaMAE",
@@ -89,11 +95,11 @@ def load_checkpoint(
     *,
     allow_missing: Sequence[str] = (),
 ) -> LoadReport:
-    """Loads weights into a reference model from an official AdaMAE, a VideoMAE or one of our own files.
+    """Loads weights into a reference model: official AdaMAE's, VideoMAE's, Hugging Face VideoMAE's or our own.
 
     Everything is checked before anything is written: on an error the model is as it was. A file without a sampler
-    (VideoMAE's, or ours with a fixed mask) leaves an adaptive model its fresh one, and the report says so. Numbers of
-    heads are in no file, and without a sampler neither is the grid: give the model the checkpoint's.
+    (VideoMAE's, Hugging Face's, or ours with a fixed mask) leaves an adaptive model its fresh one, and the report says
+    so. Numbers of heads are in no file, and without a sampler neither is the grid: give the model the checkpoint's.
 
     Args:
         model: `AdaMAE`, bare or wrapped (DDP, torch.compile).
@@ -115,7 +121,7 @@ def load_checkpoint(
     )
     own = {_strip(name): tensor for name, tensor in model.state_dict().items()}
     file_format = _recognise(tensors, own)
-    weights = {_rename(name, file_format): tensor for name, tensor in tensors.items()}
+    weights = file_format.convert({_rename(name, file_format): tensor for name, tensor in tensors.items()})
 
     wrong_shape = [
         f"{name} is {tuple(weights[name].shape)} in the file, {tuple(own[name].shape)} in the model"

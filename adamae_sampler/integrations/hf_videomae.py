@@ -1,0 +1,72 @@
+"""Hugging Face VideoMAEForPreTraining."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from torch import Tensor, nn
+
+from adamae_sampler.integrations.host import HandedOnTokens, HostShape, Part
+from adamae_sampler.integrations.huggingface import HuggingFaceHost, image_grid
+from adamae_sampler.integrations.indexed_mask import indexed_mask
+from adamae_sampler.losses import reconstruction_error
+from adamae_sampler.mask import MaskSample
+from adamae_sampler.ops import sampling_loss
+
+
+class AdaptiveHFVideoMAE(HuggingFaceHost):
+    """`output = model(pixel_values)`. Modifications:
+
+    - the mask is drawn, not passed; a given one is taken too;
+    - the loss has the sampling loss in it, of the errors that the host's own loss averages;
+    - boolean indexing goes by the sample's indices.
+    """
+
+    names: ClassVar[tuple[str, ...]] = ("VideoMAEForPreTraining",)
+    seams: ClassVar[dict[str, Any]] = {
+        "forward": ("pixel_values", "bool_masked_pos"),
+        "videomae.embeddings.forward": ("pixel_values", "bool_masked_pos"),
+        "videomae.embeddings.patch_embeddings.projection": nn.Conv3d,
+        "config.norm_pix_loss": bool,
+    }
+    parts: ClassVar[dict[str, type[Part]]] = {"videomae.embeddings.patch_embeddings": HandedOnTokens}
+
+    @staticmethod
+    def describe(model: Any) -> HostShape:
+        """From the configuration."""
+        config = model.config
+        return HostShape(config.hidden_size, (config.num_frames // config.tubelet_size, *image_grid(config)))
+
+    def forward(
+        self,
+        pixel_values: Tensor,
+        bool_masked_pos: Tensor | MaskSample | None = None,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """pixel_values [B, T, C, H, W]; bool_masked_pos [B, N] bool, True = masked -> what the host returns."""
+        with self.masking(pixel_values, bool_masked_pos) as sample:
+            output = super().forward(pixel_values, indexed_mask(sample), return_dict=True, **kwargs)
+
+            def sampling(log_probs: Tensor) -> Tensor:
+                return sampling_loss(
+                    log_probs, sample.masked_idx, self.token_error(output.logits, pixel_values, sample)
+                )
+
+            output.loss = self.total(output.loss, sampling)
+        return self.finish(output, return_dict)
+
+    def token_error(self, prediction: Tensor, pixel_values: Tensor, sample: MaskSample) -> Tensor:
+        """[B, M]: of the target that the host makes, which undoes ImageNet's normalisation of RGB video."""
+        rgb = self.config.num_channels == 3
+        return reconstruction_error(
+            prediction.detach(),
+            pixel_values.transpose(1, 2),
+            sample,
+            normalize=self.config.norm_pix_loss,
+            patch_size=self.config.patch_size,
+            tubelet_size=self.config.tubelet_size,
+            mean=IMAGENET_DEFAULT_MEAN if rgb else None,
+            std=IMAGENET_DEFAULT_STD if rgb else None,
+        )

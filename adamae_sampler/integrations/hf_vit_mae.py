@@ -1,0 +1,87 @@
+"""Hugging Face ViTMAEForPreTraining."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from adamae_sampler.integrations.host import HandedOnTokens, HostShape, Part
+from adamae_sampler.integrations.huggingface import HuggingFaceHost, image_grid
+from adamae_sampler.integrations.mae import visible_first
+from adamae_sampler.mask import MaskSample
+from adamae_sampler.ops import sampling_loss
+
+
+class GivenMask(Part):
+    """Mixin of the embeddings. Modifications:
+
+    - random_masking takes the sampler's tokens.
+    """
+
+    def random_masking(self, sequence: Tensor, noise: Tensor | None = None) -> tuple[Tensor, ...]:
+        """Sequence [B, N, D] -> its visible tokens [B, K, D], the mask [B, N] with 1 = masked, ids_restore [B, N]."""
+        if self._sample is None:  # the encoder is used by itself, as for features
+            masked: tuple[Tensor, ...] = super().random_masking(sequence, noise)  # type: ignore[misc]
+            return masked
+        return visible_first(sequence, self._sample)
+
+
+class AdaptiveHFViTMAE(HuggingFaceHost):
+    """`output = model(pixel_values)`. Modifications:
+
+    - forward takes `mask=`, and no noise;
+    - the loss has the sampling loss in it, of the errors that the host's own loss averages.
+    """
+
+    names: ClassVar[tuple[str, ...]] = ("ViTMAEForPreTraining",)
+    seams: ClassVar[dict[str, Any]] = {
+        "forward": ("pixel_values", "noise"),
+        "patchify": ("pixel_values", "interpolate_pos_encoding"),
+        "vit.embeddings.random_masking": ("sequence", "noise"),
+        "vit.embeddings.patch_embeddings.projection": nn.Conv2d,
+        "config.norm_pix_loss": bool,
+    }
+    parts: ClassVar[dict[str, type[Part]]] = {
+        "vit.embeddings": GivenMask,
+        "vit.embeddings.patch_embeddings": HandedOnTokens,
+    }
+
+    patchify: Any
+
+    @staticmethod
+    def describe(model: Any) -> HostShape:
+        """From the configuration."""
+        return HostShape(model.config.hidden_size, (1, *image_grid(model.config)), model.config.mask_ratio)
+
+    def forward(
+        self,
+        pixel_values: Tensor,
+        noise: None = None,
+        interpolate_pos_encoding: bool = False,
+        return_dict: bool | None = None,
+        *,
+        mask: Tensor | MaskSample | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """pixel_values [B, C, H, W]; mask [B, N] bool, True = masked -> what the host returns."""
+        if noise is not None:
+            raise ValueError("noise chooses the host's random mask, which a patched model does not draw; pass mask=.")
+        kwargs["interpolate_pos_encoding"] = interpolate_pos_encoding
+        with self.masking(pixel_values, mask) as sample:
+            output = super().forward(pixel_values, return_dict=True, **kwargs)
+
+            def sampling(log_probs: Tensor) -> Tensor:
+                error = self.token_error(output.logits.detach(), pixel_values, interpolate_pos_encoding)
+                return sampling_loss(log_probs, sample.masked_idx, error.gather(1, sample.masked_idx))
+
+            output.loss = self.total(output.loss, sampling)
+        return self.finish(output, return_dict)
+
+    def token_error(self, prediction: Tensor, pixel_values: Tensor, interpolate_pos_encoding: bool) -> Tensor:
+        """[B, N]: of the target that the host makes; the channels of a patch are normalised together."""
+        target = self.patchify(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding)
+        if self.config.norm_pix_loss:
+            variance, mean = target.var(dim=-1, keepdim=True), target.mean(dim=-1, keepdim=True)
+            target = (target - mean) / (variance + 1e-6).sqrt()
+        return (prediction - target).square().mean(dim=-1)

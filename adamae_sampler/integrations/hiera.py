@@ -1,0 +1,90 @@
+"""facebookresearch/hiera, which masks units of several tokens, and whose masks are True where tokens are kept."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from adamae_sampler.integrations.host import AdaptiveHost, HostShape, Part
+from adamae_sampler.integrations.mae import default_ratio
+from adamae_sampler.mask import MaskSample
+from adamae_sampler.ops import sampling_loss
+
+
+class AdaptiveHiera(AdaptiveHost):
+    """`loss, pred, label, mask = model(x)`. Modifications:
+
+    - the mask is drawn over mask units, whose tokens are averaged for the sampler; a given one is taken too, True =
+      kept as the host's own;
+    - the loss has the sampling loss in it.
+    """
+
+    names: ClassVar[tuple[str, ...]] = ("MaskedAutoencoderHiera",)
+    seams: ClassVar[dict[str, Any]] = {
+        "forward": ("x", "mask_ratio", "mask"),
+        "patch_embed.forward": ("x", "mask"),
+        "patch_embed.proj": nn.Module,
+        "mask_spatial_shape": list,
+        "tokens_spatial_shape": list,
+        "tokens_spatial_shape_final": list,
+    }
+    patch_embed: Any
+    mask_spatial_shape: list[int]
+    tokens_spatial_shape: list[int]
+    tokens_spatial_shape_final: list[int]
+
+    # None, since the host blanks masked pixels before its overlapping convolution: tokens from before would leak them.
+    parts: ClassVar[dict[str, type[Part]]] = {}
+
+    @staticmethod
+    def describe(model: Any) -> HostShape:
+        """The grid of mask units."""
+        units = model.mask_spatial_shape
+        grid = (1,) * (3 - len(units)) + tuple(units)
+        return HostShape(model.patch_embed.proj.out_channels, grid, default_ratio(model))
+
+    def tokenize(self, video: Tensor) -> Tensor:
+        """[B, C, (T), H, W] -> [B, tokens, D]."""
+        tokens: Tensor = self.patch_embed(video)
+        return tokens
+
+    def scored(self, tokens: Tensor) -> Tensor:
+        """Means over mask units [B, units, D]."""
+        return unit_mean(tokens, self.tokens_spatial_shape, self.mask_spatial_shape)
+
+    def forward(self, x: Tensor, mask_ratio: float | None = None, mask: Tensor | MaskSample | None = None) -> Any:
+        """x as the host takes it; mask [B, mask units] bool, True = kept -> what the host returns."""
+        self.check_ratio(mask_ratio)
+        hidden = ~mask.bool() if isinstance(mask, Tensor) else mask
+        with self.masking(x, hidden) as sample:
+            loss, pred, label, kept = super().forward(x, self.sampler.mask_ratio, ~sample.mask)
+
+            def sampling(log_probs: Tensor) -> Tensor:
+                error = (pred.detach() - label).square().mean(dim=-1)
+                return sampling_loss(log_probs, sample.masked_idx, self.unit_error(error, sample))
+
+            return self.total(loss, sampling), pred, label, kept
+
+    def unit_error(self, error: Tensor, sample: MaskSample) -> Tensor:
+        """The errors of masked predictions, clip after clip in the order of space -> of mask units [B, M]."""
+        units, places = self.mask_spatial_shape, self.tokens_spatial_shape_final
+        masked = sample.mask.view(-1, *units)
+        for axis, (unit, place) in enumerate(zip(units, places, strict=True), start=1):
+            masked = masked.repeat_interleave(place // unit, dim=axis)
+        masked = masked.flatten(1)  # [B, predictions]
+        num_visible = sample.num_visible * (math.prod(places) // math.prod(units))
+        masked_idx = MaskSample.from_mask(masked, num_visible).masked_idx
+        everywhere = torch.zeros(masked.shape, dtype=error.dtype, device=error.device)
+        everywhere = everywhere.scatter(1, masked_idx, error.view(masked_idx.shape))
+        return unit_mean(everywhere[..., None], places, units).squeeze(-1).gather(1, sample.masked_idx)
+
+
+def unit_mean(x: Tensor, places: list[int], units: list[int]) -> Tensor:
+    """[B, places, D] -> [B, units, D]: means over the places of each unit; both are grids of one to three axes."""
+    sizes = [place // unit for place, unit in zip(places, units, strict=True)]
+    grid = [each for pair in zip(units, sizes, strict=True) for each in pair]  # units and places within, by turns
+    within = tuple(range(2, 2 * len(units) + 1, 2))
+    return x.view(x.shape[0], *grid, x.shape[-1]).mean(dim=within).flatten(1, -2)

@@ -1,0 +1,266 @@
+"""What all patched hosts share: how a mask is drawn for the host's own forward, and what the losses become.
+
+A patched model is an instance of a class made of two: a file's mixin here and the host's class. The mixin holds the
+difference alone; the host's forward, whatever its version, still runs.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, ClassVar, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+
+from adamae_sampler.mask import MaskSample
+from adamae_sampler.sampler import GridSize, TokenSampler
+
+
+class SeamError(TypeError):
+    """A host lacks what its patch holds on to: another version, or a model of another kind with the same name."""
+
+
+class HostShape(NamedTuple):
+    """What a sampler must know of a host.
+
+    Attributes:
+        embed_dim: D, width of its tokens.
+        grid_size: (T, H, W) of its tokens; T is 1 for images.
+        mask_ratio: share of tokens that it masks by itself; None if it is told by its data loader.
+    """
+
+    embed_dim: int
+    grid_size: GridSize
+    mask_ratio: float | None = None
+
+
+class LastStep(NamedTuple):
+    """The latest forward of a patched model, without gradients.
+
+    Attributes:
+        sample: the mask.
+        reconstruction: scalar, the host's own loss; None if the host leaves its loss to the training engine.
+        sampling: scalar, L_S before its weight, 0 for masks without a distribution; None as above.
+    """
+
+    sample: MaskSample
+    reconstruction: Tensor | None = None
+    sampling: Tensor | None = None
+
+
+class Patched(nn.Module):
+    """A module whose class was exchanged; deepcopy and pickle know how to make the class again."""
+
+    host_class: ClassVar[type[nn.Module]]  # the class before
+    mixin: ClassVar[type[Patched]]
+    transient: ClassVar[tuple[str, ...]] = ()  # attributes of a single forward, which copies leave behind
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        get_state = getattr(self, "__getstate__", None)  # object has one from Python 3.11 on
+        state = dict(get_state() if get_state else self.__dict__)
+        return _empty, (self.host_class, self.mixin), {key: state[key] for key in state if key not in self.transient}
+
+
+def _empty(host_class: type[nn.Module], mixin: type[Patched]) -> nn.Module:
+    patched = patched_type(host_class, mixin)
+    return cast(nn.Module, patched.__new__(patched))
+
+
+def patched_type(host_class: Any, mixin: Any) -> Any:
+    """The class of two, the same for every call. It has the host's name, by which libraries recognise their models."""
+    if (host_class, mixin) not in _TYPES:
+        names = ("__module__", "__qualname__", "__doc__")
+        body = {**{name: getattr(host_class, name) for name in names}, "host_class": host_class, "mixin": mixin}
+        _TYPES[host_class, mixin] = type(host_class.__name__, (mixin, host_class), body)
+    return _TYPES[host_class, mixin]
+
+
+_TYPES: dict[tuple[Any, Any], Any] = {}
+
+
+class Part(Patched):
+    """Mixin of a submodule; for the time of a forward it knows the mask and the tokens."""
+
+    transient = ("_sample", "_tokens")
+    _sample: MaskSample | None = None
+    _tokens: Tensor | None = None
+
+
+class HandedOnTokens(Part):
+    """Mixin of a host's tokenizer. Modifications:
+
+    - tokens that were computed for the sampler are given to the host's forward, not computed again.
+    """
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """The host's arguments -> the host's tokens."""
+        tokens = self._tokens
+        if tokens is None:
+            return cast(Tensor, super().forward(*args, **kwargs))
+        self._tokens = None
+        return tokens
+
+
+class AdaptiveHost(Patched):
+    """Base of all mixins: the sampler, the mask of a forward, and the loss.
+
+    Attributes:
+        names: of the host's classes; subclasses of them are taken too.
+        seams: what the mixin holds on to: dotted names with the first parameters of a method, or with a type.
+        parts: dotted names of the submodules that are patched too, with their mixins. That of `HandedOnTokens` makes
+            the tokens that the sampler scores.
+        sampler: the sampler, a submodule, so that its parameters are trained and saved with the host's.
+        sampling_weight: of the sampling loss, in training; in evaluation the host's loss stays alone.
+        last_step: the latest mask and losses, for logging and pictures.
+    """
+
+    names: ClassVar[tuple[str, ...]]
+    seams: ClassVar[Mapping[str, tuple[str, ...] | type]]
+    parts: ClassVar[Mapping[str, type[Part]]] = {"patch_embed": HandedOnTokens}
+    transient = ("last_step", "_sample")
+
+    sampler: TokenSampler
+    sampling_weight: float
+    last_step: LastStep | None = None
+    _sample: MaskSample | None = None
+
+    @staticmethod
+    def fits(model: nn.Module) -> bool:
+        """Whether a model of a matching name is this host; for names that hosts share."""
+        return True
+
+    @staticmethod
+    def describe(model: Any) -> HostShape:
+        """The shape of an unpatched host."""
+        raise NotImplementedError  # each host's file has its own
+
+    @staticmethod
+    def probe(model: Any) -> None:
+        """Raises SeamError where names and parameters do not tell enough."""
+
+    def tokenize(self, video: Tensor) -> Tensor:
+        """The host's input -> the tokens as its tokenizer makes them, before positions, as in the paper."""
+        return cast(Tensor, self.tokenizer(video))
+
+    def scored(self, tokens: Tensor) -> Tensor:
+        """The tokenizer's tokens -> those that the sampler scores [B, N, D]."""
+        return tokens
+
+    @property
+    def tokenizer(self) -> HandedOnTokens:
+        """The submodule that makes the tokens."""
+        name = next(name for name, mixin in self.parts.items() if mixin is HandedOnTokens)
+        return cast(HandedOnTokens, self.get_submodule(name))
+
+    def draw_mask(self, video: Tensor, generator: torch.Generator | None = None) -> MaskSample:
+        """A mask for the host's input, such as evaluation needs: draw it once, then pass it to every forward."""
+        return self.sampler(self.scored(self.tokenize(video)), generator=generator)
+
+    def install(self, sampler: TokenSampler, sampling_weight: float, settings: Mapping[str, Any] | None = None) -> None:
+        """Puts the sampler in place; the class is this one already.
+
+        Args:
+            sampler: the sampler, which gets the device, dtype and mode of the model.
+            sampling_weight: of the sampling loss.
+            settings: from which `describe` and a fresh process could build the sampler again; None for one's own.
+        """
+        for name, mixin in self.parts.items():
+            part = self.get_submodule(name)
+            part.__class__ = patched_type(type(part), mixin)
+        weight = next(self.parameters())
+        self.sampler = sampler.to(device=weight.device, dtype=weight.dtype).train(self.training)
+        self.sampling_weight = sampling_weight
+
+    def remove(self) -> None:
+        """Undoes `install`, and the exchange of classes."""
+        for module in (*(self.get_submodule(name) for name in self.parts), self):
+            if isinstance(module, Patched):
+                for name in ("sampler", "sampling_weight", *module.transient):
+                    module._modules.pop(name, None)
+                    module.__dict__.pop(name, None)
+                module.__class__ = module.host_class  # type: ignore[assignment]
+
+    @contextmanager
+    def masking(self, video: Tensor, mask: Tensor | MaskSample | None) -> Iterator[MaskSample]:
+        """A forward of the host: draws its mask, or takes the given one, and hands the tokens on.
+
+        Raises:
+            ValueError: no mask in evaluation, or one that does not fit.
+            SeamError: the host's forward did not ask for tokens.
+        """
+        if mask is None and not self.training:
+            raise ValueError(
+                f"{type(self).__name__} is in evaluation mode and got no mask; a fresh one for every call would give "
+                "another result each time. Pass one, such as mask = model.draw_mask(inputs), or call model.train()."
+            )
+        if mask is not None and self.training and not torch.compiler.is_compiling():
+            warnings.warn(
+                f"a patched {type(self).__name__} got a mask in training, so this step does not use its sampler's. "
+                "Leave the mask out of the batch.",
+                stacklevel=2,
+            )
+        tokens = self.tokenize(video)
+        sample: MaskSample = self.sampler(self.scored(tokens), mask=mask)
+        parts = [cast(Part, self.get_submodule(name)) for name in self.parts]
+        self._sample = sample
+        for part in parts:
+            part._sample, part._tokens = sample, tokens
+        try:
+            yield sample
+            for part in parts:
+                if isinstance(part, HandedOnTokens) and part._tokens is not None:
+                    raise SeamError(
+                        f"the forward of {self.host_class.__name__} was expected to call its {type(part).__name__}, "
+                        "and did not: it is of another version than the patch knows."
+                    )
+        finally:
+            self._sample = None
+            for part in parts:
+                part._sample = part._tokens = None
+
+    @property
+    def current(self) -> MaskSample:
+        """The mask of the forward that is under way.
+
+        Raises:
+            SeamError: there is none, since a part of the host was called by itself.
+        """
+        if self._sample is None:
+            raise SeamError(
+                f"a part of a patched {self.host_class.__name__} was called by itself, without a mask. Call the model "
+                "as a whole, model(inputs); for features of all tokens use the host's encoder class, or unpatch(model)."
+            )
+        return self._sample
+
+    def check_ratio(self, mask_ratio: float | None) -> None:
+        """Raises ValueError if a call asks for another ratio than the sampler was built for."""
+        if mask_ratio is not None and abs(mask_ratio - self.sampler.mask_ratio) > 1e-9:
+            raise ValueError(
+                f"the call asks for mask_ratio={mask_ratio}, but the model was patched for {self.sampler.mask_ratio}. "
+                f"Call it with that or without a ratio, or patch(model, mask_ratio={mask_ratio}) before training."
+            )
+
+    def total(self, reconstruction: Tensor, sampling: Callable[[Tensor], Tensor]) -> Tensor:
+        """The host's loss with the sampling loss added, in training and where there is a distribution.
+
+        Args:
+            reconstruction: scalar, the host's own loss.
+            sampling: log-probabilities [B, N] -> L_S.
+        """
+        sample = self.current
+        if sample.log_probs is None or not self.training:
+            self.remember(sample, reconstruction, torch.zeros_like(reconstruction))
+            return reconstruction
+        loss = sampling(sample.log_probs)
+        self.remember(sample, reconstruction, loss)
+        return reconstruction + self.sampling_weight * loss
+
+    def remember(
+        self, sample: MaskSample, reconstruction: Tensor | None = None, sampling: Tensor | None = None
+    ) -> None:
+        """Keeps the step for whoever logs it."""
+        plain = MaskSample(*(None if each is None else each.detach() for each in sample))  # type: ignore[arg-type]
+        losses = (None if each is None else each.detach() for each in (reconstruction, sampling))
+        self.last_step = LastStep(plain, *losses)

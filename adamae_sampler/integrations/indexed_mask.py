@@ -1,0 +1,56 @@
+"""A boolean mask that knows its indices, for hosts that write `x[~mask].reshape(B, -1, C)`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from adamae_sampler.mask import MaskSample
+
+
+class IndexedMask(Tensor):
+    """A boolean mask [B, N], True = masked, for which `x[mask]` and `x[~mask]` have static shapes.
+
+    Indexing with a boolean mask makes the host wait for the device, to learn how many rows come out; here they are
+    [B, M, ...] and [B, K, ...], the same values, one axis less flattened. Whatever else is done with it gives what
+    the plain mask gives.
+    """
+
+    rows: Tensor  # [B, 1]
+    true_idx: Tensor  # [B, M], where the mask is True
+    false_idx: Tensor  # [B, K]
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Sequence[type], args: Sequence[Any] = (), kwargs: Any = None
+    ) -> Any:
+        """x[mask] and ~mask by indices, all else as for the plain mask."""
+        if func is Tensor.__getitem__ and isinstance(args[1], IndexedMask) and not isinstance(args[0], IndexedMask):
+            mask = args[1]
+            return args[0][mask.rows, mask.true_idx]
+        with torch._C.DisableTorchFunctionSubclass():
+            result = func(*args, **(kwargs or {}))
+            if func is Tensor.__invert__:
+                return _indexed(result, args[0].rows, args[0].false_idx, args[0].true_idx)
+        return result
+
+
+def indexed_mask(sample: MaskSample) -> Tensor:
+    """The mask of a sample as its hosts index with it."""
+    if torch.compiler.is_compiling() and not _COMPILES:
+        return sample.mask
+    rows = torch.arange(sample.mask.shape[0], device=sample.mask.device)[:, None]
+    return _indexed(sample.mask, rows, sample.masked_idx, sample.visible_idx)
+
+
+def _indexed(mask: Tensor, rows: Tensor, true_idx: Tensor, false_idx: Tensor) -> IndexedMask:
+    indexed: IndexedMask = mask.as_subclass(IndexedMask)  # shares memory, not the attributes
+    indexed.rows, indexed.true_idx, indexed.false_idx = rows, true_idx, false_idx
+    return indexed
+
+
+# Before this version torch.compile cannot make tensors of a subclass; the plain mask breaks its graph instead.
+_COMPILES = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 11)

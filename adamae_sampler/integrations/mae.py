@@ -1,0 +1,133 @@
+"""facebookresearch/mae, and masked autoencoders for images of that family."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from adamae_sampler.integrations.host import AdaptiveHost, HostShape, SeamError
+from adamae_sampler.mask import MaskSample
+from adamae_sampler.ops import gather_tokens
+
+
+class AdaptiveMAE(AdaptiveHost):
+    """`loss, pred, mask = model(imgs)`. Modifications:
+
+    - forward takes `mask=`, and the ratio need not be passed;
+    - random_masking takes the sampler's tokens;
+    - forward_loss adds the sampling loss, of the errors that the host's own forward_loss sees.
+    """
+
+    names: ClassVar[tuple[str, ...]] = ("MaskedAutoencoderViT",)
+    seams: ClassVar[dict[str, Any]] = {
+        "forward": ("imgs", "mask_ratio"),
+        "random_masking": ("x", "mask_ratio"),
+        "forward_loss": ("imgs", "pred", "mask"),
+        "patch_embed.proj": nn.Conv2d,
+    }
+
+    @staticmethod
+    def fits(model: Any) -> bool:
+        """Images, not video."""
+        return not hasattr(model, "t_pred_patch_size")
+
+    @staticmethod
+    def describe(model: Any) -> HostShape:
+        """From the patch embedding, timm's of any version."""
+        embed = model.patch_embed
+        height, width = (size // patch for size, patch in zip(embed.img_size, embed.patch_size, strict=True))
+        return HostShape(embed.proj.out_channels, (1, height, width), default_ratio(model))
+
+    @staticmethod
+    def probe(model: Any) -> None:
+        """The sampling loss is had from the host's loss, which must be a mean weighted by the mask."""
+        embed = model.patch_embed
+        check_forward_loss(
+            model, (1, embed.proj.in_channels, *embed.img_size), math.prod(AdaptiveMAE.describe(model).grid_size)
+        )
+
+    def forward(self, imgs: Tensor, mask_ratio: float | None = None, *, mask: Tensor | MaskSample | None = None) -> Any:
+        """imgs as the host takes them; mask [B, N] bool, True = masked -> what the host returns."""
+        self.check_ratio(mask_ratio)
+        with self.masking(imgs, mask):
+            return super().forward(imgs, self.sampler.mask_ratio)
+
+    def random_masking(self, x: Tensor, mask_ratio: float) -> tuple[Tensor, ...]:
+        """x [B, N, D] -> its visible tokens [B, K, D], the mask [B, N] with 1 = masked, ids_restore [B, N]."""
+        return visible_first(x, self.current)
+
+    def forward_loss(self, imgs: Tensor, pred: Tensor, mask: Tensor) -> Tensor:
+        """The host's arguments -> the host's loss, and in training the weighted sampling loss with it."""
+        host_loss = super().forward_loss  # type: ignore[misc]
+        loss: Tensor = host_loss(imgs, pred, mask)
+
+        def sampling(log_probs: Tensor) -> Tensor:
+            # The host's loss is sum(e w) / sum(w) for a mask w; with w = -log p on masked tokens it gives L_S.
+            weight = -log_probs * mask
+            mean: Tensor = host_loss(imgs, pred.detach(), weight)
+            return mean * weight.sum() / mask.sum()
+
+        return self.total(loss, sampling)
+
+
+def visible_first(x: Tensor, sample: MaskSample) -> tuple[Tensor, Tensor, Tensor]:
+    """What MAE's random_masking returns: visible tokens, the mask with 1 = masked, and where each token then stands.
+
+    Args:
+        x: [B, N, D].
+        sample: the mask.
+
+    Returns:
+        [B, K, D]; [B, N] float; [B, N] int64, the token's place in the sequence of visible, then masked ones.
+    """
+    order = torch.cat([sample.visible_idx, sample.masked_idx], dim=1)
+    place = torch.arange(order.shape[1], device=order.device).expand_as(order)
+    ids_restore = torch.empty_like(order).scatter_(1, order, place)
+    return gather_tokens(x, sample.visible_idx), sample.mask.float(), ids_restore
+
+
+def default_ratio(model: nn.Module) -> float | None:
+    """The mask_ratio that the host's forward takes if it is told none."""
+    default = inspect.signature(model.forward).parameters["mask_ratio"].default
+    return default if isinstance(default, float) else None
+
+
+def check_forward_loss(model: Any, shape: tuple[int, ...], num_tokens: int) -> None:
+    """Raises SeamError unless forward_loss is a mean over tokens, weighted by the mask.
+
+    Args:
+        model: the unpatched host.
+        shape: of its input for one clip.
+        num_tokens: N.
+    """
+    weight = model.decoder_pred.weight
+    imgs, pred = (
+        torch.arange(math.prod(each), device=weight.device, dtype=weight.dtype).sin().view(each)
+        for each in (shape, (1, num_tokens, weight.shape[0]))
+    )
+    first = (torch.arange(num_tokens, device=weight.device) < num_tokens // 2).float()[None]
+    second = 1 - first
+    attributes = dict(model.__dict__)  # mae_st's patchify leaves one behind
+    with torch.no_grad():
+        try:
+            losses = [float(model.forward_loss(imgs, pred, mask)) for mask in (first, second, 3 * first + second)]
+        except (RuntimeError, AssertionError) as error:
+            raise SeamError(
+                f"forward_loss of {type(model).__name__} was expected to take imgs {list(shape)} and pred "
+                f"{list(pred.shape)}, and raised {type(error).__name__}: {error}. The model was left as it was."
+            ) from error
+        finally:
+            model.__dict__.clear()
+            model.__dict__.update(attributes)
+    shares = 3 * float(first.sum()), float(second.sum())
+    expected = (shares[0] * losses[0] + shares[1] * losses[1]) / sum(shares)
+    if not math.isclose(losses[2], expected, rel_tol=1e-2 if weight.dtype.itemsize < 4 else 1e-4):
+        raise SeamError(
+            f"forward_loss of {type(model).__name__} was expected to be a mean over tokens weighted by the mask, and "
+            f"gives {losses[2]:.6g} where that would be {expected:.6g}; the sampling loss cannot be had from it. Use "
+            "AdaptiveTokenSampler directly, see the README. The model was left as it was."
+        )

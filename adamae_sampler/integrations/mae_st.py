@@ -1,0 +1,54 @@
+"""facebookresearch/mae_st, masked autoencoders for video, with or without class token and separable positions."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from adamae_sampler.integrations.host import HostShape, SeamError
+from adamae_sampler.integrations.mae import AdaptiveMAE, check_forward_loss, default_ratio
+
+
+class AdaptiveMAEST(AdaptiveMAE):
+    """`loss, pred, mask = model(imgs)`. Modifications, beside those of `AdaptiveMAE`:
+
+    - tokens come as [B, T, H W, D];
+    - random_masking also returns the indices of the visible tokens.
+    """
+
+    seams: ClassVar[dict[str, Any]] = {
+        **{name: seam for name, seam in AdaptiveMAE.seams.items() if name != "patch_embed.proj"},
+        "patch_embed.proj": nn.Conv3d,
+        "patch_embed.input_size": tuple,
+    }
+
+    @staticmethod
+    def fits(model: Any) -> bool:
+        """Video, not images."""
+        return hasattr(model, "t_pred_patch_size")
+
+    @staticmethod
+    def describe(model: Any) -> HostShape:
+        """From the patch embedding."""
+        embed = model.patch_embed
+        return HostShape(embed.proj.out_channels, tuple(embed.input_size), default_ratio(model))
+
+    @staticmethod
+    def probe(model: Any) -> None:
+        """As for images; and each token must have one error, so that it can be weighted by its own probability."""
+        embed = model.patch_embed
+        frames = embed.frames // embed.t_patch_size * model.t_pred_patch_size
+        if frames != model.pred_t_dim:
+            raise SeamError(f"the decoder predicts {model.pred_t_dim} frames, expected {frames}.")
+        shape = (1, embed.proj.in_channels, embed.frames, *embed.img_size)
+        check_forward_loss(model, shape, math.prod(embed.input_size))
+
+    def scored(self, tokens: Tensor) -> Tensor:
+        """[B, T, H W, D] -> [B, N, D]."""
+        return tokens.flatten(1, 2)
+
+    def random_masking(self, x: Tensor, mask_ratio: float) -> tuple[Tensor, ...]:
+        """x [B, N, D] -> what `AdaptiveMAE` gives, and the visible tokens' indices [B, K]."""
+        return *super().random_masking(x, mask_ratio), self.current.visible_idx

@@ -1,0 +1,55 @@
+"""MCG-NJU/VideoMAE."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any, ClassVar, cast
+
+from torch import Tensor, nn
+
+from adamae_sampler.integrations.host import AdaptiveHost, HandedOnTokens, HostShape, Part
+from adamae_sampler.integrations.indexed_mask import indexed_mask
+from adamae_sampler.mask import MaskSample
+
+
+class AdaptiveVideoMAE(AdaptiveHost):
+    """`prediction, sample = model(videos)`. Modifications:
+
+    - the mask is drawn, not passed; a given one is taken too;
+    - the sample is returned beside the prediction, for AdaMAELoss in the training engine;
+    - boolean indexing goes by the sample's indices;
+    - weight decay leaves the score network's position embedding alone.
+    """
+
+    names: ClassVar[tuple[str, ...]] = ("PretrainVisionTransformer",)
+    seams: ClassVar[dict[str, Any]] = {
+        "forward": ("x", "mask"),
+        "encoder.forward": ("x", "mask"),
+        "encoder.patch_embed.proj": nn.Conv3d,
+        "no_weight_decay": (),
+    }
+    parts: ClassVar[dict[str, type[Part]]] = {"encoder.patch_embed": HandedOnTokens}
+
+    @staticmethod
+    def fits(model: Any) -> bool:
+        """Not VideoMAEv2, which masks its decoder too."""
+        return "decode_mask" not in inspect.signature(model.forward).parameters
+
+    @staticmethod
+    def describe(model: Any) -> HostShape:
+        """From the patch embedding, which knows the number of tokens but not the frames."""
+        embed = model.encoder.patch_embed
+        height, width = (size // patch for size, patch in zip(embed.img_size, embed.proj.kernel_size[1:], strict=True))
+        return HostShape(embed.proj.out_channels, (embed.num_patches // (height * width), height, width))
+
+    def forward(self, x: Tensor, mask: Tensor | MaskSample | None = None) -> tuple[Tensor, MaskSample]:
+        """x [B, C, T, H, W]; mask [B, N] bool, True = masked -> the host's prediction [B, M, P], and the sample."""
+        with self.masking(x, mask) as sample:
+            prediction = super().forward(x, indexed_mask(sample))
+        self.remember(sample)
+        return prediction, sample
+
+    def no_weight_decay(self) -> set[str]:
+        """The host's, and the position embedding of the sampler."""
+        own = {name for name, _ in self.named_parameters() if name.startswith("sampler.") and "pos_embed" in name}
+        return cast(set[str], super().no_weight_decay()) | own  # type: ignore[misc]

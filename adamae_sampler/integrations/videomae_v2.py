@@ -1,0 +1,39 @@
+"""OpenGVLab/VideoMAEv2, whose decoder has a mask of its own."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from adamae_sampler.integrations.indexed_mask import indexed_mask
+from adamae_sampler.integrations.videomae import AdaptiveVideoMAE
+from adamae_sampler.mask import MaskSample
+
+
+class AdaptiveVideoMAEv2(AdaptiveVideoMAE):
+    """`prediction, sample = model(images, decode_mask=decode_mask)`. Modifications beside those of `AdaptiveVideoMAE`:
+
+    - none: the decoder's mask is the host's.
+    """
+
+    seams: ClassVar[dict[str, Any]] = {**AdaptiveVideoMAE.seams, "forward": ("x", "mask", "decode_mask")}
+
+    @staticmethod
+    def fits(model: Any) -> bool:
+        """The one with a decoder mask."""
+        return "decode_mask" in inspect.signature(model.forward).parameters
+
+    def forward(
+        self, x: Tensor, mask: Tensor | MaskSample | None = None, decode_mask: Tensor | None = None
+    ) -> tuple[Tensor, MaskSample]:
+        """x [B, C, T, H, W]; mask, decode_mask [B, N] bool, True = masked -> the host's prediction, and the sample.
+
+        The prediction is [B, M, P] without a decoder mask, else of the tokens that it leaves, [B, tokens left, P];
+        AdaMAELoss takes the same decode_mask.
+        """
+        with self.masking(x, mask) as sample:
+            prediction = super(AdaptiveVideoMAE, self).forward(x, indexed_mask(sample), decode_mask)
+        self.remember(sample)
+        return prediction, sample

@@ -1,0 +1,98 @@
+"""The names of Hugging Face's VideoMAE for the weights of the reference model, and back."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from adamae_sampler.models.adamae import AdaMAE
+
+MARKER = r"(^|\.)encoder\.layer\.\d+\.attention\.attention\.query\.weight$"
+
+# Theirs, ours; within a block and outside. transformers 5 names the biases query.bias and value.bias, 4 and the files
+# that it wrote q_bias and v_bias.
+_BLOCK = (
+    ("attention.attention.query.weight", "attn.q.weight"),
+    ("attention.attention.key.weight", "attn.k.weight"),
+    ("attention.attention.value.weight", "attn.v.weight"),
+    ("attention.attention.q_bias", "attn.q_bias"),
+    ("attention.attention.v_bias", "attn.v_bias"),
+    ("attention.attention.query.bias", "attn.q_bias"),
+    ("attention.attention.value.bias", "attn.v_bias"),
+    ("attention.output.dense.", "attn.proj."),
+    ("intermediate.dense.", "mlp.fc1."),
+    ("output.dense.", "mlp.fc2."),
+    ("layernorm_before.", "norm1."),
+    ("layernorm_after.", "norm2."),
+)
+_OUTSIDE = (
+    ("embeddings.patch_embeddings.projection.", "encoder.patch_embed.proj."),
+    ("layernorm.", "encoder.norm."),
+)
+
+
+def from_huggingface(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Weights of VideoMAEModel, VideoMAEForPreTraining or VideoMAEForVideoClassification under our names."""
+    ours = {_our_name(name): tensor for name, tensor in weights.items()}
+    for query in [name for name in ours if name.endswith(".attn.q.weight")]:
+        block = query.removesuffix("q.weight")
+        parts = [ours.pop(f"{block}{each}.weight") for each in "qkv" if f"{block}{each}.weight" in ours]
+        ours[f"{block}qkv.weight"] = torch.cat(parts)
+    return ours
+
+
+def to_huggingface(model: AdaMAE) -> dict[str, Tensor]:
+    """The encoder's weights as those of VideoMAEModel, in the layout that every version of transformers loads."""
+    theirs: dict[str, Tensor] = {}
+    names = {ours: name for name, ours in reversed(_BLOCK + _OUTSIDE)}
+    for name, tensor in model.encoder.state_dict(prefix="encoder.").items():
+        block = re.match(r"encoder\.blocks\.(\d+)\.", name)
+        if block is None:
+            outside = next(ours for _, ours in _OUTSIDE if name.startswith(ours))
+            theirs[name.replace(outside, names[outside])] = tensor
+            continue
+        prefix, rest = f"encoder.layer.{block[1]}.", name.removeprefix(block[0])
+        if rest == "attn.qkv.weight":
+            for part, weight in zip("qkv", tensor.chunk(3), strict=True):
+                theirs[prefix + names[f"attn.{part}.weight"]] = weight.contiguous()
+            continue
+        inside = next(ours for _, ours in _BLOCK if rest.startswith(ours))
+        theirs[prefix + rest.replace(inside, names[inside])] = tensor
+    return theirs
+
+
+def configuration(model: AdaMAE) -> dict[str, Any]:
+    """The config.json of VideoMAEModel for the encoder."""
+    channels, frames, height, width = model.video_size
+    block: Any = model.encoder.blocks[0]
+    patch = model.patch_size
+    return {
+        "architectures": ["VideoMAEModel"],
+        "model_type": "videomae",
+        "image_size": height if height == width else [height, width],
+        "patch_size": patch[0] if patch[0] == patch[1] else list(patch),
+        "num_channels": channels,
+        "num_frames": frames,
+        "tubelet_size": model.tubelet_size,
+        "hidden_size": model.encoder.pos_embed.shape[-1],
+        "num_hidden_layers": len(model.encoder.blocks),
+        "num_attention_heads": block.attn.num_heads,
+        "intermediate_size": block.mlp.fc1.out_features,
+        "hidden_act": "gelu",
+        "layer_norm_eps": model.encoder.norm.eps,
+        "qkv_bias": True,
+        "use_mean_pooling": False,
+    }
+
+
+def _our_name(name: str) -> str:
+    name = name.removeprefix("videomae.")
+    block = re.match(r"(encoder\.layer|decoder\.decoder_layers)\.(\d+)\.", name)
+    if block is None:
+        return next((name.replace(theirs, ours, 1) for theirs, ours in _OUTSIDE if name.startswith(theirs)), name)
+    prefix, rest = f"{block[1].split('.')[0]}.blocks.{block[2]}.", name.removeprefix(block[0])
+    return prefix + next((rest.replace(theirs, ours, 1) for theirs, ours in _BLOCK if rest.startswith(theirs)), rest)

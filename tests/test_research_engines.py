@@ -1,0 +1,145 @@
+"""The training engines of the research repositories, as they are or with the README's edit, on patched models.
+
+They need checkouts (see `hosts.py`), and run in processes of their own, since they take module names such as `utils`.
+"""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hosts import CHECKOUTS, checkout
+
+TESTS = Path(__file__).parent
+
+# Modules that the engines import and that are gone (torch._six), not public (torch.fb), or of no use here.
+PRELUDE = f"""
+import argparse, sys, types
+from unittest import mock
+import torch
+for name in ("torch._six", "torch.fb", "torch.fb.rendezvous", "torch.fb.rendezvous.zeus", "tensorboardX"):
+    sys.modules.setdefault(name, mock.MagicMock(inf=float("inf")))
+torch.cuda.synchronize = lambda: None
+sys.path.insert(0, {str(TESTS)!r})
+import hosts
+from adamae_sampler import patch
+
+def scaler(loss, optimizer, **_):
+    if loss.requires_grad:
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return 0.0
+scaler.state_dict = lambda: {{"scale": 1.0}}
+# A namespace's function: the engines call it and read its state.
+"""
+
+MAE = """
+case = next(case for case in hosts.CASES if case.name == {name!r})
+model = patch(case.make(), {ratio})
+before = [each.clone() for each in model.sampler.parameters()]
+engine = hosts.import_from(hosts.checkout({folder!r}){parent}, {module!r})
+optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+args = argparse.Namespace(accum_iter=1, mask_ratio={ratio}, lr=1e-2, min_lr=0.0, warmup_epochs=0, epochs=10,
+                          repeat_aug=1, clip_grad=None, num_checkpoint_del=0)
+loader = [(case.inputs(4, seed), torch.zeros(4)) for seed in range(10)]
+losses = [engine.train_one_epoch(model, loader, optimizer, torch.device("cpu"), epoch, scaler, args=args{more})["loss"]
+          for epoch in range(2)]
+"""
+
+VIDEOMAE = """
+source = (hosts.checkout({folder!r}) / "engine_for_pretraining.py").read_text()
+for old, new in {edits!r}:
+    assert old in source, old
+    source = source.replace(old, new)
+start, end = source.index("        with torch.no_grad():"), source.index("labels = ")
+source = source[:start] + source[source.index("\\n", end) + 1:]
+sys.path.insert(0, str(hosts.checkout({folder!r})))
+engine = types.ModuleType("engine")
+exec(compile(source, "engine_for_pretraining.py", "exec"), vars(engine))
+case = next(case for case in hosts.CASES if case.name == {name!r})
+model = patch(case.make(), 0.75)
+before = [each.clone() for each in model.sampler.parameters()]
+optimizer = torch.optim.AdamW([dict(params=model.parameters(), lr_scale=1.0)], lr=1e-2)
+loader = {loader}
+losses = [engine.train_one_epoch(model, loader, optimizer, torch.device("cpu"), epoch, scaler, patch_size=8,
+                                 start_steps=0)["loss"] for epoch in range(2)]
+"""
+
+CHECK = """
+assert losses[1] < 0.95 * losses[0], losses
+changed = [not torch.equal(old, new) for old, new in zip(before, model.sampler.parameters())]
+assert all(changed), changed
+print("trained", losses)
+"""
+
+VIDEOMAE_EDITS = [  # the README's
+    ("import utils\n", "import utils\nfrom adamae_sampler import AdaMAELoss\n"),
+    ("loss_func = nn.MSELoss()", "loss_func = AdaMAELoss(normalize=normlize_target, patch_size=patch_size, mean=IMAGENET_DEFAULT_MEAN, std=IMAGENET_DEFAULT_STD)"),
+    ("videos, bool_masked_pos = batch", "videos = batch[0]"),
+    ("        bool_masked_pos = bool_masked_pos.to(device, non_blocking=True).flatten(1).to(torch.bool)\n", ""),
+    ("outputs = model(videos, bool_masked_pos)", "outputs, sample = model(videos)"),
+    ("loss = loss_func(input=outputs, target=labels)", "loss = loss_func(outputs, videos, sample).loss"),
+]  # fmt: skip
+
+needs_checkouts = pytest.mark.skipif(not CHECKOUTS, reason="ADAMAE_SAMPLER_HOSTS names no folder of checkouts")
+
+
+def run(script):
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "trained" in done.stdout
+
+
+@needs_checkouts
+def test_mae_as_it_is():
+    run(
+        PRELUDE + MAE.format(name="mae", ratio=0.75, folder="mae", parent="", module="engine_pretrain", more="") + CHECK
+    )
+
+
+@needs_checkouts
+def test_mae_st_as_it_is():
+    fields = {"folder": "mae_st", "parent": ".parent", "module": "mae_st.engine_pretrain", "more": ", fp32=True"}
+    run(PRELUDE + MAE.format(name="mae_st", ratio=0.9, **fields) + CHECK)
+
+
+@needs_checkouts
+def test_videomae_with_the_readmes_edit():
+    loader = "[(case.inputs(4, seed),) for seed in range(10)]"  # no mask from the loader
+    script = VIDEOMAE.format(folder="VideoMAE", name="videomae", edits=VIDEOMAE_EDITS, loader=loader)
+    run(PRELUDE + script + CHECK)
+
+
+@needs_checkouts
+@pytest.mark.parametrize("decode_mask", ["decode_masked_pos", "None"])
+def test_videomae_v2_with_the_readmes_edit(decode_mask):
+    source = (checkout("VideoMAEv2") / "engine_for_pretraining.py").read_text()
+    start = source.index("        if loss_scaler is None:\n            outputs")
+    old = source[start : source.index("        loss_value = loss.item()")]
+    new = (
+        f"        outputs, sample = model(images, decode_mask={decode_mask})\n"
+        f"        loss = loss_func(outputs, images, sample, {decode_mask}).loss\n"
+    )
+    norm = "AdaMAELoss(normalize=normlize_target, patch_size=patch_size, mean=IMAGENET_DEFAULT_MEAN, std=IMAGENET_DEFAULT_STD)"
+    transfer = source[source.index("        bool_masked_pos = bool_masked_pos.to(") :]
+    edits = [
+        ("import utils\n", "import utils\nfrom adamae_sampler import AdaMAELoss\n"),
+        ("    print_freq = 20\n", f"    print_freq = 20\n    loss_func = {norm}\n"),
+        ("images, bool_masked_pos, decode_masked_pos = batch", "images, _, decode_masked_pos = batch"),
+        (transfer[: transfer.index("        decode_masked_pos")], ""),
+        (old, new),
+    ]
+    loader = "[(case.inputs(4, seed), None, hosts.random_sample(4, 128, 64, seed).mask) for seed in range(10)]"
+    script = VIDEOMAE.format(folder="VideoMAEv2", name="videomae_v2", edits=edits, loader=loader)
+    run(PRELUDE + script + CHECK)
+
+
+def test_the_readme_shows_the_edit_that_is_tested():
+    readme = (TESTS.parent / "README.md").read_text()
+    block = readme[readme.index("```diff") :]
+    block = block[: block.index("```", 3)]
+    shown = {line[1:].strip() for line in block.splitlines() if line.startswith("+")}
+    tested = {line.strip() for old, new in VIDEOMAE_EDITS for line in new.splitlines() if line not in old.splitlines()}
+    assert shown == tested
+    assert len(shown) == 5
