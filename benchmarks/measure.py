@@ -13,7 +13,7 @@ import torch
 import torch.multiprocessing as mp
 from op_base import CAPTURABLE, OpCase
 from rows import COPY, OFFICIAL, OURS, PRODUCTS, RowWriter
-from steps import StepCase, cpu_clocks, finite, make_step, matrix_flops
+from steps import AnyStep, StepCase, cpu_clocks, finite, make_step, matrix_flops
 from timing import (
     Call,
     Times,
@@ -74,12 +74,12 @@ def measure_step_cuda(case: StepCase, suite: str, writer: RowWriter, budget_s: f
 
 
 def measure_steps_cpu(
-    group: Sequence[StepCase], suite: str, writer: RowWriter, budget_s: float, rounds: tuple[int, int]
+    group: Sequence[AnyStep], suite: str, writer: RowWriter, budget_s: float, rounds: tuple[int, int]
 ) -> None:
     """Writes the rows of steps that take turns, each in a process of its own; see `take_turns` for how often."""
     with cpu_clocks([case for case in group if case.implementation != PRODUCTS]) as clocks:
         for case in group:
-            if case.implementation == PRODUCTS:
+            if isinstance(case, StepCase) and case.implementation == PRODUCTS:
                 clocks[case] = _products_clock(case)
         times = take_turns(clocks, budget_s, rounds)
     official = {case.name: each for case, each in times.items() if case.implementation == OFFICIAL}

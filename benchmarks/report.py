@@ -14,10 +14,12 @@ from pathlib import Path
 
 import plots
 import tyro
+from host_steps import PATCHED, UNPATCHED
 from official_repository import ADAMAE, VIDEOMAE
 from rows import COMPILED, OFFICIAL, OURS, PRODUCTS, RESULTS, TORCH_BACKEND, Row, find, format_seconds, read_rows
 
 BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
+HOSTS_BEGIN, HOSTS_END = "<!-- hosts: begin -->", "<!-- hosts: end -->"
 
 _SSV2_CLIPS = 168_913
 _PAPER_EPOCH_S = {"adaptive 95%": 9 * 60 + 11, "tube 90%": 9 * 60 + 49}  # on 8 GPUs; supplement, Table 4
@@ -51,7 +53,10 @@ class Options:
 def main(options: Options) -> None:
     """Writes plots and tables."""
     devices = read_devices(options.results)
-    text = insert(options.readme.read_text(encoding="utf-8"), markdown(devices), options.readme)
+    text = insert(options.readme.read_text(encoding="utf-8"), markdown(devices), options.readme, (BEGIN, END))
+    hosts = [row for rows in devices.values() for row in rows if row.suite == "hosts"]
+    if hosts:
+        text = insert(text, patched_hosts(hosts), options.readme, (HOSTS_BEGIN, HOSTS_END))
     for device, rows in devices.items():
         for picture in plots.draw(rows, options.results, device):
             print(f"wrote {picture}")
@@ -66,7 +71,7 @@ def read_devices(folder: Path) -> dict[str, list[Row]]:
         ValueError: there are none.
     """
     found: dict[str, list[Row]] = {}
-    for suite in ("steps", "sweep", "ops"):
+    for suite in ("steps", "sweep", "ops", "hosts"):
         for file in sorted(folder.glob(f"{suite}_*.csv")):
             rows = read_rows(file)
             if rows:
@@ -76,21 +81,25 @@ def read_devices(folder: Path) -> dict[str, list[Row]]:
     return dict(sorted(found.items(), key=lambda item: item[0] == "cpu"))
 
 
-def insert(text: str, tables: str, path: Path) -> str:
+def insert(text: str, tables: str, path: Path, markers: tuple[str, str]) -> str:
     """`text` with what stands between the markers replaced.
 
     Raises:
         ValueError: it does not hold each marker once, in their order.
     """
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise ValueError(f"{path} must hold {BEGIN} and, after it, {END}, once each: the tables go between them.")
-    return f"{text.partition(BEGIN)[0]}{BEGIN}\n\n{tables}\n\n{END}{text.partition(END)[2]}"
+    begin, end = markers
+    if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
+        raise ValueError(f"{path} must hold {begin} and, after it, {end}, once each: the tables go between them.")
+    return f"{text.partition(begin)[0]}{begin}\n\n{tables}\n\n{end}{text.partition(end)[2]}"
 
 
 def markdown(devices: dict[str, list[Row]]) -> str:
     """The tables of all devices."""
     parts: list[str] = []
-    for device, rows in devices.items():
+    for device, each in devices.items():
+        rows = [row for row in each if row.suite != "hosts"]
+        if not rows:
+            continue
         steps = [row for row in rows if row.suite == "steps"]
         parts += [heading(device, rows), comparison(steps, "Training step")]
         parts += [epochs(steps), sweep(rows)] if device != "cpu" else []
@@ -98,6 +107,26 @@ def markdown(devices: dict[str, list[Row]]) -> str:
             ops = [row for row in rows if row.suite == suite and row.direction != "step"]
             parts.append(comparison(ops, "Op" if suite == "ops" else "Op, over the tokens of a clip"))
     return "\n\n".join(filter(None, parts))
+
+
+def patched_hosts(rows: Sequence[Row]) -> str:
+    """A line for each host: its training step unpatched and patched."""
+    columns: list[Column] = [
+        ("A training step", lambda case: case[0].case),
+        ("visible of", lambda case: f"{case[0].visible} of {case[0].tokens}"),
+        (UNPATCHED, lambda case: _seconds(find(case, UNPATCHED))),
+        (PATCHED, lambda case: _seconds(find(case, PATCHED))),
+        ("ratio", _ratio_of_patched),
+    ]
+    facts = (
+        f"{rows[0].device}, torch {rows[0].torch}, {rows[0].threads} threads, fp32; medians, commit {rows[0].commit}."
+    )
+    return f"{table(columns, [list(case) for _, case in groupby(sorted_by_case(rows), key=lambda row: row.case)])}\n\n{facts}"
+
+
+def _ratio_of_patched(case: Case) -> str:
+    patched, unpatched = find(case, PATCHED), find(case, UNPATCHED)
+    return f"{patched.median_s / unpatched.median_s:.2f}" if patched and unpatched else ""
 
 
 def heading(device: str, rows: Sequence[Row]) -> str:

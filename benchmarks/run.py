@@ -3,9 +3,10 @@
     python benchmarks/run.py                             # ops, training steps and sweeps, on the GPU if there is one
     python benchmarks/run.py --suite ops --device cpu
     python benchmarks/run.py --suite steps --official ~/adamae     # beside the official code itself
+    python benchmarks/run.py --suite hosts --budget 1000           # patched beside unpatched models
     python benchmarks/run.py --quick                     # tiny sizes, to see that it works
 
-Rows go to benchmarks/results/{ops,steps,sweep}_{cpu,<gpu>}.csv as they are measured; `report.py` makes tables and
+Rows go to benchmarks/results/{ops,steps,sweep,hosts}_{cpu,<gpu>}.csv as they are measured; `report.py` makes tables and
 plots of them. A check that fails ends the run before any time is taken; a case that cannot be measured is reported at
 the end, and so is what the time did not allow. CPU times need an idle machine, since threads that wait for each other
 lose milliseconds at a time to any other program; what others used is printed last.
@@ -28,6 +29,7 @@ from typing import Literal, NamedTuple
 import cases
 import torch
 import tyro
+from host_steps import host_groups
 from measure import (
     in_own_process,
     measure_op_cpu,
@@ -59,7 +61,7 @@ from steps import StepCase, check_step
 
 from adamae_sampler import ops
 
-SUITES = ("ops", "sweep", "steps")
+SUITES = ("ops", "sweep", "steps")  # of "all"; "hosts" is asked for by name
 
 
 class Budget(NamedTuple):
@@ -72,6 +74,7 @@ class Budget(NamedTuple):
 
 _BUDGETS = {"cpu": Budget(op=4.0, step=80.0), "cuda": Budget(op=0.3, step=1.2)}
 _QUICK_BUDGET = Budget(op=0.05, step=0.5, step_rounds=(2, 3))
+_HOST_STEP_S = 45.0
 _COMPILE_OP_S, _COMPILE_STEP_S = 10.0, 60.0  # about what torch.compile takes on a GPU machine
 
 
@@ -79,12 +82,14 @@ _COMPILE_OP_S, _COMPILE_STEP_S = 10.0, 60.0  # about what torch.compile takes on
 class Options:
     """What is run."""
 
-    suite: tuple[Literal["ops", "steps", "sweep", "all"], ...] = ("all",)
-    """Which parts."""
+    suite: tuple[Literal["ops", "steps", "sweep", "hosts", "all"], ...] = ("all",)
+    """Which parts; "hosts" times patched models beside unpatched ones on a CPU and is not in "all"."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where; auto takes a GPU if there is one."""
     official: tuple[Path, ...] = ()
     """Checkouts of github.com/wgcban/adamae or github.com/MCG-NJU/VideoMAE, whose steps are timed too."""
+    checkouts: Path | None = None
+    """Folder with checkouts of research code in mae, mae_st, VideoMAE, VideoMAEv2, for the suite "hosts"."""
     quick: bool = False
     """Tiny sizes: does it work?"""
     budget: float = 460.0
@@ -117,7 +122,11 @@ def main(options: Options) -> None:
     if device.type == "cpu":
         # One for the smoke test, which has to be quick where other programs run too.
         torch.set_num_threads(1 if options.quick else options.threads)
-    suites = [suite for suite in SUITES if suite in options.suite or "all" in options.suite]
+    suites: list[str] = [suite for suite in SUITES if suite in options.suite or "all" in options.suite]
+    if "hosts" in options.suite:
+        if device.type != "cpu":
+            sys.exit('the suite "hosts" is timed on a CPU: add --device cpu.')
+        suites.append("hosts")
     backend = ops.backend_for(torch.empty(1, device=device))
     print(f"{device_name(device)}, torch {torch.__version__}, ops by {backend}", flush=True)
     with ExitStack() as stack:
@@ -129,7 +138,7 @@ def main(options: Options) -> None:
         writers = {suite: stack.enter_context(RowWriter(file, device, commit)) for suite, file in files.items()}
         tasks = [task for suite in suites for task in make_tasks(suite, options, writers[suite], device)]
         problems = run_all(tasks, options, writers, device, start)
-    print_table([row for writer in writers.values() for row in writer.rows])
+    print_table([row for suite, writer in writers.items() if suite != "hosts" for row in writer.rows])
     elapsed = time.perf_counter() - start
     print(f"rows in {', '.join(map(str, files.values()))}, {elapsed:.0f} s")
     print(f"other programs took {(cpu_seconds_of_others() - others) / elapsed:.0%} of a core meanwhile")
@@ -176,6 +185,11 @@ def make_tasks(suite: str, options: Options, writer: RowWriter, device: torch.de
         for group in cases.step_groups(device, options.quick, options.official):
             run = partial(measure_steps_cpu, group, suite, writer, budget.step, budget.step_rounds)
             yield Task(group[-1].name, suite, run)
+        return
+    if suite == "hosts":
+        for pair in host_groups(options.checkouts, options.quick):
+            run = partial(measure_steps_cpu, pair, suite, writer, _HOST_STEP_S, budget.step_rounds)
+            yield Task(pair[0].name, suite, run)
         return
     steps: list[StepCase] = []
     if suite == "steps":

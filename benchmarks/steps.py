@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import timm
 import torch
@@ -33,6 +33,31 @@ from adamae_sampler.sampler import TokenSampler
 
 Masking = Literal["adaptive", "random", "tube", "frame"]
 Step = Callable[[], Tensor]  # returns the loss
+
+
+class AnyStep(Protocol):
+    """What is measured as a step: a `StepCase`, or a step of a host."""
+
+    @property
+    def name(self) -> str:
+        """For people, the same for all implementations."""
+
+    @property
+    def label(self) -> str:
+        """The implementation as rows name it."""
+
+    @property
+    def implementation(self) -> str:
+        """Whose."""
+
+    def __hash__(self) -> int: ...
+
+    def make(self, device: torch.device) -> Step:
+        """A function that does one step."""
+
+    def subject(self, suite: str) -> Subject:
+        """The case as rows know it."""
+
 
 _ADAMW = partial(torch.optim.AdamW, lr=1.5e-4, betas=(0.9, 0.95), weight_decay=0.05)
 _RTOL = {"cpu": 1e-5, "cuda": 1e-4}  # of fp32 losses; a GPU's attention kernels sum in other orders
@@ -91,6 +116,10 @@ class StepCase:
         if not self.compiled:
             return self.implementation
         return COMPILED if self.implementation == OFFICIAL else f"{self.implementation} compiled"
+
+    def make(self, device: torch.device) -> Step:
+        """See `make_step`."""
+        return make_step(self, device)
 
     def subject(self, suite: str) -> Subject:
         """The case as rows know it."""
@@ -254,7 +283,7 @@ def matrix_flops(case: StepCase, device: torch.device) -> int:
     return case.clips * counter.get_total_flops()
 
 
-def finite(loss: float, case: StepCase) -> float:
+def finite(loss: float, case: AnyStep) -> float:
     """The loss; raises FloatingPointError if a step that was timed did not train."""
     if not math.isfinite(loss):
         raise FloatingPointError(f"{case.name}, {case.label}: the loss is {loss}.")
@@ -262,13 +291,13 @@ def finite(loss: float, case: StepCase) -> float:
 
 
 @contextmanager
-def cpu_clocks(cases: Sequence[StepCase]) -> Iterator[dict[StepCase, Callable[[], float]]]:
+def cpu_clocks(cases: Sequence[AnyStep]) -> Iterator[dict[AnyStep, Callable[[], float]]]:
     """For each case a function that does one step and returns its seconds.
 
     Each runs in a process of its own, since a heap that another model has used is slower or faster.
     """
     context = mp.get_context("spawn")
-    lines: dict[StepCase, Connection] = {}
+    lines: dict[AnyStep, Connection] = {}
     workers = []
     for case in cases:
         lines[case], theirs = context.Pipe()
@@ -283,16 +312,16 @@ def cpu_clocks(cases: Sequence[StepCase]) -> Iterator[dict[StepCase, Callable[[]
             worker.join()
 
 
-def _ask(case: StepCase, line: Connection) -> float:
+def _ask(case: AnyStep, line: Connection) -> float:
     line.send("step")
     seconds, loss = line.recv()
     finite(loss, case)
     return float(seconds)
 
 
-def _work(case: StepCase, threads: int, orders: Connection) -> None:
+def _work(case: AnyStep, threads: int, orders: Connection) -> None:
     torch.set_num_threads(threads)
-    step = make_step(case, torch.device("cpu"))
+    step = case.make(torch.device("cpu"))
     while True:
         orders.recv()
         start = time.perf_counter()

@@ -5,9 +5,7 @@ ADAMAE_SAMPLER_HOSTS names a folder that holds checkouts in mae, mae_st, VideoMA
 simplejson); otherwise models of `small_hosts.py` stand in for them.
 """
 
-import importlib
 import os
-import sys
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -16,11 +14,10 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import numpy as np
 import pytest
 import small_hosts
-import timm.models.vision_transformer
 import torch
+from checkouts import import_from
 from torch import Tensor, nn
 
 from adamae_sampler import AdaMAELoss, MaskSample
@@ -133,25 +130,6 @@ def _videomae_loss(output, videos):
 def checkout(name: str) -> Path | None:
     path = Path(CHECKOUTS or "/nowhere") / name
     return path if CHECKOUTS and path.is_dir() else None
-
-
-def import_from(path: Path, module: str) -> Any:
-    """A module of a checkout, which was written for older timm and NumPy."""
-    block = timm.models.vision_transformer.Block
-
-    def block_of_old(*args, qk_scale=None, **kwargs):
-        return block(*args, **kwargs)
-
-    sys.path.insert(0, str(path))
-    try:
-        with mock.patch.object(timm.models.vision_transformer, "Block", block_of_old):
-            return importlib.import_module(module)
-    finally:
-        sys.path.remove(str(path))
-
-
-if CHECKOUTS:
-    setattr(np, "float", float)  # noqa: B010  # mae asks for it, NumPy has dropped it
 
 
 def make_mae(img_size=32, patch_size=4, **options):

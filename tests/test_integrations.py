@@ -24,7 +24,7 @@ from adamae_sampler import (
     unpatch,
 )
 from adamae_sampler.integrations import HOSTS, SeamError
-from adamae_sampler.integrations.indexed_mask import IndexedMask, indexed_mask
+from adamae_sampler.integrations.indexed_mask import SUPPORTED, IndexedMask, indexed_mask
 from adamae_sampler.integrations.patching import find_host
 from adamae_sampler.networks import MLPScoreNetwork
 
@@ -337,7 +337,8 @@ def test_copies_are_patched_too_and_independent(case, way):
 def test_compile(case):
     model = patch(case.make().train(), 0.75)
     x = case.inputs()
-    fullgraph = case.name not in ("hiera", "mae_st")  # these break graphs unpatched too
+    # hiera and mae_st break graphs unpatched too; torch 2.6 does at each context manager
+    fullgraph = SUPPORTED and case.name not in ("hiera", "mae_st")
     sample = sample_for(unpatched(model))
     compiled = torch.compile(model, backend="aot_eager" if fullgraph else "eager", fullgraph=fullgraph)
     for _ in range(2):
@@ -618,6 +619,7 @@ def test_activation_checkpointing_gives_the_same_step(make):
     assert_equal(*grads)
 
 
+@pytest.mark.skipif(not SUPPORTED, reason="needs torch 2.11; before it, hosts get the plain mask")
 def test_indexed_masks_index_as_boolean_ones():
     sample = random_sample(3, 20, 5)
     mask = indexed_mask(sample)

@@ -39,8 +39,8 @@ class IndexedMask(Tensor):
 
 
 def indexed_mask(sample: MaskSample) -> Tensor:
-    """The mask of a sample as its hosts index with it."""
-    if torch.compiler.is_compiling() and not _COMPILES:
+    """The mask of a sample as its hosts index with it; the plain one before torch 2.11."""
+    if not SUPPORTED:
         return sample.mask
     rows = torch.arange(sample.mask.shape[0], device=sample.mask.device)[:, None]
     return _indexed(sample.mask, rows, sample.masked_idx, sample.visible_idx)
@@ -52,5 +52,5 @@ def _indexed(mask: Tensor, rows: Tensor, true_idx: Tensor, false_idx: Tensor) ->
     return indexed
 
 
-# Before this version torch.compile cannot make tensors of a subclass; the plain mask breaks its graph instead.
-_COMPILES = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 11)
+# Older versions do not ask an index for its __torch_function__, and cannot compile what makes such a tensor.
+SUPPORTED = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 11)

@@ -1,0 +1,37 @@
+"""Importing research code from checkouts, which was written for older timm and NumPy. Nothing of it is copied here."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import timm.models.vision_transformer
+from torch import nn
+
+
+def import_from(path: Path, module: str) -> Any:
+    """A module of the checkout in a folder.
+
+    Raises:
+        FileNotFoundError: no such folder.
+        ImportError: the code cannot be imported.
+    """
+    if not path.is_dir():
+        raise FileNotFoundError(f"no checkout in {path}.")
+    block = timm.models.vision_transformer.Block
+
+    def block_of_old(*args: Any, qk_scale: None = None, **kwargs: Any) -> nn.Module:
+        return block(*args, **kwargs)
+
+    if not hasattr(np, "float"):
+        setattr(np, "float", float)  # noqa: B010  # mae asks for it, NumPy has dropped it
+    sys.path.insert(0, str(path))
+    try:
+        with mock.patch.object(timm.models.vision_transformer, "Block", block_of_old):
+            return importlib.import_module(module)
+    finally:
+        sys.path.remove(str(path))
