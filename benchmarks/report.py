@@ -118,10 +118,10 @@ def patched_hosts(rows: Sequence[Row]) -> str:
         (PATCHED, lambda case: _seconds(find(case, PATCHED))),
         ("ratio", _ratio_of_patched),
     ]
-    facts = (
-        f"{rows[0].device}, torch {rows[0].torch}, {rows[0].threads} threads, fp32; medians, commit {rows[0].commit}."
-    )
-    return f"{table(columns, [list(case) for _, case in groupby(sorted_by_case(rows), key=lambda row: row.case)])}\n\n{facts}"
+    first = rows[0]
+    facts = f"{first.device}, torch {first.torch}, {first.threads} threads, fp32; medians, commit {first.commit}."
+    hosts = [list(case) for _, case in groupby(sorted_by_case(rows), key=lambda row: row.case)]
+    return f"{table(columns, hosts)}\n\n{facts}"
 
 
 def _ratio_of_patched(case: Case) -> str:

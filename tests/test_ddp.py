@@ -8,9 +8,10 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from conftest import tiny_model
+from hosts import make_mae, structured
 from torch.nn.parallel import DistributedDataParallel
 
-from adamae_sampler import AdaMAELoss
+from adamae_sampler import AdaMAELoss, patch
 
 
 def free_port():
@@ -54,3 +55,25 @@ def test_two_processes_agree_on_weights_and_draw_different_masks(weight, accumul
         (masks_0, weights_0), (masks_1, weights_1) = results[0], results[1]
     assert torch.equal(weights_0, weights_1)
     assert not torch.equal(masks_0, masks_1)
+
+
+def train_patched(rank, port, results):
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    torch.manual_seed(0)
+    model = patch(make_mae().train())
+    parallel = DistributedDataParallel(model, find_unused_parameters=False)
+    torch.manual_seed(10 + rank)
+    parallel(structured(2, (3, 32, 32), rank))[0].backward()
+    gradient = torch.cat([each.grad.flatten() for each in model.sampler.parameters()])
+    results[rank] = (model.last_step.sample.mask, gradient)
+    dist.destroy_process_group()
+
+
+def test_a_patched_host_in_two_processes():
+    with mp.Manager() as manager:
+        results = manager.dict()
+        mp.spawn(train_patched, (free_port(), results), nprocs=2)
+        (mask_0, gradient_0), (mask_1, gradient_1) = results[0], results[1]
+    assert not torch.equal(mask_0, mask_1)
+    assert torch.equal(gradient_0, gradient_1)
+    assert gradient_0.any()

@@ -3,6 +3,7 @@ import inspect
 import io
 import math
 import pickle
+from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -643,3 +644,62 @@ def test_every_host_is_tested():
     assert adamae_sampler.patch is patch
     assert adamae_sampler.unpatch is unpatch
     assert isinstance(MaskSample, type)
+
+
+def test_what_fsdp_makes_of_a_patched_model_is_not_torn_apart(request):
+    from torch.distributed.fsdp import fully_shard
+
+    model = patch(make_mae().train())
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    request.addfinalizer(dist.destroy_process_group)
+    mesh = dist.device_mesh.init_device_mesh("cpu", (1,))
+    for block in model.blocks:
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    model(torch.randn(2, 3, 32, 32))[0].backward()
+    assert all(each.grad is not None for each in model.sampler.parameters())
+    with pytest.raises(TypeError, match="something else has changed the class of this MaskedAutoencoderViT"):
+        unpatch(model)
+
+
+def test_the_readmes_new_host_works(monkeypatch):
+    class YourMAE(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed_dim, self.grid_size = 32, (4, 4, 4)
+            self.patch_embed = small_hosts.VideoEmbed(32, 8, 3, 32, 8, 2, flat=True)
+            self.head = nn.Linear(32, 2 * 8 * 8 * 3)
+
+        def forward(self, video, mask):
+            x = self.patch_embed(video)
+            return self.head(x[mask].reshape(len(x), -1, 32) + x[~mask].reshape(len(x), -1, 32).mean(1, keepdim=True))
+
+    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    start = readme.index("from adamae_sampler.integrations.host import")
+    space = {"nn": nn}
+    exec(readme[start : readme.index("```", start)], space)
+    monkeypatch.setitem(HOSTS, "your_mae", space["AdaptiveYourMAE"])
+    model = patch(YourMAE(), 0.75)
+    video = torch.randn(2, 3, 8, 32, 32)
+    AdaMAELoss(patch_size=8)(*_swap(model(video), video)).loss.backward()
+    assert all(each.grad is not None for each in model.parameters())
+    assert type(unpatch(model)) is YourMAE
+
+
+def _swap(output, video):
+    prediction, sample = output
+    return prediction, video, sample
+
+
+def test_arguments_that_a_fork_added_are_passed_on():
+    seen = []
+
+    def forward(self, imgs, mask_ratio=0.75, temperature=1.0):
+        seen.append(temperature)
+        return small_hosts.MaskedAutoencoderViT.forward(self, imgs, mask_ratio)
+
+    model = small_hosts.MaskedAutoencoderViT()
+    model.__class__ = type("MaskedAutoencoderViT", (small_hosts.MaskedAutoencoderViT,), {"forward": forward})
+    patch(model).train()
+    model(torch.randn(2, 3, 32, 32), temperature=0.5)
+    assert seen == [0.5]

@@ -50,11 +50,13 @@ class AdaptiveMAE(AdaptiveHost):
             model, (1, embed.proj.in_channels, *embed.img_size), math.prod(AdaptiveMAE.describe(model).grid_size)
         )
 
-    def forward(self, imgs: Tensor, mask_ratio: float | None = None, *, mask: Tensor | MaskSample | None = None) -> Any:
+    def forward(
+        self, imgs: Tensor, mask_ratio: float | None = None, *, mask: Tensor | MaskSample | None = None, **more: Any
+    ) -> Any:
         """imgs as the host takes them; mask [B, N] bool, True = masked -> what the host returns."""
         self.check_ratio(mask_ratio)
         with self.masking(imgs, mask):
-            return super().forward(imgs, self.sampler.mask_ratio)
+            return super().forward(imgs, self.sampler.mask_ratio, **more)
 
     def random_masking(self, x: Tensor, mask_ratio: float) -> tuple[Tensor, ...]:
         """x [B, N, D] -> its visible tokens [B, K, D], the mask [B, N] with 1 = masked, ids_restore [B, N]."""

@@ -110,6 +110,14 @@ def unpatch(model: Model) -> Model:
     """
     if not isinstance(model, AdaptiveHost):
         raise TypeError(f"{type(model).__name__} is not patched{_hint_of_wrapper(model)}.")
+    modules: list[Any] = [model, *(model.get_submodule(name) for name in model.parts)]
+    for module in modules:
+        expected = patched_type(module.host_class, module.mixin)
+        if type(module) is not expected:
+            raise TypeError(
+                f"something else has changed the class of this {expected.__name__} since it was patched, to "
+                f"{type(module).__name__} (FSDP, a parametrization). Undo that first, or unpatch before it."
+            )
     model.remove()
     return model
 
