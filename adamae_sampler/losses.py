@@ -41,6 +41,7 @@ def reconstruction_error(
     Raises:
         TypeError, ValueError: shapes, dtypes or arguments that do not fit each other.
     """
+    _check_sample(sample)
     return ops.reconstruction_error(
         prediction,
         video,
@@ -64,6 +65,7 @@ def sampling_loss(sample: MaskSample, error: Tensor) -> Tensor:
     Raises:
         ValueError: the sample has no log-probabilities, or the shapes do not fit.
     """
+    _check_sample(sample)
     if sample.log_probs is None:
         raise ValueError(
             "sample.log_probs is None: random, tube and frame masks have no distribution to learn. "
@@ -79,7 +81,7 @@ class LossOutput(NamedTuple):
         loss: scalar, reconstruction + sampling_weight * sampling; call backward on it.
         reconstruction: scalar, L_R.
         sampling: scalar, L_S before its weight; 0 for masks without a distribution.
-        token_error: [B, M], the error of each masked token.
+        token_error: [B, M], the error of each masked token; with a decode_mask [B, tokens left], 0 for visible ones.
     """
 
     loss: Tensor
@@ -136,28 +138,17 @@ class AdaMAELoss(nn.Module):
         Raises:
             TypeError, ValueError: shapes, dtypes or arguments that do not fit each other.
         """
+        share: Tensor | float = 1.0  # of the tokens decoded that are masked
         if decode_mask is not None:
-            return self._of_decoded(prediction, video, sample, decode_mask)
+            sample = _decoded(sample, decode_mask, prediction.shape[1])
         error = self._error(prediction, video, sample)
-        reconstruction = error.mean()
-        if sample.log_probs is None:
-            return LossOutput(reconstruction, reconstruction, error.new_zeros(()), error)
-        sampling = sampling_loss(sample, error)
-        return LossOutput(reconstruction + self.sampling_weight * sampling, reconstruction, sampling, error)
-
-    def _of_decoded(self, prediction: Tensor, video: Tensor, sample: MaskSample, decode_mask: Tensor) -> LossOutput:
-        if decode_mask.shape != sample.mask.shape:
-            raise ValueError(
-                f"decode_mask has shape {tuple(decode_mask.shape)}, expected {tuple(sample.mask.shape)}: clips, tokens."
-            )
-        left = MaskSample.from_mask(decode_mask, prediction.shape[1]).visible_idx  # [B, tokens left]
-        decoded = MaskSample(sample.visible_idx, left, sample.mask, sample.log_probs)
-        error = self._error(prediction, video, decoded) * sample.mask.gather(1, left)
-        share = sample.mask.gather(1, left).float().mean()  # of tokens left that are masked
+        if decode_mask is not None:
+            masked = sample.mask.gather(1, sample.masked_idx)
+            error, share = error * masked, masked.float().mean()
         reconstruction = error.mean() / share
         if sample.log_probs is None:
             return LossOutput(reconstruction, reconstruction, error.new_zeros(()), error)
-        sampling = sampling_loss(decoded, error) / share
+        sampling = sampling_loss(sample, error) / share
         return LossOutput(reconstruction + self.sampling_weight * sampling, reconstruction, sampling, error)
 
     def _error(self, prediction: Tensor, video: Tensor, sample: MaskSample) -> Tensor:
@@ -179,3 +170,21 @@ class AdaMAELoss(nn.Module):
             f"sampling_weight={self.sampling_weight}, kind={self.kind!r}, normalize={self.normalize}, "
             f"patch_size={self.patch_size}, tubelet_size={self.tubelet_size}"
         )
+
+
+def _check_sample(sample: MaskSample) -> None:
+    if not isinstance(sample, MaskSample):
+        raise TypeError(
+            f"sample is {type(sample).__name__}, expected a MaskSample, as samplers return it; "
+            "MaskSample.from_mask(mask, num_visible) makes one of a boolean mask."
+        )
+
+
+def _decoded(sample: MaskSample, decode_mask: Tensor, num_decoded: int) -> MaskSample:
+    """The sample with the tokens that the decoder gives in the place of the masked ones."""
+    if decode_mask.shape != sample.mask.shape:
+        raise ValueError(
+            f"decode_mask has shape {tuple(decode_mask.shape)}, expected {tuple(sample.mask.shape)}: clips, tokens."
+        )
+    left = MaskSample.from_mask(decode_mask, num_decoded).visible_idx  # [B, tokens left]
+    return MaskSample(sample.visible_idx, left, sample.mask, sample.log_probs)

@@ -72,10 +72,18 @@ class MaskSample(NamedTuple):
             visible = (~mask).sum(1)
             if (visible != num_visible).any():
                 row = int((visible != num_visible).nonzero()[0])
+                found = int(visible[row])
+                remedy = (
+                    f"True means masked: pass ~mask if yours is inverted, or pass MaskSample.from_mask(mask, {found}) in "
+                    "its place if every row leaves that many."
+                )
+                if visible.min() != visible.max():
+                    remedy = (
+                        f"Its rows leave from {int(visible.min())} to {int(visible.max())}; all must leave as many."
+                    )
                 raise ValueError(
-                    f"mask leaves {int(visible[row])} tokens visible in row {row}, expected {num_visible} in "
-                    f"each of its {mask.shape[0]} rows. True means masked: pass ~mask if yours is inverted, or "
-                    f"pass MaskSample.from_mask(mask, {int(visible[row])}) in its place if every row leaves that many."
+                    f"mask leaves {found} tokens visible in row {row}, expected {num_visible} in each of its "
+                    f"{mask.shape[0]} rows. {remedy}"
                 )
         # False sorts before True and a stable sort keeps the order of equals, so one sort yields both lists.
         order = mask.to(torch.uint8).argsort(dim=1, stable=True)  # [B, N]
@@ -120,7 +128,9 @@ def num_masked_units(num_units: int, mask_ratio: float, unit: str) -> int:
 
 
 def check_mask_ratio(mask_ratio: float) -> None:
-    """Raises ValueError unless 0 < ratio < 1."""
+    """Raises unless the ratio is a number between 0 and 1."""
+    if not isinstance(mask_ratio, (int, float)):
+        raise TypeError(f"mask_ratio={mask_ratio!r}, expected a number between 0 and 1, such as 0.95.")
     if not 0 < mask_ratio < 1:
         raise ValueError(
             f"mask_ratio={mask_ratio}, expected a share strictly between 0 and 1, such as 0.95 to mask 95%."

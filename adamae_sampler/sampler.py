@@ -74,6 +74,9 @@ class TokenSampler(nn.Module, abc.ABC):
             )
         if mask is None:
             return self.draw(tokens, generator)
+        if not isinstance(mask, (Tensor, MaskSample)):
+            kind = type(mask).__name__
+            raise TypeError(f"mask is {kind}, expected a bool tensor [B, N], True = masked, or a MaskSample.")
         shape = (mask.mask if isinstance(mask, MaskSample) else mask).shape
         if tuple(shape) != tuple(tokens.shape[:2]):
             raise ValueError(f"mask has shape {tuple(shape)}, expected {tuple(tokens.shape[:2])}: clips, tokens.")

@@ -50,7 +50,6 @@ class HostCase:
     loss: Callable[[Any, Tensor], Tensor]
     own_loss: Callable[[Any, Tensor, float], Tensor]
     mask_argument: str = "mask"
-    ratio: float = 0.75
     sizes: tuple[tuple[dict[str, Any], tuple[int, ...]], ...] = field(default=())
 
     def inputs(self, clips: int = 2, seed: int = 0) -> Tensor:

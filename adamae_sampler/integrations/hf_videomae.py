@@ -8,7 +8,7 @@ from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 
 from adamae_sampler.integrations.host import HandedOnTokens, HostShape, Part
-from adamae_sampler.integrations.huggingface import HuggingFaceHost, image_grid
+from adamae_sampler.integrations.huggingface import HuggingFaceHost, image_grid, one_of
 from adamae_sampler.integrations.indexed_mask import indexed_mask
 from adamae_sampler.losses import reconstruction_error
 from adamae_sampler.mask import MaskSample
@@ -18,7 +18,7 @@ from adamae_sampler.ops import sampling_loss
 class AdaptiveHFVideoMAE(HuggingFaceHost):
     """`output = model(pixel_values)`. Modifications:
 
-    - the mask is drawn, not passed; a given one is taken too;
+    - the mask is drawn, not passed; a given one is taken too, also as `mask=`;
     - the loss has the sampling loss in it, of the errors that the host's own loss averages;
     - boolean indexing goes by the sample's indices.
     """
@@ -30,7 +30,8 @@ class AdaptiveHFVideoMAE(HuggingFaceHost):
         "videomae.embeddings.patch_embeddings.projection": nn.Conv3d,
         "config.norm_pix_loss": bool,
     }
-    parts: ClassVar[dict[str, type[Part]]] = {"videomae.embeddings.patch_embeddings": HandedOnTokens}
+    tokenizer = "videomae.embeddings.patch_embeddings"
+    parts: ClassVar[dict[str, type[Part]]] = {tokenizer: HandedOnTokens}
 
     @staticmethod
     def describe(model: Any) -> HostShape:
@@ -43,10 +44,14 @@ class AdaptiveHFVideoMAE(HuggingFaceHost):
         pixel_values: Tensor,
         bool_masked_pos: Tensor | MaskSample | None = None,
         return_dict: bool | None = None,
+        *,
+        mask: Tensor | MaskSample | None = None,
+        mask_ratio: float | None = None,
         **kwargs: Any,
     ) -> Any:
-        """pixel_values [B, T, C, H, W]; bool_masked_pos [B, N] bool, True = masked -> what the host returns."""
-        with self.masking(pixel_values, bool_masked_pos) as sample:
+        """pixel_values [B, T, C, H, W]; bool_masked_pos or mask [B, N] bool, True = masked -> what the host returns."""
+        self.check_ratio(mask_ratio)
+        with self.masking(pixel_values, one_of(bool_masked_pos, mask)) as sample:
             output = super().forward(pixel_values, indexed_mask(sample), return_dict=True, **kwargs)
 
             def sampling(log_probs: Tensor) -> Tensor:

@@ -6,8 +6,8 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from adamae_sampler.integrations.host import HandedOnTokens, HostShape, Part
-from adamae_sampler.integrations.huggingface import HuggingFaceHost, image_grid
+from adamae_sampler.integrations.host import HandedOnTokens, HostShape, Part, SeamError
+from adamae_sampler.integrations.huggingface import HuggingFaceHost, image_grid, one_of
 from adamae_sampler.integrations.mae import visible_first
 from adamae_sampler.mask import MaskSample
 from adamae_sampler.ops import sampling_loss
@@ -21,16 +21,19 @@ class GivenMask(Part):
 
     def random_masking(self, sequence: Tensor, noise: Tensor | None = None) -> tuple[Tensor, ...]:
         """Sequence [B, N, D] -> its visible tokens [B, K, D], the mask [B, N] with 1 = masked, ids_restore [B, N]."""
-        if self._sample is None:  # the encoder is used by itself, as for features
-            masked: tuple[Tensor, ...] = super().random_masking(sequence, noise)  # type: ignore[misc]
-            return masked
+        if self._sample is None:
+            raise SeamError(
+                "the encoder of a patched ViTMAEForPreTraining was called by itself, without a mask; or its embeddings "
+                "are recomputed in the backward pass, where the mask is gone. Call the model as a whole, and leave the "
+                "embeddings out of activation checkpointing; for features, unpatch(model)."
+            )
         return visible_first(sequence, self._sample)
 
 
 class AdaptiveHFViTMAE(HuggingFaceHost):
     """`output = model(pixel_values)`. Modifications:
 
-    - forward takes `mask=`, and no noise;
+    - forward takes `mask=` (or `bool_masked_pos=`), and no noise;
     - the loss has the sampling loss in it, of the errors that the host's own loss averages.
     """
 
@@ -42,6 +45,7 @@ class AdaptiveHFViTMAE(HuggingFaceHost):
         "vit.embeddings.patch_embeddings.projection": nn.Conv2d,
         "config.norm_pix_loss": bool,
     }
+    tokenizer = "vit.embeddings.patch_embeddings"
     parts: ClassVar[dict[str, type[Part]]] = {
         "vit.embeddings": GivenMask,
         "vit.embeddings.patch_embeddings": HandedOnTokens,
@@ -62,13 +66,16 @@ class AdaptiveHFViTMAE(HuggingFaceHost):
         return_dict: bool | None = None,
         *,
         mask: Tensor | MaskSample | None = None,
+        bool_masked_pos: Tensor | MaskSample | None = None,
+        mask_ratio: float | None = None,
         **kwargs: Any,
     ) -> Any:
         """pixel_values [B, C, H, W]; mask [B, N] bool, True = masked -> what the host returns."""
         if noise is not None:
             raise ValueError("noise chooses the host's random mask, which a patched model does not draw; pass mask=.")
+        self.check_ratio(mask_ratio)
         kwargs["interpolate_pos_encoding"] = interpolate_pos_encoding
-        with self.masking(pixel_values, mask) as sample:
+        with self.masking(pixel_values, one_of(mask, bool_masked_pos)) as sample:
             output = super().forward(pixel_values, return_dict=True, **kwargs)
 
             def sampling(log_probs: Tensor) -> Tensor:

@@ -31,7 +31,6 @@ class AdaptiveHiera(AdaptiveHost):
         "tokens_spatial_shape": list,
         "tokens_spatial_shape_final": list,
     }
-    patch_embed: Any
     mask_spatial_shape: list[int]
     tokens_spatial_shape: list[int]
     tokens_spatial_shape_final: list[int]
@@ -46,27 +45,29 @@ class AdaptiveHiera(AdaptiveHost):
         grid = (1,) * (3 - len(units)) + tuple(units)
         return HostShape(model.patch_embed.proj.out_channels, grid, default_ratio(model))
 
-    def tokenize(self, video: Tensor) -> Tensor:
-        """[B, C, (T), H, W] -> [B, tokens, D]."""
-        tokens: Tensor = self.patch_embed(video)
-        return tokens
-
     def scored(self, tokens: Tensor) -> Tensor:
         """Means over mask units [B, units, D]."""
         return unit_mean(tokens, self.tokens_spatial_shape, self.mask_spatial_shape)
 
-    def forward(self, x: Tensor, mask_ratio: float | None = None, mask: Tensor | MaskSample | None = None) -> Any:
+    def forward(
+        self, x: Tensor, mask_ratio: float | None = None, mask: Tensor | MaskSample | None = None, **more: Any
+    ) -> Any:
         """x as the host takes it; mask [B, mask units] bool, True = kept -> what the host returns."""
         self.check_ratio(mask_ratio)
-        hidden = ~mask.bool() if isinstance(mask, Tensor) else mask
-        with self.masking(x, hidden) as sample:
-            loss, pred, label, kept = super().forward(x, self.sampler.mask_ratio, ~sample.mask)
+        with self.masking(x, self._hidden(mask) if isinstance(mask, Tensor) else mask) as sample:
+            loss, pred, label, kept = super().forward(x, self.sampler.mask_ratio, ~sample.mask, **more)
 
             def sampling(log_probs: Tensor) -> Tensor:
                 error = (pred.detach() - label).square().mean(dim=-1)
                 return sampling_loss(log_probs, sample.masked_idx, self.unit_error(error, sample))
 
             return self.total(loss, sampling), pred, label, kept
+
+    def _hidden(self, kept: Tensor) -> MaskSample:
+        try:
+            return MaskSample.from_mask(~kept.bool(), self.sampler.num_visible)
+        except ValueError as error:
+            raise ValueError(f"the mask was taken as Hiera's, True = kept, so inverted; then: {error}") from error
 
     def unit_error(self, error: Tensor, sample: MaskSample) -> Tensor:
         """The errors of masked predictions, clip after clip in the order of space -> of mask units [B, M]."""

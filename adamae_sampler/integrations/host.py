@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, ClassVar, NamedTuple, cast
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
@@ -42,7 +43,7 @@ class LastStep(NamedTuple):
     Attributes:
         sample: the mask.
         reconstruction: scalar, the host's own loss; None if the host leaves its loss to the training engine.
-        sampling: scalar, L_S before its weight, 0 for masks without a distribution; None as above.
+        sampling: scalar, L_S before its weight; None in evaluation, for masks without a distribution, and as above.
     """
 
     sample: MaskSample
@@ -55,12 +56,15 @@ class Patched(nn.Module):
 
     host_class: ClassVar[type[nn.Module]]  # the class before
     mixin: ClassVar[type[Patched]]
-    transient: ClassVar[tuple[str, ...]] = ()  # attributes of a single forward, which copies leave behind
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        """What `type(patched)(...)` makes is a host, not patched: there are no settings to patch it with."""
+        self.__class__ = self.host_class  # type: ignore[assignment]
+        self.__init__(*args, **kwargs)  # type: ignore[misc]
 
     def __reduce__(self) -> tuple[Any, ...]:
         get_state = getattr(self, "__getstate__", None)  # object has one from Python 3.11 on
-        state = dict(get_state() if get_state else self.__dict__)
-        return _empty, (self.host_class, self.mixin), {key: state[key] for key in state if key not in self.transient}
+        return _empty, (self.host_class, self.mixin), get_state() if get_state else self.__dict__
 
 
 def _empty(host_class: type[nn.Module], mixin: type[Patched]) -> nn.Module:
@@ -70,36 +74,49 @@ def _empty(host_class: type[nn.Module], mixin: type[Patched]) -> nn.Module:
 
 def patched_type(host_class: Any, mixin: Any) -> Any:
     """The class of two, the same for every call. It has the host's name, by which libraries recognise their models."""
-    if (host_class, mixin) not in _TYPES:
+    found = _TYPES.get((host_class, mixin))
+    if found is None:
         names = ("__module__", "__qualname__", "__doc__")
         body = {**{name: getattr(host_class, name) for name in names}, "host_class": host_class, "mixin": mixin}
-        _TYPES[host_class, mixin] = type(host_class.__name__, (mixin, host_class), body)
-    return _TYPES[host_class, mixin]
+        found = _TYPES[host_class, mixin] = type(host_class.__name__, (mixin, host_class), body)
+    return found
 
 
-_TYPES: dict[tuple[Any, Any], Any] = {}
+_TYPES: WeakValueDictionary[tuple[Any, Any], Any] = WeakValueDictionary()
 
 
 class Part(Patched):
-    """Mixin of a submodule; for the time of a forward it knows the mask and the tokens."""
+    """Mixin of a submodule; for the time of a forward it knows the mask."""
 
-    transient = ("_sample", "_tokens")
     _sample: MaskSample | None = None
-    _tokens: Tensor | None = None
 
 
 class HandedOnTokens(Part):
     """Mixin of a host's tokenizer. Modifications:
 
     - tokens that were computed for the sampler are given to the host's forward, not computed again.
+
+    They are kept before forward hooks see them, so that hooks which change tokens do so once; each is called twice.
     """
 
-    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+    _keep = False  # while the sampler's tokens are made
+    _kept: tuple[Any, Tensor] | None = None  # the input, and its tokens
+
+    def forward(self, x: Any, *args: Any, **kwargs: Any) -> Tensor:
         """The host's arguments -> the host's tokens."""
-        tokens = self._tokens
-        if tokens is None:
-            return cast(Tensor, super().forward(*args, **kwargs))
-        self._tokens = None
+        kept, self._kept = self._kept, None
+        if kept is not None:
+            if kept[0] is x:
+                return kept[1]
+            if not torch.compiler.is_compiling():
+                warnings.warn(
+                    f"the forward of a patched model gives its {type(self).__name__} another tensor than it got itself "
+                    "(does it normalise?), so tokens are computed twice, and the sampler scores those of the input.",
+                    stacklevel=2,
+                )
+        tokens: Tensor = super().forward(x, *args, **kwargs)
+        if self._keep:
+            self._kept = x, tokens
         return tokens
 
 
@@ -109,17 +126,22 @@ class AdaptiveHost(Patched):
     Attributes:
         names: of the host's classes; subclasses of them are taken too.
         seams: what the mixin holds on to: dotted names with the first parameters of a method, or with a type.
-        parts: dotted names of the submodules that are patched too, with their mixins. That of `HandedOnTokens` makes
-            the tokens that the sampler scores.
+        tokenizer: dotted name of the submodule that makes the tokens.
+        parts: dotted names of the submodules that are patched too, with their mixins.
         sampler: the sampler, a submodule, so that its parameters are trained and saved with the host's.
         sampling_weight: of the sampling loss, in training; in evaluation the host's loss stays alone.
+        overrides: the host's methods that the mixin has too, beside those among the seams.
+        computes_loss: whether the host's forward does; else the loss is AdaMAELoss's, in the training engine.
         last_step: the latest mask and losses, for logging and pictures.
     """
 
     names: ClassVar[tuple[str, ...]]
     seams: ClassVar[Mapping[str, tuple[str, ...] | type]]
+    tokenizer: ClassVar[str] = "patch_embed"
     parts: ClassVar[Mapping[str, type[Part]]] = {"patch_embed": HandedOnTokens}
-    transient = ("last_step", "_sample")
+
+    overrides: ClassVar[tuple[str, ...]] = ()
+    computes_loss: ClassVar[bool] = True
 
     sampler: TokenSampler
     sampling_weight: float
@@ -142,17 +164,11 @@ class AdaptiveHost(Patched):
 
     def tokenize(self, video: Tensor) -> Tensor:
         """The host's input -> the tokens as its tokenizer makes them, before positions, as in the paper."""
-        return cast(Tensor, self.tokenizer(video))
+        return cast(Tensor, self.get_submodule(self.tokenizer)(video))
 
     def scored(self, tokens: Tensor) -> Tensor:
         """The tokenizer's tokens -> those that the sampler scores [B, N, D]."""
         return tokens
-
-    @property
-    def tokenizer(self) -> HandedOnTokens:
-        """The submodule that makes the tokens."""
-        name = next(name for name, mixin in self.parts.items() if mixin is HandedOnTokens)
-        return cast(HandedOnTokens, self.get_submodule(name))
 
     def draw_mask(self, video: Tensor, generator: torch.Generator | None = None) -> MaskSample:
         """A mask for the host's input, such as evaluation needs: draw it once, then pass it to every forward."""
@@ -162,25 +178,29 @@ class AdaptiveHost(Patched):
         """Puts the sampler in place; the class is this one already.
 
         Args:
-            sampler: the sampler, which gets the device, dtype and mode of the model.
+            sampler: the sampler, which gets the device, dtype and mode of the tokenizer.
             sampling_weight: of the sampling loss.
-            settings: from which `describe` and a fresh process could build the sampler again; None for one's own.
+            settings: mask_ratio and network from which a fresh process could build the sampler; None for one's own.
         """
         for name, mixin in self.parts.items():
             part = self.get_submodule(name)
             part.__class__ = patched_type(type(part), mixin)
-        weight = next(self.parameters())
+        weight = next(self.get_submodule(self.tokenizer).parameters())
         self.sampler = sampler.to(device=weight.device, dtype=weight.dtype).train(self.training)
         self.sampling_weight = sampling_weight
 
     def remove(self) -> None:
         """Undoes `install`, and the exchange of classes."""
-        for module in (*(self.get_submodule(name) for name in self.parts), self):
-            if isinstance(module, Patched):
-                for name in ("sampler", "sampling_weight", *module.transient):
-                    module._modules.pop(name, None)
-                    module.__dict__.pop(name, None)
-                module.__class__ = module.host_class  # type: ignore[assignment]
+        for name in self.parts:
+            part = self.get_submodule(name)
+            if isinstance(part, Part):  # not one that was put there since
+                for attribute in ("_sample", "_keep", "_kept"):
+                    part.__dict__.pop(attribute, None)
+                part.__class__ = part.host_class  # type: ignore[assignment]
+        self._modules.pop("sampler", None)
+        for attribute in ("sampling_weight", "last_step", "_sample"):
+            self.__dict__.pop(attribute, None)
+        self.__class__ = self.host_class  # type: ignore[assignment]
 
     @contextmanager
     def masking(self, video: Tensor, mask: Tensor | MaskSample | None) -> Iterator[MaskSample]:
@@ -188,7 +208,8 @@ class AdaptiveHost(Patched):
 
         Raises:
             ValueError: no mask in evaluation, or one that does not fit.
-            SeamError: the host's forward did not ask for tokens.
+            SeamError: a part was replaced, or the host's forward did not ask for tokens.
+            RuntimeError: another forward is under way, in another thread.
         """
         if mask is None and not self.training:
             raise ValueError(
@@ -197,28 +218,50 @@ class AdaptiveHost(Patched):
             )
         if mask is not None and self.training and not torch.compiler.is_compiling():
             warnings.warn(
-                f"a patched {type(self).__name__} got a mask in training, so this step does not use its sampler's. "
-                "Leave the mask out of the batch.",
-                stacklevel=2,
+                f"a patched {type(self).__name__} got a mask in training, so this step uses it and not its sampler's "
+                "mask. Leave the mask out of the batch.",
+                stacklevel=6,  # the caller of model(...)
             )
-        tokens = self.tokenize(video)
-        sample: MaskSample = self.sampler(self.scored(tokens), mask=mask)
-        parts = [cast(Part, self.get_submodule(name)) for name in self.parts]
-        self._sample = sample
-        for part in parts:
-            part._sample, part._tokens = sample, tokens
+        if self._sample is not None:
+            raise RuntimeError(
+                f"a forward of this patched {type(self).__name__} is under way, in another thread or from within; it "
+                "keeps its mask on the module. Give each thread a copy.deepcopy of the model."
+            )
+        parts = {name: self._part(name) for name in self.parts}
+        tokenizer = parts.get(self.tokenizer)
         try:
+            if tokenizer is not None:
+                tokenizer._keep = True  # type: ignore[assignment]
+            tokens = self.tokenize(video)
+            if tokenizer is not None:
+                tokenizer._keep = False  # type: ignore[assignment]
+            sample: MaskSample = self.sampler(self.scored(tokens), mask=mask)
+            for module in (self, *parts.values()):
+                module._sample = sample  # type: ignore[assignment]
+            self.remember(sample)
             yield sample
-            for part in parts:
-                if isinstance(part, HandedOnTokens) and part._tokens is not None:
-                    raise SeamError(
-                        f"the forward of {self.host_class.__name__} was expected to call its {type(part).__name__}, "
-                        "and did not: it is of another version than the patch knows."
-                    )
+            if isinstance(tokenizer, HandedOnTokens) and tokenizer._kept is not None:
+                raise SeamError(
+                    f"the forward of {self.host_class.__name__} was expected to call {self.tokenizer}, and did not: it "
+                    "is of another version than the patch knows."
+                )
         finally:
             self._sample = None
-            for part in parts:
-                part._sample = part._tokens = None
+            for part in parts.values():
+                part._sample = None
+            if tokenizer is not None:
+                tokenizer._keep, tokenizer._kept = False, None  # type: ignore[assignment]
+
+    def _part(self, name: str) -> Part:
+        """A patched submodule, which something may have wrapped since (activation checkpointing, FSDP)."""
+        for module in self.get_submodule(name).modules():
+            if isinstance(module, self.parts[name]):
+                return module
+        found = type(self.get_submodule(name)).__name__
+        raise SeamError(
+            f"{name} of this patched {self.host_class.__name__} was replaced by a {found} that is not patched. "
+            "unpatch(model), then patch it again."
+        )
 
     @property
     def current(self) -> MaskSample:
@@ -251,7 +294,7 @@ class AdaptiveHost(Patched):
         """
         sample = self.current
         if sample.log_probs is None or not self.training:
-            self.remember(sample, reconstruction, torch.zeros_like(reconstruction))
+            self.remember(sample, reconstruction)
             return reconstruction
         loss = sampling(sample.log_probs)
         self.remember(sample, reconstruction, loss)

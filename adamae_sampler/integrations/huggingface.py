@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from adamae_sampler.integrations.host import AdaptiveHost
+from torch import Tensor
+
+from adamae_sampler.integrations.host import AdaptiveHost, Patched
+from adamae_sampler.mask import MaskSample
 from adamae_sampler.sampler import AdaptiveTokenSampler, TokenSampler
 
 SETTINGS = "adaptive_masking"  # of the model's config
@@ -14,10 +17,13 @@ SETTINGS = "adaptive_masking"  # of the model's config
 class HuggingFaceHost(AdaptiveHost):
     """Modifications:
 
-    - the configuration says how to build the sampler, and from_pretrained of the patched class builds it.
+    - save_pretrained notes in the configuration how to build the sampler;
+    - from_pretrained of the patched class builds and loads it.
     """
 
+    overrides = ("from_pretrained", "save_pretrained")
     config: Any
+    _settings: Mapping[str, Any] | None = None
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         """As from_pretrained calls it; `patch` does not.
@@ -26,16 +32,47 @@ class HuggingFaceHost(AdaptiveHost):
             ValueError: the configuration does not describe a sampler.
         """
         settings = getattr(config, SETTINGS, None)
-        if not settings or "mask_ratio" not in settings:
+        plain = f"{self.host_class.__name__}.from_pretrained"
+        if settings is None:
             raise ValueError(
-                f"the configuration's {SETTINGS} is {settings!r}: these weights were saved from a model that was not "
-                f"patched, or with a sampler of its own making. Use {self.host_class.__name__}.from_pretrained, then "
-                "patch(model), and load a sampler of your own with model.sampler.load_state_dict."
+                f"the configuration has no {SETTINGS}: these weights were saved from a model that was not patched. Use "
+                f"{plain}, then patch(model)."
             )
-        super().__init__(config, *args, **kwargs)
+        if "network" not in settings:
+            raise ValueError(
+                f"these weights were saved with a sampler of its own making, a {settings.get('sampler')}, which its "
+                f"configuration cannot describe. Use {plain}, delete model.config.{SETTINGS}, then patch(model, "
+                "sampler=...) with one like it, and load the file's sampler.* with model.sampler.load_state_dict."
+            )
+        super(Patched, self).__init__(config, *args, **kwargs)
         shape = self.describe(self)
         sampler = AdaptiveTokenSampler(shape.embed_dim, shape.grid_size, settings["mask_ratio"], settings["network"])
         self.install(sampler, settings["sampling_weight"], settings)
+        del self.config.adaptive_masking
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
+        """As the host's, with the sampler.
+
+        Raises:
+            ValueError: the weights lack the sampler's.
+        """
+        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)  # type: ignore[misc]
+        if missing := sorted(name for name in info["missing_keys"] if name.startswith("sampler.")):
+            raise ValueError(
+                f"the weights lack {len(missing)} of the sampler's, such as {missing[0]}: they were saved from a model "
+                f"that was not patched. Use {cls.host_class.__name__}.from_pretrained, then patch(model)."
+            )
+        return (model, info) if output_loading_info else model
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
+        """As the host's, with the sampler and its settings; the model's configuration stays as it is."""
+        settings = self._settings or {"sampler": type(self.sampler).__name__}
+        setattr(self.config, SETTINGS, {**settings, "sampling_weight": self.sampling_weight})
+        try:
+            return super().save_pretrained(*args, **kwargs)  # type: ignore[misc]
+        finally:
+            delattr(self.config, SETTINGS)
 
     @staticmethod
     def probe(model: Any) -> None:
@@ -48,15 +85,14 @@ class HuggingFaceHost(AdaptiveHost):
             )
 
     def install(self, sampler: TokenSampler, sampling_weight: float, settings: Mapping[str, Any] | None = None) -> None:
-        """As for every host, and noted in the configuration."""
+        """As for every host; the settings are kept for save_pretrained."""
         super().install(sampler, sampling_weight, settings)
-        noted = {**(settings or {"sampler": type(sampler).__name__}), "sampling_weight": sampling_weight}
-        setattr(self.config, SETTINGS, noted)
+        self._settings = settings
 
     def remove(self) -> None:
-        """As for every host, and deleted from the configuration."""
+        """As for every host."""
+        self.__dict__.pop("_settings", None)
         super().remove()
-        self.config.__dict__.pop(SETTINGS, None)
 
     def finish(self, output: Any, return_dict: bool | None) -> Any:
         """The output as the caller wants it."""
@@ -70,3 +106,10 @@ def image_grid(config: Any) -> tuple[int, int]:
         pair if isinstance(pair, (tuple, list)) else (pair, pair) for pair in (config.image_size, config.patch_size)
     )
     return size[0] // patch[0], size[1] // patch[1]
+
+
+def one_of(mask: Tensor | MaskSample | None, other: Tensor | MaskSample | None) -> Tensor | MaskSample | None:
+    """The mask, under whichever of its two names it was given."""
+    if mask is not None and other is not None:
+        raise ValueError("got both mask and bool_masked_pos; they are the same argument, pass one.")
+    return other if mask is None else mask

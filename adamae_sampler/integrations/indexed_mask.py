@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,7 +17,7 @@ class IndexedMask(Tensor):
 
     Indexing with a boolean mask makes the host wait for the device, to learn how many rows come out; here they are
     [B, M, ...] and [B, K, ...], the same values, one axis less flattened. Whatever else is done with it gives what
-    the plain mask gives.
+    the plain mask gives; changing it in place is an error, since the indices would stay.
     """
 
     rows: Tensor  # [B, 1]
@@ -31,6 +32,11 @@ class IndexedMask(Tensor):
         if func is Tensor.__getitem__ and isinstance(args[1], IndexedMask) and not isinstance(args[0], IndexedMask):
             mask = args[1]
             return args[0][mask.rows, mask.true_idx]
+        name = getattr(func, "__name__", "")
+        if isinstance(args[0], IndexedMask) and _IN_PLACE.fullmatch(name):
+            raise TypeError(
+                f"{name} would change this mask and not its indices; change mask.as_subclass(torch.Tensor).clone()."
+            )
         with torch._C.DisableTorchFunctionSubclass():
             result = func(*args, **(kwargs or {}))
             if func is Tensor.__invert__:
@@ -51,6 +57,8 @@ def _indexed(mask: Tensor, rows: Tensor, true_idx: Tensor, false_idx: Tensor) ->
     indexed.rows, indexed.true_idx, indexed.false_idx = rows, true_idx, false_idx
     return indexed
 
+
+_IN_PLACE = re.compile(r"[a-z]\w*[^_]_|__setitem__")
 
 # Older versions do not ask an index for its __torch_function__, and cannot compile what makes such a tensor.
 SUPPORTED = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 11)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from adamae_sampler.integrations.host import AdaptiveHost, HostShape, SeamError
 from adamae_sampler.mask import MaskSample
 from adamae_sampler.ops import gather_tokens
+from adamae_sampler.ops.sampling_loss import LOG_PROB_RANGE
 
 
 class AdaptiveMAE(AdaptiveHost):
@@ -28,6 +29,9 @@ class AdaptiveMAE(AdaptiveHost):
         "random_masking": ("x", "mask_ratio"),
         "forward_loss": ("imgs", "pred", "mask"),
         "patch_embed.proj": nn.Conv2d,
+        "patch_embed.img_size": tuple,
+        "patch_embed.patch_size": tuple,
+        "decoder_pred": nn.Linear,
     }
 
     @staticmethod
@@ -58,19 +62,21 @@ class AdaptiveMAE(AdaptiveHost):
         with self.masking(imgs, mask):
             return super().forward(imgs, self.sampler.mask_ratio, **more)
 
-    def random_masking(self, x: Tensor, mask_ratio: float) -> tuple[Tensor, ...]:
+    def random_masking(self, x: Tensor, *_: Any, **__: Any) -> tuple[Tensor, ...]:
         """x [B, N, D] -> its visible tokens [B, K, D], the mask [B, N] with 1 = masked, ids_restore [B, N]."""
         return visible_first(x, self.current)
 
-    def forward_loss(self, imgs: Tensor, pred: Tensor, mask: Tensor) -> Tensor:
+    def forward_loss(self, imgs: Tensor, pred: Tensor, mask: Tensor, *more: Any, **named: Any) -> Tensor:
         """The host's arguments -> the host's loss, and in training the weighted sampling loss with it."""
         host_loss = super().forward_loss  # type: ignore[misc]
-        loss: Tensor = host_loss(imgs, pred, mask)
+        loss: Tensor = host_loss(imgs, pred, mask, *more, **named)
+        if self._sample is None:  # called by itself
+            return loss
 
         def sampling(log_probs: Tensor) -> Tensor:
             # The host's loss is sum(e w) / sum(w) for a mask w; with w = -log p on masked tokens it gives L_S.
-            weight = -log_probs * mask
-            mean: Tensor = host_loss(imgs, pred.detach(), weight)
+            weight = -log_probs.clamp(*LOG_PROB_RANGE) * mask
+            mean: Tensor = host_loss(imgs, pred.detach(), weight, *more, **named)
             return mean * weight.sum() / mask.sum()
 
         return self.total(loss, sampling)
@@ -108,7 +114,7 @@ def check_forward_loss(model: Any, shape: tuple[int, ...], num_tokens: int) -> N
     """
     weight = model.decoder_pred.weight
     imgs, pred = (
-        torch.arange(math.prod(each), device=weight.device, dtype=weight.dtype).sin().view(each)
+        torch.arange(math.prod(each), device=weight.device).sin().to(weight.dtype).view(each)
         for each in (shape, (1, num_tokens, weight.shape[0]))
     )
     first = (torch.arange(num_tokens, device=weight.device) < num_tokens // 2).float()[None]

@@ -49,6 +49,6 @@ class AdaptiveMAEST(AdaptiveMAE):
         """[B, T, H W, D] -> [B, N, D]."""
         return tokens.flatten(1, 2)
 
-    def random_masking(self, x: Tensor, mask_ratio: float) -> tuple[Tensor, ...]:
+    def random_masking(self, x: Tensor, *_: Any, **__: Any) -> tuple[Tensor, ...]:
         """x [B, N, D] -> what `AdaptiveMAE` gives, and the visible tokens' indices [B, K]."""
-        return *super().random_masking(x, mask_ratio), self.current.visible_idx
+        return *super().random_masking(x), self.current.visible_idx

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from typing import Any, TypeVar, cast
 
 from torch import nn
@@ -10,7 +11,7 @@ from torch import nn
 from adamae_sampler.integrations.hf_videomae import AdaptiveHFVideoMAE
 from adamae_sampler.integrations.hf_vit_mae import AdaptiveHFViTMAE
 from adamae_sampler.integrations.hiera import AdaptiveHiera
-from adamae_sampler.integrations.host import AdaptiveHost, SeamError, patched_type
+from adamae_sampler.integrations.host import AdaptiveHost, HostShape, Part, Patched, SeamError, patched_type
 from adamae_sampler.integrations.mae import AdaptiveMAE
 from adamae_sampler.integrations.mae_st import AdaptiveMAEST
 from adamae_sampler.integrations.videomae import AdaptiveVideoMAE
@@ -29,6 +30,7 @@ HOSTS: dict[str, type[AdaptiveHost]] = {
 }
 
 PAPER_RATIO = 0.95  # where the host has no ratio of its own
+PAPER_WEIGHT = 1e-4
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -37,9 +39,9 @@ def patch(
     model: Model,
     mask_ratio: float | None = None,
     *,
-    network: Any = "mha",
+    network: Any = None,
     sampler: TokenSampler | None = None,
-    sampling_weight: float = 1e-4,
+    sampling_weight: float | None = None,
     host: str | None = None,
 ) -> Model:
     """Gives an existing masked autoencoder adaptive masking, in place.
@@ -52,10 +54,10 @@ def patch(
     Args:
         model: one of the hosts in the README, or a subclass of one.
         mask_ratio: share of tokens to mask; if None the host's own, or 0.95 if it has none.
-        network: the score network, see `AdaptiveTokenSampler`.
+        network: the score network, see `AdaptiveTokenSampler`; "mha" if None.
         sampler: a sampler of your own (random, tube, frame, or adaptive with other settings), which then has the
             ratio and the network.
-        sampling_weight: weight of the sampling loss.
+        sampling_weight: weight of the sampling loss, 1e-4 if None.
         host: which host to take the model for, a key of `adamae_sampler.integrations.HOSTS`, for a fork that renamed
             its class.
 
@@ -72,24 +74,24 @@ def patch(
         return model
     mixin = find_host(model, host)
     check_seams(model, mixin)
+    _check_weight(model, mixin, sampling_weight)
     shape = mixin.describe(model)
     settings = None
     if sampler is None:
         ratio = next(each for each in (mask_ratio, shape.mask_ratio, PAPER_RATIO) if each is not None)
+        network = "mha" if network is None else network
         sampler = AdaptiveTokenSampler(shape.embed_dim, shape.grid_size, ratio, network)
         settings = {"mask_ratio": ratio, "network": network} if isinstance(network, str) else None
-    elif mask_ratio is not None or network != "mha":
+    elif mask_ratio is not None or network is not None:
         raise ValueError("mask_ratio and network are the sampler's own: give them or a sampler, not both.")
-    elif sampler.grid_size != tuple(shape.grid_size):
-        raise ValueError(
-            f"the sampler's grid_size is {sampler.grid_size}, but the tokens of this {type(model).__name__} are "
-            f"{tuple(shape.grid_size)} (time, height, width). Build the sampler with that grid."
-        )
+    else:
+        _check_sampler(sampler, shape, type(model).__name__)
     # Nothing above has changed the model; from here on a failure takes back what was done.
     patched: Any = model
     try:
         patched.__class__ = patched_type(type(model), mixin)
-        patched.install(sampler, sampling_weight, settings)
+        patched.__dict__.pop("forward", None)  # the class's own, see _has_own_forward
+        patched.install(sampler, PAPER_WEIGHT if sampling_weight is None else sampling_weight, settings)
     except BaseException:
         if isinstance(model, AdaptiveHost):
             model.remove()
@@ -109,15 +111,21 @@ def unpatch(model: Model) -> Model:
         TypeError: the model is not patched.
     """
     if not isinstance(model, AdaptiveHost):
-        raise TypeError(f"{type(model).__name__} is not patched{_hint_of_wrapper(model)}.")
-    modules: list[Any] = [model, *(model.get_submodule(name) for name in model.parts)]
+        inner = _inner(model)
+        hint = f" It wraps a {type(inner).__name__}: unpatch that." if inner is not None else ""
+        raise TypeError(f"{type(model).__name__} is not patched.{hint}")
+    parts = [part for name in model.parts for part in model.get_submodule(name).modules() if isinstance(part, Part)]
+    modules: list[Any] = [model, *parts]
     for module in modules:
         expected = patched_type(module.host_class, module.mixin)
-        if type(module) is not expected:
+        if type(module) is not expected or _has_own_forward(module):
             raise TypeError(
-                f"something else has changed the class of this {expected.__name__} since it was patched, to "
-                f"{type(module).__name__} (FSDP, a parametrization). Undo that first, or unpatch before it."
+                f"something else has changed the class or the forward of this {expected.__name__} since it was patched "
+                f"(it is a {type(module).__name__}; FSDP, Accelerate and parametrizations do that). Undo that first: "
+                "accelerate.utils.extract_model_from_parallel(model, keep_fp32_wrapper=False) for Accelerate."
             )
+    for module in modules:
+        module.__dict__.pop("forward", None)
     model.remove()
     return model
 
@@ -131,6 +139,7 @@ def patched_class(host_class: type[nn.Module]) -> type[Any]:
     Raises:
         TypeError: a class of another library, or none that can be patched.
     """
+    host_class = getattr(host_class, "host_class", host_class)  # of a patched class, its host's
     for mixin in (AdaptiveHFVideoMAE, AdaptiveHFViTMAE):
         if set(mixin.names) & {base.__name__ for base in host_class.__mro__}:
             return cast(type[Any], patched_type(host_class, mixin))
@@ -157,11 +166,14 @@ def find_host(model: nn.Module, host: str | None = None) -> type[AdaptiveHost]:
     for mixin in named:
         if mixin.fits(model):
             return mixin
-    known = sorted({name for mixin in HOSTS.values() for name in mixin.names})
+    known = ", ".join(sorted({name for mixin in HOSTS.values() for name in mixin.names}))
+    got = f"cannot patch {type(model).__module__}.{type(model).__qualname__}"
+    inner = _inner(model)
+    if inner is not None:
+        raise TypeError(f"{got}: it wraps a {type(inner).__name__}. Patch that first, then wrap it.")
     raise TypeError(
-        f"cannot patch {type(model).__module__}.{type(model).__qualname__}: expected one of {', '.join(known)} or a "
-        f"subclass of one{_hint_of_wrapper(model)}. Found the classes {', '.join(names[:-2])}. For a fork that renamed "
-        f"its class name the host, patch(model, host=...), one of {', '.join(HOSTS)}; for other code use "
+        f"{got}: expected one of {known}, or a subclass of one; found the classes {', '.join(names[:-2])}. For a fork "
+        f"that renamed its class name the host, patch(model, host=...), one of {', '.join(HOSTS)}; for other code use "
         "AdaptiveTokenSampler directly, see the README."
     )
 
@@ -169,6 +181,10 @@ def find_host(model: nn.Module, host: str | None = None) -> type[AdaptiveHost]:
 def check_seams(model: nn.Module, mixin: type[AdaptiveHost]) -> None:
     """Raises SeamError unless the model has what the mixin holds on to."""
     problems = []
+    submodules = dict(model.named_modules())
+    for name in (mixin.tokenizer, *mixin.parts):
+        if name not in submodules:
+            problems.append(f"looked for the submodule {name}, found nothing of that name")
     for name, expected in mixin.seams.items():
         found: Any = model
         for part in name.split("."):
@@ -188,30 +204,76 @@ def check_seams(model: nn.Module, mixin: type[AdaptiveHost]) -> None:
             + "\n  ".join(problems)
             + "\nIt is another version of it, or another model of that name. The model was left as it was."
         )
-    added = {"sampler", "sampling_weight", *dir(mixin)} - set(dir(nn.Module)) - set(mixin.seams)
+    added = {"sampler", "sampling_weight", *dir(mixin)} - set(dir(nn.Module)) - {*mixin.seams, *mixin.overrides}
     if taken := sorted(name for name in added if hasattr(model, name) and not name.startswith("__")):
         raise SeamError(
             f"{type(model).__module__}.{type(model).__qualname__} has attributes of its own that the patch would hide: "
             f"{', '.join(taken)}. Rename them, or use AdaptiveTokenSampler directly, see the README."
         )
+    parts = [("the model", model), *((name, model.get_submodule(name)) for name in mixin.parts)]
+    for name, module in parts:
+        if isinstance(module, Patched):
+            raise SeamError(f"{name} is part of another patched model; patch one model of those that share it.")
+        if _has_own_forward(module) or hasattr(module, "parametrizations") or hasattr(module, "_hf_hook"):
+            raise SeamError(
+                f"{name} has a forward of its own, a parametrization or a hook of Accelerate, which a patch would not "
+                "get along with. Patch first, then wrap; or unwrap with accelerate.utils.extract_model_from_parallel("
+                "model, keep_fp32_wrapper=False)."
+            )
+    if any(each.is_meta for each in model.get_submodule(mixin.tokenizer).parameters()):
+        raise SeamError(
+            "the model is on the meta device; give it its weights (model.to_empty, then load), then patch it."
+        )
     mixin.probe(model)
 
 
+def _check_sampler(sampler: TokenSampler, shape: HostShape, name: str) -> None:
+    """Raises unless a given sampler is one for the host's tokens."""
+    if not isinstance(sampler, TokenSampler):
+        raise TypeError(f"sampler is {sampler!r:.80}, expected a TokenSampler, such as TubeTokenSampler(grid, 0.9).")
+    if sampler.grid_size != tuple(shape.grid_size):
+        raise ValueError(
+            f"the sampler's grid_size is {sampler.grid_size}, but the tokens of this {name} are "
+            f"{tuple(shape.grid_size)} (time, height, width). Build the sampler with that grid."
+        )
+    if getattr(sampler, "embed_dim", shape.embed_dim) != shape.embed_dim:
+        raise ValueError(
+            f"the sampler's embed_dim is {sampler.embed_dim}, but the tokens of this {name} are {shape.embed_dim} "
+            "wide. Build the sampler with that width."
+        )
+
+
+def _check_weight(model: nn.Module, mixin: type[AdaptiveHost], weight: float | None) -> None:
+    """Raises ValueError for a weight that has no use, or is none."""
+    if weight is None:
+        return
+    if not mixin.computes_loss:
+        raise ValueError(
+            f"sampling_weight={weight!r} has no use here: the loss of {type(model).__name__} is made in its training "
+            "engine. Give it to AdaMAELoss there, AdaMAELoss(sampling_weight=...)."
+        )
+    if not isinstance(weight, (int, float)) or not 0 <= weight < math.inf:
+        raise ValueError(f"sampling_weight={weight!r}, expected a number of at least 0, such as 1e-4.")
+
+
 def _check_same(
-    model: AdaptiveHost, mask_ratio: float | None, network: Any, sampler: TokenSampler | None, sampling_weight: float
+    model: AdaptiveHost, mask_ratio: float | None, network: Any, sampler: TokenSampler | None, weight: float | None
 ) -> None:
     """Raises ValueError if a patched model is to be patched with other settings, which would lose its sampler."""
-    other = []
-    if mask_ratio is not None and mask_ratio != model.sampler.mask_ratio:
-        other.append(f"mask_ratio={mask_ratio}, where it has {model.sampler.mask_ratio}")
-    if sampler is not None and sampler is not model.sampler:
-        other.append(f"sampler={sampler}, where it has {model.sampler}")
     own = getattr(model.sampler, "network", None)
     kinds = {"mha": MHAScoreNetwork, "mlp": MLPScoreNetwork}
-    if sampler is None and not (own is network or (network in kinds and isinstance(own, kinds[network]))):
-        other.append(f"network={network!r}, where it has {type(own).__name__}")
-    if sampling_weight != model.sampling_weight:
-        other.append(f"sampling_weight={sampling_weight}, where it has {model.sampling_weight}")
+    same_network = own is network or (network in kinds and isinstance(own, kinds[network]))
+    asked = {
+        "mask_ratio": (mask_ratio, model.sampler.mask_ratio, mask_ratio == model.sampler.mask_ratio),
+        "network": (network, type(own).__name__, same_network),
+        "sampler": (sampler, model.sampler, sampler is model.sampler),
+        "sampling_weight": (weight, model.sampling_weight, weight == model.sampling_weight),
+    }
+    other = [
+        f"{name}={new!r}, where it has {old!r}"
+        for name, (new, old, same) in asked.items()
+        if new is not None and not same
+    ]
     if other:
         raise ValueError(
             f"this {type(model).__name__} is patched already, and now asked for {'; '.join(other)}. To change that, "
@@ -219,12 +281,17 @@ def _check_same(
         )
 
 
+def _has_own_forward(module: nn.Module) -> bool:
+    """Whether the instance has a forward other than its class's; Accelerate's unwrapping leaves that one behind."""
+    own = vars(module).get("forward")
+    return own is not None and getattr(own, "__func__", None) is not type(module).forward
+
+
 def _describe(found: Any) -> str:
     return "nothing of that name" if found is None else f"a {type(found).__name__}"
 
 
-def _hint_of_wrapper(model: nn.Module) -> str:
+def _inner(model: nn.Module) -> nn.Module | None:
+    """What DDP, DataParallel or torch.compile has wrapped."""
     inner = getattr(model, "module", getattr(model, "_orig_mod", None))
-    if not isinstance(inner, nn.Module):
-        return ""
-    return f" (it wraps a {type(inner).__name__}: patch that, before it is wrapped)"
+    return inner if isinstance(inner, nn.Module) else None

@@ -26,9 +26,13 @@ class AdaptiveVideoMAE(AdaptiveHost):
         "forward": ("x", "mask"),
         "encoder.forward": ("x", "mask"),
         "encoder.patch_embed.proj": nn.Conv3d,
+        "encoder.patch_embed.img_size": tuple,
+        "encoder.patch_embed.num_patches": int,
         "no_weight_decay": (),
     }
-    parts: ClassVar[dict[str, type[Part]]] = {"encoder.patch_embed": HandedOnTokens}
+    computes_loss = False
+    tokenizer = "encoder.patch_embed"
+    parts: ClassVar[dict[str, type[Part]]] = {tokenizer: HandedOnTokens}
 
     @staticmethod
     def fits(model: Any) -> bool:
@@ -42,11 +46,10 @@ class AdaptiveVideoMAE(AdaptiveHost):
         height, width = (size // patch for size, patch in zip(embed.img_size, embed.proj.kernel_size[1:], strict=True))
         return HostShape(embed.proj.out_channels, (embed.num_patches // (height * width), height, width))
 
-    def forward(self, x: Tensor, mask: Tensor | MaskSample | None = None) -> tuple[Tensor, MaskSample]:
+    def forward(self, x: Tensor, mask: Tensor | MaskSample | None = None, **more: Any) -> tuple[Tensor, MaskSample]:
         """x [B, C, T, H, W]; mask [B, N] bool, True = masked -> the host's prediction [B, M, P], and the sample."""
         with self.masking(x, mask) as sample:
-            prediction = super().forward(x, indexed_mask(sample))
-        self.remember(sample)
+            prediction = super().forward(x, indexed_mask(sample), **more)
         return prediction, sample
 
     def no_weight_decay(self) -> set[str]:

@@ -7,15 +7,14 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from adamae_sampler.integrations.indexed_mask import indexed_mask
 from adamae_sampler.integrations.videomae import AdaptiveVideoMAE
 from adamae_sampler.mask import MaskSample
 
 
 class AdaptiveVideoMAEv2(AdaptiveVideoMAE):
-    """`prediction, sample = model(images, decode_mask=decode_mask)`. Modifications beside those of `AdaptiveVideoMAE`:
+    """`prediction, sample = model(images, decode_mask=decode_mask)`. Modifications: those of `AdaptiveVideoMAE`.
 
-    - none: the decoder's mask is the host's.
+    The decoder's mask stays the host's.
     """
 
     seams: ClassVar[dict[str, Any]] = {**AdaptiveVideoMAE.seams, "forward": ("x", "mask", "decode_mask")}
@@ -26,14 +25,11 @@ class AdaptiveVideoMAEv2(AdaptiveVideoMAE):
         return "decode_mask" in inspect.signature(model.forward).parameters
 
     def forward(
-        self, x: Tensor, mask: Tensor | MaskSample | None = None, decode_mask: Tensor | None = None
+        self, x: Tensor, mask: Tensor | MaskSample | None = None, decode_mask: Tensor | None = None, **more: Any
     ) -> tuple[Tensor, MaskSample]:
         """x [B, C, T, H, W]; mask, decode_mask [B, N] bool, True = masked -> the host's prediction, and the sample.
 
         The prediction is [B, M, P] without a decoder mask, else of the tokens that it leaves, [B, tokens left, P];
         AdaMAELoss takes the same decode_mask.
         """
-        with self.masking(x, mask) as sample:
-            prediction = super(AdaptiveVideoMAE, self).forward(x, indexed_mask(sample), decode_mask)
-        self.remember(sample)
-        return prediction, sample
+        return super().forward(x, mask, decode_mask=decode_mask, **more)

@@ -54,6 +54,7 @@ class Format:
         renames: (pattern, replacement) pairs, applied in order to every key.
         convert: the file's weights under our names, where renaming is not enough.
         lacks: prefixes of the model's keys that files of this format never have.
+        hint: for the error about missing parameters.
     """
 
     name: str
@@ -61,11 +62,18 @@ class Format:
     renames: Sequence[tuple[str, str]] = field(default_factory=tuple)
     convert: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]] = dict
     lacks: tuple[str, ...] = ()
+    hint: str = ""
 
 
 FORMATS = (
     # First, since a patched model's file has a sampler too.
-    Format("Hugging Face VideoMAE", huggingface.MARKER, convert=huggingface.from_huggingface, lacks=("sampler.",)),
+    Format(
+        "Hugging Face VideoMAE",
+        huggingface.MARKER,
+        convert=huggingface.from_huggingface,
+        lacks=("sampler.",),
+        hint="(A model made with use_mean_pooling=True has no encoder.norm.) ",
+    ),
     Format("adamae_sampler", r"^sampler\."),
     Format(
         "official AdaMAE",
@@ -103,7 +111,8 @@ def load_checkpoint(
 
     Args:
         model: `AdaMAE`, bare or wrapped (DDP, torch.compile).
-        checkpoint: a path to a .safetensors file or to one that torch.save wrote, or a state dict.
+        checkpoint: a path to a .safetensors file, to one that torch.save wrote or to a folder with model.safetensors,
+            or a state dict.
         allow_missing: prefixes of the model's parameters that the file need not have, such as "sampler." or
             "decoder.".
 
@@ -141,7 +150,8 @@ def load_checkpoint(
         raise ValueError(
             f"the {file_format.name} checkpoint lacks {len(needed)} of the model's {len(own)} parameters: "
             f"{_summary(needed)}. It has, without a place in the model: {_summary(unused) if unused else 'nothing'}. "
-            "Build the model with the checkpoint's depth, or name in allow_missing what may keep its present values."
+            f"{file_format.hint}Build the model with the checkpoint's depth, or name in allow_missing what may keep "
+            "its present values."
         )
     if deeper := [name for name in unused if re.match(r"(encoder|decoder)\.blocks\.", name)]:
         raise ValueError(
@@ -157,6 +167,8 @@ def load_checkpoint(
 
 def _read(path: str | os.PathLike[str]) -> Mapping[str, Any]:
     path = Path(path)
+    if path.is_dir() and (path / "model.safetensors").is_file():  # as save_pretrained writes it
+        path = path / "model.safetensors"
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint at {path}.")
     try:

@@ -37,6 +37,8 @@ def save_encoder(
     path = Path(path)
     if path.exists():
         raise FileExistsError(f"{path} exists already; delete it, or choose another path.")
+    if format == "huggingface" and path.suffix in (".pth", ".pt", ".bin", ".safetensors"):
+        raise ValueError(f"{path} is named like a file, and 'huggingface' writes a folder; leave the suffix out.")
     if format == "videomae":
         path.parent.mkdir(parents=True, exist_ok=True)
         torch.save({"model": model.encoder.state_dict()}, path)

@@ -14,13 +14,13 @@ from adamae_sampler.ops.rows import place_of_token
 
 # Where the official code's Categorical stops: log of the fp32 epsilon, and of one minus it.
 _EPS = torch.finfo(torch.float32).eps
-_LOG_PROB_RANGE = (math.log(_EPS), math.log1p(-_EPS))
+LOG_PROB_RANGE = (math.log(_EPS), math.log1p(-_EPS))
 
 # ---------------------------------------------------------------------------------------------------- reference
 
 
 def _sampling_loss_reference(log_probs: Tensor, masked_idx: Tensor, error: Tensor) -> Tensor:
-    log_p = log_probs.gather(1, masked_idx).clamp(*_LOG_PROB_RANGE)
+    log_p = log_probs.gather(1, masked_idx).clamp(*LOG_PROB_RANGE)
     return -(log_p * error.detach()).mean()
 
 
@@ -110,8 +110,8 @@ def _sampling_loss_op(log_probs: Tensor, masked_idx: Tensor, error: Tensor) -> T
         *log_probs.stride(),
         *masked_idx.stride(),
         *error.stride(),
-        LOWEST=_LOG_PROB_RANGE[0],
-        HIGHEST=_LOG_PROB_RANGE[1],
+        LOWEST=LOG_PROB_RANGE[0],
+        HIGHEST=LOG_PROB_RANGE[1],
         TILE=min(next_power_of_2(num_masked), 2048),
     )
     return partial.sum() / -(batch * num_masked)
@@ -139,8 +139,8 @@ def _sampling_loss_backward_op(grad: Tensor, log_probs: Tensor, masked_idx: Tens
         num_tokens,
         *log_probs.stride(),
         *error.stride(),
-        LOWEST=_LOG_PROB_RANGE[0],
-        HIGHEST=_LOG_PROB_RANGE[1],
+        LOWEST=LOG_PROB_RANGE[0],
+        HIGHEST=LOG_PROB_RANGE[1],
         TILE=tile,
     )
     return grad_log_probs
