@@ -74,8 +74,8 @@ class MaskSample(NamedTuple):
                 row = int((visible != num_visible).nonzero()[0])
                 found = int(visible[row])
                 remedy = (
-                    f"True means masked: pass ~mask if yours is inverted, or pass MaskSample.from_mask(mask, {found}) in "
-                    "its place if every row leaves that many."
+                    "True means masked: pass ~mask if yours is inverted, or pass MaskSample.from_mask(mask, "
+                    f"{found}) in its place if every row leaves that many."
                 )
                 if visible.min() != visible.max():
                     remedy = (
