@@ -813,6 +813,8 @@ def test_parts_that_are_wrapped_afterwards():
         model(x)[0].backward()
         grads.append([each.grad for name, each in model.named_parameters() if each.grad is not None])
     assert_equal(*grads)
+    unpatch(model)
+    assert not any(isinstance(each, Patched) for each in model.modules())
 
 
 def test_parts_that_are_replaced_afterwards():

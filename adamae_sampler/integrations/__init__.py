@@ -1,6 +1,7 @@
 """Adaptive masking for the masked autoencoders that people already have. A reading map:
 
     patching.py       patch, unpatch, and the table of hosts
+    checks.py         what a model must be like to be patched
     host.py           what all patched hosts share
     indexed_mask.py   boolean masks that index without waiting for the device
     huggingface.py    what the Hugging Face hosts share

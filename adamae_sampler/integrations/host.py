@@ -191,12 +191,10 @@ class AdaptiveHost(Patched):
 
     def remove(self) -> None:
         """Undoes `install`, and the exchange of classes."""
-        for name in self.parts:
-            part = self.get_submodule(name)
-            if isinstance(part, Part):  # not one that was put there since
-                for attribute in ("_sample", "_keep", "_kept"):
-                    part.__dict__.pop(attribute, None)
-                part.__class__ = part.host_class  # type: ignore[assignment]
+        for part in self.patched_parts():
+            for attribute in ("_sample", "_keep", "_kept"):
+                part.__dict__.pop(attribute, None)
+            part.__class__ = part.host_class  # type: ignore[assignment]
         self._modules.pop("sampler", None)
         for attribute in ("sampling_weight", "last_step", "_sample"):
             self.__dict__.pop(attribute, None)
@@ -252,8 +250,12 @@ class AdaptiveHost(Patched):
             if tokenizer is not None:
                 tokenizer._keep, tokenizer._kept = False, None  # type: ignore[assignment]
 
+    def patched_parts(self) -> list[Part]:
+        """The patched submodules, which something may have wrapped since (activation checkpointing, FSDP)."""
+        inside = (module for name in self.parts for module in self.get_submodule(name).modules())
+        return list(dict.fromkeys(module for module in inside if isinstance(module, Part)))
+
     def _part(self, name: str) -> Part:
-        """A patched submodule, which something may have wrapped since (activation checkpointing, FSDP)."""
         for module in self.get_submodule(name).modules():
             if isinstance(module, self.parts[name]):
                 return module

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import inspect
-import math
 from typing import Any, TypeVar, cast
 
 from torch import nn
 
+from adamae_sampler.integrations.checks import check_host, check_same, check_sampler, check_weight, has_own_forward
 from adamae_sampler.integrations.hf_videomae import AdaptiveHFVideoMAE
 from adamae_sampler.integrations.hf_vit_mae import AdaptiveHFViTMAE
 from adamae_sampler.integrations.hiera import AdaptiveHiera
-from adamae_sampler.integrations.host import AdaptiveHost, HostShape, Part, Patched, SeamError, patched_type
+from adamae_sampler.integrations.host import AdaptiveHost, patched_type
 from adamae_sampler.integrations.mae import AdaptiveMAE
 from adamae_sampler.integrations.mae_st import AdaptiveMAEST
 from adamae_sampler.integrations.videomae import AdaptiveVideoMAE
 from adamae_sampler.integrations.videomae_v2 import AdaptiveVideoMAEv2
-from adamae_sampler.networks import MHAScoreNetwork, MLPScoreNetwork
 from adamae_sampler.sampler import AdaptiveTokenSampler, TokenSampler
 
 HOSTS: dict[str, type[AdaptiveHost]] = {
@@ -70,11 +68,11 @@ def patch(
             other settings.
     """
     if isinstance(model, AdaptiveHost):
-        _check_same(model, mask_ratio, network, sampler, sampling_weight)
+        check_same(model, mask_ratio, network, sampler, sampling_weight)
         return model
     mixin = find_host(model, host)
-    check_seams(model, mixin)
-    _check_weight(model, mixin, sampling_weight)
+    check_host(model, mixin)
+    check_weight(model, mixin, sampling_weight)
     shape = mixin.describe(model)
     settings = None
     if sampler is None:
@@ -85,12 +83,12 @@ def patch(
     elif mask_ratio is not None or network is not None:
         raise ValueError("mask_ratio and network are the sampler's own: give them or a sampler, not both.")
     else:
-        _check_sampler(sampler, shape, type(model).__name__)
+        check_sampler(sampler, shape, type(model).__name__)
     # Nothing above has changed the model; from here on a failure takes back what was done.
     patched: Any = model
     try:
         patched.__class__ = patched_type(type(model), mixin)
-        patched.__dict__.pop("forward", None)  # the class's own, see _has_own_forward
+        patched.__dict__.pop("forward", None)  # the class's own, see has_own_forward
         patched.install(sampler, PAPER_WEIGHT if sampling_weight is None else sampling_weight, settings)
     except BaseException:
         if isinstance(model, AdaptiveHost):
@@ -114,11 +112,10 @@ def unpatch(model: Model) -> Model:
         inner = _inner(model)
         hint = f" It wraps a {type(inner).__name__}: unpatch that." if inner is not None else ""
         raise TypeError(f"{type(model).__name__} is not patched.{hint}")
-    parts = [part for name in model.parts for part in model.get_submodule(name).modules() if isinstance(part, Part)]
-    modules: list[Any] = [model, *parts]
+    modules: list[Any] = [model, *model.patched_parts()]
     for module in modules:
         expected = patched_type(module.host_class, module.mixin)
-        if type(module) is not expected or _has_own_forward(module):
+        if type(module) is not expected or has_own_forward(module):
             raise TypeError(
                 f"something else has changed the class or the forward of this {expected.__name__} since it was patched "
                 f"(it is a {type(module).__name__}; FSDP, Accelerate and parametrizations do that). Undo that first: "
@@ -176,119 +173,6 @@ def find_host(model: nn.Module, host: str | None = None) -> type[AdaptiveHost]:
         f"that renamed its class name the host, patch(model, host=...), one of {', '.join(HOSTS)}; for other code use "
         "AdaptiveTokenSampler directly, see the README."
     )
-
-
-def check_seams(model: nn.Module, mixin: type[AdaptiveHost]) -> None:
-    """Raises SeamError unless the model has what the mixin holds on to."""
-    problems = []
-    submodules = dict(model.named_modules())
-    for name in (mixin.tokenizer, *mixin.parts):
-        if name not in submodules:
-            problems.append(f"looked for the submodule {name}, found nothing of that name")
-    for name, expected in mixin.seams.items():
-        found: Any = model
-        for part in name.split("."):
-            found = getattr(found, part, None)
-        if isinstance(expected, type):
-            if not isinstance(found, expected):
-                problems.append(f"{name}: looked for a {expected.__name__}, found {_describe(found)}")
-            continue
-        wanted = f"{name}({', '.join(expected)})"
-        if not callable(found):
-            problems.append(f"looked for the method {wanted}, found {_describe(found)}")
-        elif (parameters := tuple(inspect.signature(found).parameters))[: len(expected)] != expected:
-            problems.append(f"looked for {wanted}, found {name}({', '.join(parameters)})")
-    if problems:
-        raise SeamError(
-            f"{type(model).__module__}.{type(model).__qualname__} is not the {mixin.names[0]} that the patch knows:\n  "
-            + "\n  ".join(problems)
-            + "\nIt is another version of it, or another model of that name. The model was left as it was."
-        )
-    added = {"sampler", "sampling_weight", *dir(mixin)} - set(dir(nn.Module)) - {*mixin.seams, *mixin.overrides}
-    if taken := sorted(name for name in added if hasattr(model, name) and not name.startswith("__")):
-        raise SeamError(
-            f"{type(model).__module__}.{type(model).__qualname__} has attributes of its own that the patch would hide: "
-            f"{', '.join(taken)}. Rename them, or use AdaptiveTokenSampler directly, see the README."
-        )
-    parts = [("the model", model), *((name, model.get_submodule(name)) for name in mixin.parts)]
-    for name, module in parts:
-        if isinstance(module, Patched):
-            raise SeamError(f"{name} is part of another patched model; patch one model of those that share it.")
-        if _has_own_forward(module) or hasattr(module, "parametrizations") or hasattr(module, "_hf_hook"):
-            raise SeamError(
-                f"{name} has a forward of its own, a parametrization or a hook of Accelerate, which a patch would not "
-                "get along with. Patch first, then wrap; or unwrap with accelerate.utils.extract_model_from_parallel("
-                "model, keep_fp32_wrapper=False)."
-            )
-    if any(each.is_meta for each in model.get_submodule(mixin.tokenizer).parameters()):
-        raise SeamError(
-            "the model is on the meta device; give it its weights (model.to_empty, then load), then patch it."
-        )
-    mixin.probe(model)
-
-
-def _check_sampler(sampler: TokenSampler, shape: HostShape, name: str) -> None:
-    """Raises unless a given sampler is one for the host's tokens."""
-    if not isinstance(sampler, TokenSampler):
-        raise TypeError(f"sampler is {sampler!r:.80}, expected a TokenSampler, such as TubeTokenSampler(grid, 0.9).")
-    if sampler.grid_size != tuple(shape.grid_size):
-        raise ValueError(
-            f"the sampler's grid_size is {sampler.grid_size}, but the tokens of this {name} are "
-            f"{tuple(shape.grid_size)} (time, height, width). Build the sampler with that grid."
-        )
-    if getattr(sampler, "embed_dim", shape.embed_dim) != shape.embed_dim:
-        raise ValueError(
-            f"the sampler's embed_dim is {sampler.embed_dim}, but the tokens of this {name} are {shape.embed_dim} "
-            "wide. Build the sampler with that width."
-        )
-
-
-def _check_weight(model: nn.Module, mixin: type[AdaptiveHost], weight: float | None) -> None:
-    """Raises ValueError for a weight that has no use, or is none."""
-    if weight is None:
-        return
-    if not mixin.computes_loss:
-        raise ValueError(
-            f"sampling_weight={weight!r} has no use here: the loss of {type(model).__name__} is made in its training "
-            "engine. Give it to AdaMAELoss there, AdaMAELoss(sampling_weight=...)."
-        )
-    if not isinstance(weight, (int, float)) or not 0 <= weight < math.inf:
-        raise ValueError(f"sampling_weight={weight!r}, expected a number of at least 0, such as 1e-4.")
-
-
-def _check_same(
-    model: AdaptiveHost, mask_ratio: float | None, network: Any, sampler: TokenSampler | None, weight: float | None
-) -> None:
-    """Raises ValueError if a patched model is to be patched with other settings, which would lose its sampler."""
-    own = getattr(model.sampler, "network", None)
-    kinds = {"mha": MHAScoreNetwork, "mlp": MLPScoreNetwork}
-    same_network = own is network or (network in kinds and isinstance(own, kinds[network]))
-    asked = {
-        "mask_ratio": (mask_ratio, model.sampler.mask_ratio, mask_ratio == model.sampler.mask_ratio),
-        "network": (network, type(own).__name__, same_network),
-        "sampler": (sampler, model.sampler, sampler is model.sampler),
-        "sampling_weight": (weight, model.sampling_weight, weight == model.sampling_weight),
-    }
-    other = [
-        f"{name}={new!r}, where it has {old!r}"
-        for name, (new, old, same) in asked.items()
-        if new is not None and not same
-    ]
-    if other:
-        raise ValueError(
-            f"this {type(model).__name__} is patched already, and now asked for {'; '.join(other)}. To change that, "
-            "unpatch(model) first, which drops its sampler, weights and all."
-        )
-
-
-def _has_own_forward(module: nn.Module) -> bool:
-    """Whether the instance has a forward other than its class's; Accelerate's unwrapping leaves that one behind."""
-    own = vars(module).get("forward")
-    return own is not None and getattr(own, "__func__", None) is not type(module).forward
-
-
-def _describe(found: Any) -> str:
-    return "nothing of that name" if found is None else f"a {type(found).__name__}"
 
 
 def _inner(model: nn.Module) -> nn.Module | None:
