@@ -155,8 +155,8 @@ class AdaptiveHost(Patched):
 
     @staticmethod
     def describe(model: Any) -> HostShape:
-        """The shape of an unpatched host."""
-        raise NotImplementedError  # each host's file has its own
+        """The shape of an unpatched host; each host's file has its own."""
+        raise SeamError(f"the mixin for {type(model).__name__} has no describe(model), which gives its HostShape.")
 
     @staticmethod
     def probe(model: Any) -> None:
@@ -225,30 +225,31 @@ class AdaptiveHost(Patched):
                 f"a forward of this patched {type(self).__name__} is under way, in another thread or from within; it "
                 "keeps its mask on the module. Give each thread a copy.deepcopy of the model."
             )
-        parts = {name: self._part(name) for name in self.parts}
-        tokenizer = parts.get(self.tokenizer)
+        parts = [self._part(name) for name in self.parts]
+        tokenizers = [part for part in parts if isinstance(part, HandedOnTokens)]  # one, or none
         try:
-            if tokenizer is not None:
-                tokenizer._keep = True  # type: ignore[assignment]
+            for each in tokenizers:
+                each._keep = True
             tokens = self.tokenize(video)
-            if tokenizer is not None:
-                tokenizer._keep = False  # type: ignore[assignment]
+            for each in tokenizers:
+                each._keep = False
             sample: MaskSample = self.sampler(self.scored(tokens), mask=mask)
-            for module in (self, *parts.values()):
-                module._sample = sample  # type: ignore[assignment]
+            self._sample = sample
+            for part in parts:
+                part._sample = sample
             self.remember(sample)
             yield sample
-            if isinstance(tokenizer, HandedOnTokens) and tokenizer._kept is not None:
+            if any(each._kept is not None for each in tokenizers):
                 raise SeamError(
                     f"the forward of {self.host_class.__name__} was expected to call {self.tokenizer}, and did not: it "
                     "is of another version than the patch knows."
                 )
         finally:
             self._sample = None
-            for part in parts.values():
+            for part in parts:
                 part._sample = None
-            if tokenizer is not None:
-                tokenizer._keep, tokenizer._kept = False, None  # type: ignore[assignment]
+            for each in tokenizers:
+                each._keep, each._kept = False, None
 
     def patched_parts(self) -> list[Part]:
         """The patched submodules, which something may have wrapped since (activation checkpointing, FSDP)."""
