@@ -11,6 +11,7 @@ from adamae_sampler.integrations import patched_class
 from adamae_sampler.models import load_checkpoint, save_encoder
 
 transformers = pytest.importorskip("transformers")
+quickstart = pytest.importorskip("quickstart")
 
 each_host = pytest.mark.parametrize(
     ("make", "shape", "argument"),
@@ -362,3 +363,7 @@ def test_a_folder_and_mean_pooling(tmp_path):
         load_checkpoint(ours, huggingface_like(ours, use_mean_pooling=True).state_dict())
     with pytest.raises(ValueError, match="is named like a file"):
         save_encoder(ours, tmp_path / "encoder.pth")
+
+
+def test_the_quickstart():
+    assert 0.5 < quickstart.main(steps=2) < 2  # too few to learn anything, enough to see that it runs
