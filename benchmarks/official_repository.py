@@ -6,11 +6,10 @@ Nothing of them is copied here; they are under CC BY-NC. Their imports take name
 
 from __future__ import annotations
 
-import importlib
-import sys
 from functools import partial
 from pathlib import Path
 
+from checkouts import import_from
 from torch import nn
 
 ADAMAE, VIDEOMAE = "AdaMAE repository", "VideoMAE repository"
@@ -45,9 +44,7 @@ def repository_model(path: Path, img_size: int, depth: int, mask_ratio: float) -
         ImportError: its code cannot be imported, or lacks the model.
     """
     name = repository_name(path)
-    sys.path.insert(0, str(path.resolve()))
-    module_name = _FILES[name].removesuffix(".py").replace("/", ".")
-    module = importlib.import_module(module_name)
+    module = import_from(path.resolve(), _FILES[name].removesuffix(".py").replace("/", "."))
     if not hasattr(module, _CLASS):
         raise ImportError(f"{path / _FILES[name]} has no class {_CLASS}, which is what {name} trains.")
     model: nn.Module = getattr(module, _CLASS)(

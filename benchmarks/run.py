@@ -132,7 +132,7 @@ def main(options: Options) -> None:
     with ExitStack() as stack:
         stack.enter_context(own_stream(device))
         count = check_all(options, suites, device)
-        if suites != ["hosts"]:  # which tests/test_integrations.py checks
+        if suites != ["hosts"]:  # which tests/test_host_identity.py checks
             print(f"[{time.perf_counter() - start:4.0f} s] {count} cases correct", flush=True)
         folder = options.output or (Path(tempfile.mkdtemp()) if options.quick else RESULTS)
         files = {suite: folder / f"{suite}_{device_slug(device)}.csv" for suite in suites}

@@ -8,8 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from adamae_sampler.integrations.host import AdaptiveHost, HostShape, Part
-from adamae_sampler.integrations.mae import default_ratio
+from adamae_sampler.integrations.host import AdaptiveHost, HostShape, Part, default_ratio
 from adamae_sampler.mask import MaskSample
 from adamae_sampler.ops import sampling_loss
 

@@ -6,6 +6,7 @@ difference alone; the host's forward, whatever its version, still runs.
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -310,3 +311,9 @@ class AdaptiveHost(Patched):
         plain = MaskSample(*(None if each is None else each.detach() for each in sample))  # type: ignore[arg-type]
         losses = (None if each is None else each.detach() for each in (reconstruction, sampling))
         self.last_step = LastStep(plain, *losses)
+
+
+def default_ratio(model: nn.Module) -> float | None:
+    """The mask_ratio that the host's forward takes if it is told none."""
+    default = inspect.signature(model.forward).parameters["mask_ratio"].default
+    return default if isinstance(default, float) else None

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from adamae_sampler.integrations.host import AdaptiveHost, HostShape, SeamError
+from adamae_sampler.integrations.host import AdaptiveHost, HostShape, SeamError, default_ratio
 from adamae_sampler.mask import MaskSample
 from adamae_sampler.ops import gather_tokens
 from adamae_sampler.ops.sampling_loss import LOG_PROB_RANGE
@@ -96,12 +95,6 @@ def visible_first(x: Tensor, sample: MaskSample) -> tuple[Tensor, Tensor, Tensor
     place = torch.arange(order.shape[1], device=order.device).expand_as(order)
     ids_restore = torch.empty_like(order).scatter_(1, order, place)
     return gather_tokens(x, sample.visible_idx), sample.mask.float(), ids_restore
-
-
-def default_ratio(model: nn.Module) -> float | None:
-    """The mask_ratio that the host's forward takes if it is told none."""
-    default = inspect.signature(model.forward).parameters["mask_ratio"].default
-    return default if isinstance(default, float) else None
 
 
 def check_forward_loss(model: Any, shape: tuple[int, ...], num_tokens: int) -> None:

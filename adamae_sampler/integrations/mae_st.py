@@ -7,8 +7,8 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from adamae_sampler.integrations.host import HostShape, SeamError
-from adamae_sampler.integrations.mae import AdaptiveMAE, check_forward_loss, default_ratio
+from adamae_sampler.integrations.host import HostShape, SeamError, default_ratio
+from adamae_sampler.integrations.mae import AdaptiveMAE, check_forward_loss
 
 
 class AdaptiveMAEST(AdaptiveMAE):

@@ -1,0 +1,115 @@
+"""What the tests of patched hosts share: which hosts, equality, snapshots, and oracles of the hosts' errors."""
+
+import copy
+import inspect
+import math
+
+import pytest
+import torch
+from einops import rearrange
+from hosts import (
+    CASES,
+    HostCase,
+    random_sample,
+)
+
+from adamae_sampler import (
+    unpatch,
+)
+from adamae_sampler.integrations.patching import find_host
+
+each_host = pytest.mark.parametrize("case", CASES, ids=repr)
+each_size = pytest.mark.parametrize(
+    ("case", "options", "shape"),
+    [(case, options, shape) for case in CASES for options, shape in (({}, case.shape), *case.sizes)],
+    ids=lambda value: repr(value) if isinstance(value, HostCase) else None,
+)
+MASK_GIVEN = "got a mask in training"
+
+
+def grid_of(model):
+    return tuple(find_host(model).describe(model).grid_size)
+
+
+def sample_for(model, clips=2, ratio=0.75, seed=0):
+    tokens = math.prod(grid_of(model))
+    return random_sample(clips, tokens, round(tokens * (1 - ratio)), seed)
+
+
+def model_computes_loss(model):
+    return find_host(model).computes_loss
+
+
+def assert_equal(first, second):
+    assert len(first) == len(second)
+    for one, other in zip(first, second, strict=True):
+        assert one.dtype == other.dtype
+        assert torch.equal(one, other)
+
+
+def snapshot_of(model):
+    """Everything that could show that a model was patched once."""
+    config = getattr(model, "config", None)
+    modules = []
+    for name, each in model.named_modules():
+        attributes = {key: list(value) if isinstance(value, dict) else id(value) for key, value in vars(each).items()}
+        modules.append((name, type(each), attributes, each.forward.__func__, inspect.signature(each.forward)))
+    return modules, list(model.state_dict()), config.to_dict() if hasattr(config, "to_dict") else dict(config or {})
+
+
+def unpatched(model):
+    return unpatch(copy.deepcopy(model))
+
+
+def errors_of_mae(model, x, outputs):
+    """[B, N]: the host's own loss of one token at a time."""
+    _, pred, mask = outputs
+    return torch.stack([
+        torch.stack([
+            type(model).host_class.forward_loss(model, x[clip : clip + 1], pred[clip : clip + 1], one[None])
+            for one in torch.eye(mask.shape[1])
+        ])
+        for clip in range(len(x))
+    ])  # fmt: skip
+
+
+def errors_of_hf_videomae(model, x, outputs):
+    mean, std = (torch.tensor(each).view(3, 1, 1) for each in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    patches = rearrange(x * std + mean, "b (t u) c (h p) (w q) -> b (t h w) (u p q) c", u=2, p=8, q=8)
+    target = (patches - patches.mean(2, keepdim=True)) / (patches.std(2, keepdim=True) + 1e-6)
+    errors = torch.zeros(target.shape[:2])
+    mask = model.last_step.sample.mask
+    predicted = rearrange(outputs[1], "b m (v c) -> (b m) v c", c=3)
+    errors[mask] = (predicted - target[mask]).square().mean((1, 2))
+    return errors
+
+
+def errors_of_vit_mae(model, x, outputs):
+    patches = rearrange(x, "b c (h p) (w q) -> b (h w) (p q c)", p=4, q=4)
+    target = (patches - patches.mean(2, keepdim=True)) / (patches.var(2, keepdim=True) + 1e-6).sqrt()
+    return (outputs[1] - target).square().mean(2)
+
+
+def errors_of_hiera(model, x, outputs):
+    """[B, units]: a loop over mask units and the predictions in them."""
+    _, pred, label, kept = outputs
+    units, places = model.mask_spatial_shape, model.tokens_spatial_shape_final
+    sizes = [place // unit for place, unit in zip(places, units, strict=True)]
+    each = iter((pred - label).square().mean(1))
+    errors = torch.zeros(len(x), *units)
+    for clip in range(len(x)):
+        for place in torch.cartesian_prod(*(torch.arange(size) for size in places)):
+            unit = tuple(int(p) // size for p, size in zip(place, sizes, strict=True))
+            if not kept[clip].view(*units)[unit]:
+                errors[clip][unit] += next(each) / math.prod(sizes)
+    return errors.flatten(1)
+
+
+ERRORS = {
+    "mae": errors_of_mae,
+    "mae_st": errors_of_mae,
+    "hf_videomae": errors_of_hf_videomae,
+    "hf_vit_mae": errors_of_vit_mae,
+    "hiera": errors_of_hiera,
+    "hiera video": errors_of_hiera,
+}

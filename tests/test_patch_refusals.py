@@ -1,0 +1,149 @@
+"""What patch and patched hosts refuse, and that nothing is half done."""
+
+from unittest import mock
+
+import pytest
+import torch
+from host_checks import each_host, grid_of, snapshot_of
+from hosts import (
+    CASES,
+    make_hiera,
+    make_mae,
+    make_mae_st,
+    make_videomae,
+)
+from torch import nn
+
+from adamae_sampler import (
+    RandomTokenSampler,
+    patch,
+    unpatch,
+)
+from adamae_sampler.integrations import SeamError
+
+
+@each_host
+def test_evaluation_without_a_mask_is_an_error(case):
+    model = patch(case.make().eval(), 0.75)
+    with pytest.raises(ValueError, match=r"evaluation mode and got no mask.*mask = model\.draw_mask\(inputs\)"):
+        model(case.inputs())
+
+
+@each_host
+def test_ratios_that_the_host_cannot_take(case):
+    model = case.make()
+    before = snapshot_of(model)
+    with pytest.raises(ValueError, match="leaves 0 of"):
+        patch(model, 0.9999)
+    with pytest.raises(ValueError, match="strictly between 0 and 1"):
+        patch(model, 0.0)
+    grid = grid_of(model)
+    with pytest.raises(ValueError, match="grid_size"):
+        patch(model, sampler=RandomTokenSampler((grid[0], grid[1], grid[2] + 1), 0.5))
+    with pytest.raises(ValueError, match="not both"):
+        patch(model, 0.5, sampler=RandomTokenSampler(grid, 0.5))
+    assert snapshot_of(model) == before
+
+
+def test_a_call_with_another_ratio_is_an_error():
+    model = patch(make_mae().train(), 0.75)
+    x = torch.randn(2, 3, 32, 32)
+    model(x, mask_ratio=0.75)
+    model(x, 0.75)
+    with pytest.raises(ValueError, match=r"mask_ratio=0\.9, but the model was patched for 0\.75"):
+        model(x, mask_ratio=0.9)
+
+
+def test_the_ratio_is_the_hosts_own_if_none_is_given():
+    ratios = {case.name: patch(case.make()).sampler.mask_ratio for case in CASES}
+    assert ratios == {
+        "hf_videomae": 0.95, "hf_vit_mae": 0.75, "mae": 0.75, "mae_st": 0.75, "videomae": 0.95, "videomae_v2": 0.95,
+        "hiera": 0.6, "hiera video": 0.6,
+    }  # fmt: skip
+
+
+def test_models_that_are_no_hosts():
+    with pytest.raises(TypeError, match=r"cannot patch .*Linear: expected one of MaskedAutoencoderHiera, .*host="):
+        patch(nn.Linear(2, 2))
+    with pytest.raises(TypeError, match=r"expected a model \(nn.Module\) to patch, got str"):
+        patch("videomae")
+    with pytest.raises(TypeError, match=r"it wraps a MaskedAutoencoderViT\. Patch that first, then wrap it"):
+        patch(nn.DataParallel(make_mae()))
+    with pytest.raises(TypeError, match="It wraps a MaskedAutoencoderViT: unpatch that"):
+        unpatch(nn.DataParallel(patch(make_mae())))
+    with pytest.raises(ValueError, match="host='vit', expected one of hf_videomae"):
+        patch(make_mae(), host="vit")
+    with pytest.raises(SeamError, match=r"looked for the method random_masking\(x, mask_ratio\), found nothing"):
+        patch(nn.Linear(2, 2), host="mae")
+
+
+def broken(make, **attributes):
+    """A host whose class has changed."""
+    model = make()
+    model.__class__ = type(type(model).__name__, (type(model),), attributes)
+    return model
+
+
+def test_a_host_whose_seam_has_changed_is_named_and_left_alone():
+    changed = {
+        r"random_masking\(x, mask_ratio\), found random_masking\(tokens, ratio\)": broken(
+            make_mae, random_masking=lambda self, tokens, ratio: None
+        ),
+        "looked for the method forward_loss.* found a int": broken(make_mae, forward_loss=3),
+        r"forward\(x, mask\), found forward\(video\)": broken(make_videomae, forward=lambda self, video: None),
+        "expected to be a mean over tokens weighted by the mask": broken(
+            make_mae, forward_loss=lambda self, imgs, pred, mask: pred.mean() + mask.bool().sum()
+        ),
+        "expected to take imgs .* and raised RuntimeError: no such image": broken(make_mae, patchify=_raise),
+        "decoder predicts 4 frames": _with(make_mae_st(), t_pred_patch_size=2),
+        "attributes of its own that the patch would hide: sampler": _with(make_mae(), sampler=1),
+        "would hide: draw_mask, scored": broken(make_hiera, draw_mask=None, scored=lambda self: 1),
+    }
+    for message, model in changed.items():
+        before = snapshot_of(model)
+        with pytest.raises(SeamError, match=message):
+            patch(model)
+        assert snapshot_of(model) == before
+
+
+def _raise(self, imgs):
+    raise RuntimeError("no such image")
+
+
+def _with(model, **attributes):
+    for name, value in attributes.items():
+        setattr(model, name, value)
+    return model
+
+
+def test_a_forward_that_no_longer_uses_the_seam():
+    model = patch(broken(make_videomae, forward=lambda self, x, mask: x), 0.75).train()
+    with pytest.raises(SeamError, match=r"expected to call encoder\.patch_embed, and did not"):
+        model(torch.randn(1, 3, 16, 32, 32))
+    model = patch(make_mae().train())
+    with pytest.raises(SeamError, match="called by itself, without a mask"):
+        model.forward_encoder(torch.randn(1, 3, 32, 32), 0.75)
+
+
+@each_host
+def test_a_failure_on_the_way_leaves_the_model_as_it_was(case):
+    model = case.make()
+    before = snapshot_of(model)
+    sampler = RandomTokenSampler(grid_of(model), 0.5)
+    with mock.patch.object(sampler, "to", side_effect=MemoryError("no room")), pytest.raises(MemoryError):
+        patch(model, sampler=sampler)
+    assert snapshot_of(model) == before
+
+
+@each_host
+def test_an_error_in_the_forward_leaves_nothing_behind(case):
+    model = patch(case.make().train(), 0.75)
+    x = case.inputs()
+    name = next(name for name, each in model.named_modules() if "decoder" in name and isinstance(each, nn.LayerNorm))
+    handle = model.get_submodule(name).register_forward_pre_hook(mock.Mock(side_effect=KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        model(x)
+    handle.remove()
+    tensors = [value for each in model.modules() for key, value in vars(each).items() if key in ("_sample", "_tokens")]
+    assert all(each is None for each in tensors)
+    case.loss(model(x), x).backward()
