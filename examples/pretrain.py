@@ -244,7 +244,7 @@ def describe(recipe: Recipe, schedule: Schedule, model: AdaMAE, accelerator: Acc
     lines = {
         "data": f"{recipe.data or 'none given'}, {clips} videos, {recipe.num_frames} frames at stride {recipe.stride}, "
         f"{recipe.img_size[0]}x{recipe.img_size[1]}, {'flip' if recipe.flip else 'no flip'}",
-        "model": f"{recipe.model}, {millions:.1f}M parameters, grid {model.grid_size}",
+        "model": f"{recipe.model}, {millions:.1f}M parameters, grid {model.size.grid}",
         "masking": f"{recipe.masking}, {visible} of {tokens} tokens visible ({1 - visible / tokens:.1%} masked)",
         "target": f"{'normalised' if recipe.normalize_target else 'raw'} pixels, {recipe.loss}, sampling weight "
         f"{recipe.sampling_weight:g}",

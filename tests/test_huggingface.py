@@ -168,7 +168,7 @@ def huggingface_like(model, **options):
     """A Hugging Face model of a reference model's sizes, with the reference's epsilon."""
     encoder, decoder = model.encoder.blocks[0], model.decoder.blocks[0]
     return make_hf_videomae(
-        image_size=model.video_size[2], patch_size=model.patch_size[0], num_frames=model.video_size[1],
+        image_size=model.size.video[2], patch_size=model.size.patch[0], num_frames=model.size.video[1],
         num_hidden_layers=len(model.encoder.blocks), num_attention_heads=encoder.attn.num_heads,
         hidden_size=encoder.mlp.fc1.in_features, intermediate_size=encoder.mlp.fc1.out_features,
         decoder_hidden_size=decoder.mlp.fc1.in_features, decoder_num_hidden_layers=len(model.decoder.blocks),
@@ -245,7 +245,7 @@ def test_hugging_face_loads_our_encoder(tmp_path, sizes):
     save_encoder(ours, tmp_path / "encoder")
     theirs, info = transformers.VideoMAEModel.from_pretrained(tmp_path / "encoder", output_loading_info=True)
     assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-    video = torch.randn(2, *ours.video_size)
+    video = torch.randn(2, *ours.size.video)
     tokens = ours.encoder.patch_embed(video)
     everything = torch.arange(tokens.shape[1]).expand(2, -1)
     expected = ours.encoder(tokens, everything)

@@ -114,13 +114,13 @@ def test_other_sizes_equal_the_official_formulation(sizes):
 @pytest.mark.parametrize("masking", ["adaptive", "random", "tube", "frame"])
 def test_any_size_and_masking_trains(size, masking):
     model = tiny_model(**size, masking=masking)
-    channels, frames, height, width = model.video_size
+    channels, frames, height, width = model.size.video
     video = torch.rand(2, channels, frames, height, width)
     prediction, sample = model(video)
     tokens = model.sampler.num_tokens
-    p1, p2 = model.patch_size
-    assert prediction.shape == (2, tokens - model.sampler.num_visible, model.tubelet_size * p1 * p2 * channels)
-    criterion = AdaMAELoss(patch_size=model.patch_size, tubelet_size=model.tubelet_size)
+    p1, p2 = model.size.patch
+    assert prediction.shape == (2, tokens - model.sampler.num_visible, model.size.tubelet * p1 * p2 * channels)
+    criterion = AdaMAELoss(patch_size=model.size.patch, tubelet_size=model.size.tubelet)
     criterion(prediction, video, sample).loss.backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
 

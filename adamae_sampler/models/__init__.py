@@ -1,4 +1,5 @@
-"""The reference video MAE, and the formats it reads and writes. Importing this registers the models with timm."""
+"""The reference video MAE, its classifier, and the formats they read and write. Importing this registers the models
+with timm."""
 
 from adamae_sampler.models.adamae import (
     AdaMAE,
@@ -7,11 +8,21 @@ from adamae_sampler.models.adamae import (
     pretrain_adamae_vit_small_patch16_224,
 )
 from adamae_sampler.models.checkpoint import LoadReport, load_checkpoint
+from adamae_sampler.models.classifier import (
+    VideoClassifier,
+    adamae_vit_base_patch16_224,
+    adamae_vit_large_patch16_224,
+    adamae_vit_small_patch16_224,
+)
 from adamae_sampler.models.export import save_encoder
 
 __all__ = [
     "AdaMAE",
     "LoadReport",
+    "VideoClassifier",
+    "adamae_vit_base_patch16_224",
+    "adamae_vit_large_patch16_224",
+    "adamae_vit_small_patch16_224",
     "load_checkpoint",
     "pretrain_adamae_vit_base_patch16_224",
     "pretrain_adamae_vit_large_patch16_224",

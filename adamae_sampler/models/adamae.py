@@ -7,14 +7,15 @@ from typing import Any, Literal
 
 import torch
 from timm.layers import trunc_normal_
-from timm.models import build_model_with_cfg, register_model
-from timm.models.eva import EvaAttention
+from timm.models import register_model
 from torch import Tensor, nn
 
 from adamae_sampler.mask import MaskSample
-from adamae_sampler.models.layers import LayerNorm, PatchEmbed3d, Transformer, sinusoid_table
-from adamae_sampler.ops import assemble_tokens, gather_tokens
-from adamae_sampler.ops.patches import PatchSize, patch_pair, token_grid
+from adamae_sampler.models.build import build_variant
+from adamae_sampler.models.encoder import Encoder, VideoSize, fill_constants, init_linear_layers
+from adamae_sampler.models.layers import LayerNorm, Transformer, sinusoid_table
+from adamae_sampler.ops import assemble_tokens
+from adamae_sampler.ops.patches import PatchSize
 from adamae_sampler.sampler import (
     AdaptiveTokenSampler,
     FrameTokenSampler,
@@ -25,24 +26,6 @@ from adamae_sampler.sampler import (
 )
 
 Masking = Literal["adaptive", "random", "tube", "frame"]
-
-
-class Encoder(nn.Module):
-    """Transformer over the visible tokens alone."""
-
-    pos_embed: Tensor
-
-    def __init__(self, patch_embed: PatchEmbed3d, num_tokens: int, width: int, depth: int, num_heads: int) -> None:
-        super().__init__()
-        self.patch_embed = patch_embed
-        self.register_buffer("pos_embed", sinusoid_table(num_tokens, width), persistent=False)
-        self.blocks = Transformer(depth, width, num_heads)
-        self.norm = LayerNorm(width)
-
-    def forward(self, tokens: Tensor, visible_idx: Tensor) -> Tensor:
-        """All tokens [B, N, D], visible_idx [B, K] -> encoded visible tokens [B, K, D]."""
-        x = gather_tokens(tokens, visible_idx, self.pos_embed)
-        return self.norm(self.blocks(x))
 
 
 class Decoder(nn.Module):
@@ -102,25 +85,19 @@ class AdaMAE(nn.Module):
         masking: Masking | TokenSampler = "adaptive",
     ) -> None:
         super().__init__()
-        height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
-        patch_size = patch_pair(patch_size)
-        self.video_size = (in_chans, num_frames, height, width)
-        self.patch_size = patch_size
-        self.tubelet_size = tubelet_size
-        self.grid_size = token_grid((1, *self.video_size), patch_size, tubelet_size)
-        num_tokens = self.grid_size[0] * self.grid_size[1] * self.grid_size[2]
+        self.size = VideoSize.of(img_size, num_frames, patch_size, tubelet_size, in_chans)
+        num_tokens = self.size.num_tokens
 
-        patch_embed = PatchEmbed3d(patch_size, tubelet_size, in_chans, embed_dim)
-        self.encoder = Encoder(patch_embed, num_tokens, embed_dim, depth, num_heads)
+        self.encoder = Encoder(self.size, embed_dim, depth, num_heads)
         self.encoder_to_decoder = nn.Linear(embed_dim, decoder_embed_dim, bias=False)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_embed_dim))
         self.decoder_pos_embed: Tensor
         self.register_buffer("decoder_pos_embed", sinusoid_table(num_tokens, decoder_embed_dim), persistent=False)
-        patch_values = tubelet_size * patch_size[0] * patch_size[1] * in_chans
-        self.decoder = Decoder(decoder_embed_dim, decoder_depth, decoder_num_heads, patch_values)
-        self._init_weights()
+        self.decoder = Decoder(decoder_embed_dim, decoder_depth, decoder_num_heads, self.size.patch_values)
+        init_linear_layers(self)
+        trunc_normal_(self.mask_token, std=0.02, a=-0.02, b=0.02)
         # Last, because a sampler given from outside keeps the weights it came with.
-        self.sampler = _make_sampler(masking, embed_dim, self.grid_size, mask_ratio)
+        self.sampler = _make_sampler(masking, embed_dim, self.size.grid, mask_ratio)
 
     def forward(
         self,
@@ -142,16 +119,7 @@ class AdaMAE(nn.Module):
             TypeError: integer video.
             ValueError: a video of another size than the model's, or a mask that does not fit it.
         """
-        if not video.is_floating_point():
-            raise TypeError(
-                f"video has dtype {video.dtype}, expected floating point: divide pixels by 255 and normalise them. "
-                "The losses do take uint8 video, as the target."
-            )
-        if tuple(video.shape[1:]) != self.video_size:
-            raise ValueError(
-                f"video has shape {tuple(video.shape)}, expected [B, {', '.join(map(str, self.video_size))}] (clips, "
-                "channels, frames, height, width). Build the model with img_size, num_frames and in_chans to fit."
-            )
+        self.size.check(video)
         tokens = self.encoder.patch_embed(video)  # [B, N, D]
         sample: MaskSample = self.sampler(tokens, mask=mask, generator=generator)
         x = self.encoder(tokens, sample.visible_idx)  # [B, K, D]
@@ -168,23 +136,12 @@ class AdaMAE(nn.Module):
     @torch.no_grad()
     def init_non_persistent_buffers(self) -> None:
         """Fills what no checkpoint holds, after `to_empty` of a model made on the meta device (timm's convention)."""
-        for table in (self.encoder.pos_embed, self.decoder_pos_embed):
-            table.copy_(sinusoid_table(*table.shape[1:]))
-        for module in self.modules():
-            if isinstance(module, EvaAttention):
-                module.k_bias.zero_()
+        self.decoder_pos_embed.copy_(sinusoid_table(*self.decoder_pos_embed.shape[1:]))
+        fill_constants(self)
 
     def no_weight_decay(self) -> set[str]:
         """Parameters with more than one axis that weight decay should still leave alone, as timm asks for them."""
         return {name for name, _ in self.named_parameters() if name.rpartition(".")[2] in ("mask_token", "pos_embed")}
-
-    def _init_weights(self) -> None:
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
-        trunc_normal_(self.mask_token, std=0.02, a=-0.02, b=0.02)
 
 
 def _make_sampler(
@@ -208,33 +165,21 @@ def _make_sampler(
     return fixed[masking](grid_size, mask_ratio)
 
 
-def _build(variant: str, pretrained: bool, kwargs: dict[str, Any], **size: int) -> AdaMAE:
-    if pretrained:
-        raise ValueError(
-            f"{variant} has no weights to download. Create it with pretrained=False, then call "
-            "adamae_sampler.models.load_checkpoint(model, path)."
-        )
-    pretrained_cfg = {"architecture": variant, "num_classes": -1, "input_size": None}
-    kwargs = {**kwargs, "pretrained_cfg": kwargs.get("pretrained_cfg") or pretrained_cfg}
-    model: AdaMAE = build_model_with_cfg(AdaMAE, variant, False, **{**size, **kwargs})
-    return model
-
-
 @register_model
 def pretrain_adamae_vit_small_patch16_224(pretrained: bool = False, **kwargs: Any) -> AdaMAE:
     """ViT-S/16 for 16x224x224 clips; any argument of `AdaMAE` may be given."""
     size = {"embed_dim": 384, "num_heads": 6, "decoder_embed_dim": 192, "decoder_num_heads": 3}
-    return _build("pretrain_adamae_vit_small_patch16_224", pretrained, kwargs, **size)
+    return build_variant(AdaMAE, "pretrain_adamae_vit_small_patch16_224", pretrained, kwargs, **size)
 
 
 @register_model
 def pretrain_adamae_vit_base_patch16_224(pretrained: bool = False, **kwargs: Any) -> AdaMAE:
     """ViT-B/16 for 16x224x224 clips, the model of the paper; any argument of `AdaMAE` may be given."""
-    return _build("pretrain_adamae_vit_base_patch16_224", pretrained, kwargs)
+    return build_variant(AdaMAE, "pretrain_adamae_vit_base_patch16_224", pretrained, kwargs)
 
 
 @register_model
 def pretrain_adamae_vit_large_patch16_224(pretrained: bool = False, **kwargs: Any) -> AdaMAE:
     """ViT-L/16 for 16x224x224 clips; any argument of `AdaMAE` may be given."""
     size = {"embed_dim": 1024, "depth": 24, "num_heads": 16, "decoder_embed_dim": 512, "decoder_num_heads": 8}
-    return _build("pretrain_adamae_vit_large_patch16_224", pretrained, kwargs, **size)
+    return build_variant(AdaMAE, "pretrain_adamae_vit_large_patch16_224", pretrained, kwargs, **size)

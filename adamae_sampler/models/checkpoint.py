@@ -84,8 +84,11 @@ FORMATS = (
             (r"^encoder\.get_token_probs\.1\.", "sampler.network.head."),
         ),
     ),
-    # Also our own model with a fixed sampler, which has no parameters: the keys are the same.
+    # Also our own model with a fixed sampler, which has no parameters, and our classifier: the keys are the same.
     Format("VideoMAE (no sampler)", r"^encoder\.blocks\..*\.q_bias$", lacks=("sampler.",)),
+    Format(
+        "fine-tuned VideoMAE", r"^blocks\..*\.q_bias$", renames=((r"^(?=(patch_embed|blocks|norm)\.)", "encoder."),)
+    ),
 )
 
 _CONTAINERS = ("model", "state_dict", "module", "model_state_dict")  # where files keep the weights
@@ -101,6 +104,7 @@ def load_checkpoint(
     model: nn.Module,
     checkpoint: str | os.PathLike[str] | Mapping[str, Any],
     *,
+    only: str = "",
     allow_missing: Sequence[str] = (),
 ) -> LoadReport:
     """Loads weights into a reference model: official AdaMAE's, VideoMAE's, Hugging Face VideoMAE's or our own.
@@ -110,9 +114,11 @@ def load_checkpoint(
     so. Numbers of heads are in no file, and without a sampler neither is the grid: give the model the checkpoint's.
 
     Args:
-        model: `AdaMAE`, bare or wrapped (DDP, torch.compile).
+        model: `AdaMAE` or `VideoClassifier`, bare or wrapped (DDP, torch.compile).
         checkpoint: a path to a .safetensors file, to one that torch.save wrote or to a folder with model.safetensors,
             or a state dict.
+        only: a prefix of the model's parameters; the others are neither loaded nor needed. "encoder." starts a
+            classifier from a pre-trained file, or from one fine-tuned on other classes.
         allow_missing: prefixes of the model's parameters that the file need not have, such as "sampler." or
             "decoder.".
 
@@ -128,7 +134,11 @@ def load_checkpoint(
     tensors = _strip_wrappers(
         _find_weights(_read(checkpoint) if isinstance(checkpoint, (str, os.PathLike)) else checkpoint)
     )
-    own = {_strip(name): tensor for name, tensor in model.state_dict().items()}
+    own = {_strip(name): tensor for name, tensor in model.state_dict().items() if _strip(name).startswith(only)}
+    if not own:
+        raise ValueError(
+            f"only={only!r} matches no parameter of the model; it has {_summary(list(model.state_dict()))}."
+        )
     file_format = _recognise(tensors, own)
     weights = file_format.convert({_rename(name, file_format): tensor for name, tensor in tensors.items()})
 
@@ -153,7 +163,8 @@ def load_checkpoint(
             f"{file_format.hint}Build the model with the checkpoint's depth, or name in allow_missing what may keep "
             "its present values."
         )
-    if deeper := [name for name in unused if re.match(r"(encoder|decoder)\.blocks\.", name)]:
+    parts = {name.partition(".")[0] for name in own} & {"encoder", "decoder"}  # a classifier has no decoder
+    if deeper := [name for name in unused if name.startswith(tuple(f"{part}.blocks." for part in parts))]:
         raise ValueError(
             f"the {file_format.name} checkpoint is deeper than the model: it also has {_summary(deeper)}. "
             "Build the model with the checkpoint's depth and decoder_depth."

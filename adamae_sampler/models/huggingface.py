@@ -32,6 +32,7 @@ _BLOCK = (
 _OUTSIDE = (
     ("embeddings.patch_embeddings.projection.", "encoder.patch_embed.proj."),
     ("layernorm.", "encoder.norm."),
+    ("classifier.", "head."),
 )
 
 
@@ -67,9 +68,9 @@ def to_huggingface(model: AdaMAE) -> dict[str, Tensor]:
 
 def configuration(model: AdaMAE) -> dict[str, Any]:
     """The config.json of VideoMAEModel for the encoder."""
-    channels, frames, height, width = model.video_size
+    channels, frames, height, width = model.size.video
     block: Any = model.encoder.blocks[0]
-    patch = model.patch_size
+    patch = model.size.patch
     return {
         "architectures": ["VideoMAEModel"],
         "model_type": "videomae",
@@ -77,7 +78,7 @@ def configuration(model: AdaMAE) -> dict[str, Any]:
         "patch_size": patch[0] if patch[0] == patch[1] else list(patch),
         "num_channels": channels,
         "num_frames": frames,
-        "tubelet_size": model.tubelet_size,
+        "tubelet_size": model.size.tubelet,
         "hidden_size": model.encoder.pos_embed.shape[-1],
         "num_hidden_layers": len(model.encoder.blocks),
         "num_attention_heads": block.attn.num_heads,

@@ -53,15 +53,27 @@ class Transformer(nn.ModuleList):
         width: D.
         num_heads: attention heads.
         mlp_ratio: hidden width of the MLP over D.
+        drop_path: stochastic depth of the last block, rising linearly from 0 at the first.
+        block: more arguments of EvaBlock.
     """
 
-    def __init__(self, depth: int, width: int, num_heads: int, mlp_ratio: float = 4.0, **block: Any) -> None:
+    def __init__(
+        self, depth: int, width: int, num_heads: int, mlp_ratio: float = 4.0, drop_path: float = 0.0, **block: Any
+    ) -> None:
         if width % num_heads:
             raise ValueError(
                 f"{num_heads} heads do not divide the width {width}; choose the heads or the width to fit."
             )
         super().__init__(
-            EvaBlock(width, num_heads, mlp_ratio=mlp_ratio, norm_layer=LayerNorm, **block) for _ in range(depth)
+            EvaBlock(
+                width,
+                num_heads,
+                mlp_ratio=mlp_ratio,
+                norm_layer=LayerNorm,
+                drop_path=drop_path * index / max(depth - 1, 1),
+                **block,
+            )
+            for index in range(depth)
         )
         self.grad_checkpointing = False
 
