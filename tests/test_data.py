@@ -8,35 +8,13 @@ import numpy as np
 import pytest
 import torch
 from torch.utils.data import DataLoader
+from videos import FRAMES, generator, seen_indices, write_video
 
-from common.datasets import ClipStream, SpriteClips, VideoClips, VideoEntry, collate_clips, list_videos, make_source
+from common.datasets import ClipStream, VideoClips, collate_clips
+from common.lists import VideoEntry, list_videos
 from common.sprites import Sprites
-from common.transforms import SCALES, multi_scale_crop, random_flip
-from common.video import Video, VideoError, clip_indices
-
-FRAMES = 40
-
-
-def write_video(path, frames=FRAMES, codec="libx264", size=(64, 48), options=None):
-    """Frame i is a flat grey of 6 i (up to frame 40), so that a frame tells its index."""
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream(codec, rate=25, options=options or {"g": "10", "crf": "1"})
-        stream.width, stream.height = size
-        stream.pix_fmt = "yuv420p"
-        for index in range(frames):
-            grey = np.full((size[1], size[0], 3), 6 * index % 246, dtype=np.uint8)
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(grey, format="rgb24")))
-        container.mux(stream.encode(None))
-    return path
-
-
-def seen_indices(frames):
-    return (frames.float().mean((1, 2, 3)) / 6).round().int().tolist()
-
-
-def generator(seed=0):
-    return torch.Generator().manual_seed(seed)
-
+from common.transforms import SCALES, PretrainTransform, multi_scale_crop, random_flip
+from common.video import Video, VideoError
 
 # With B-frames (bf) the order of packets is not that of frames, and AVI and MPEG-PS state no presentation times.
 CONTAINERS = [
@@ -93,21 +71,6 @@ def test_broken_videos_say_why(tmp_path):
             Video(tmp_path / name)
     with Video(tmp_path / "cut.mkv") as video, pytest.raises(VideoError, match=r"(broken or trunc|cannot be decoded)"):
         video.read([0, 199])
-
-
-def test_clip_indices():
-    for seed in range(50):
-        indices = clip_indices(100, 16, 4, generator(seed))
-        assert [b - a for a, b in itertools.pairwise(indices)] == [4] * 15
-        assert indices[0] >= 0
-        assert indices[-1] <= 99
-    starts = {clip_indices(100, 16, 4, generator(seed))[0] for seed in range(2000)}
-    assert starts == set(range(40))  # every start that fits, the first and the last among them
-    assert clip_indices(61, 16, 4, generator()) == list(range(0, 61, 4))  # fits exactly
-    assert clip_indices(10, 4, 4, generator()) == [0, 4, 8, 9]  # too short: its frames, then the last one
-    assert clip_indices(1, 3, 2, generator()) == [0, 0, 0]
-    with pytest.raises(VideoError, match="no frames"):
-        clip_indices(0, 16, 4, generator())
 
 
 @pytest.mark.parametrize(("height", "width"), [(180, 320), (320, 180), (37, 41), (8, 9)])
@@ -182,12 +145,12 @@ def test_folders_and_nothing(tmp_path):
 
 def test_video_clips_honour_segments_stride_and_size(tmp_path):
     path = write_video(tmp_path / "a.mp4")
-    clips = VideoClips([VideoEntry(path, 4, start=10, frames=12)], 4, 3, (32, 48), flip=False)
+    clips = VideoClips([VideoEntry(path, 4, start=10, frames=12)], 4, 3, PretrainTransform((32, 48), flip=False))
     for seed in range(20):
-        clip = clips.clip(0, generator(seed))
-        assert clip["label"] == 4
-        assert (clip["video"].dtype, clip["video"].shape) == (torch.uint8, (3, 4, 32, 48))
-        indices = seen_indices(clip["video"].transpose(0, 1))
+        clip = clips.clips(0, generator(seed))
+        assert clip["label"].tolist() == [4]
+        assert (clip["video"].dtype, clip["video"].shape) == (torch.uint8, (1, 3, 4, 32, 48))
+        indices = seen_indices(clip["video"][0].transpose(0, 1))
         assert indices[0] >= 10
         assert indices[-1] < 22
         assert [b - a for a, b in itertools.pairwise(indices)] == [3, 3, 3]
@@ -199,7 +162,7 @@ def stream_of(source, start=0, stop=12, seed=0):
 
 def test_a_stream_is_a_function_of_position(tmp_path):
     entries = [VideoEntry(write_video(tmp_path / f"{i}.mp4", frames=30), i) for i in range(4)]
-    source = VideoClips(entries, 4, 2, (16, 16), flip=True)
+    source = VideoClips(entries, 4, 2, PretrainTransform((16, 16), flip=True))
     whole = [stream_of(source)[i] for i in range(12)]
     for epoch in range(3):
         assert sorted(item["label"] for item in whole[4 * epoch : 4 * epoch + 4]) == [0, 1, 2, 3]
@@ -214,14 +177,14 @@ def test_a_stream_is_a_function_of_position(tmp_path):
     for workers in (0, 2):
         batches = list(DataLoader(stream_of(source), batch_size=6, num_workers=workers, collate_fn=collate_clips))
         videos = torch.cat([batch["video"] for batch in batches])
-        assert torch.equal(videos, torch.stack([item["video"] for item in whole]))
+        assert torch.equal(videos, torch.cat([item["video"] for item in whole]))
 
 
 def test_broken_videos_are_replaced_and_reported_with_their_line(tmp_path):
     write_video(tmp_path / "good.mp4")
     (tmp_path / "broken.mp4").write_bytes(b"nothing")
     (tmp_path / "list.csv").write_text("good.mp4 1\nbroken.mp4 2\nmissing.mp4 3\n")
-    source = VideoClips(list_videos(tmp_path / "list.csv"), 4, 2, (16, 16), flip=False)
+    source = VideoClips(list_videos(tmp_path / "list.csv"), 4, 2, PretrainTransform((16, 16), flip=False))
     batch = next(iter(DataLoader(stream_of(source, stop=6), batch_size=6, collate_fn=collate_clips)))
     assert batch["label"].tolist() == [1] * 6
     assert batch["video"].shape == (6, 3, 4, 16, 16)
@@ -233,9 +196,9 @@ def test_broken_videos_are_replaced_and_reported_with_their_line(tmp_path):
 
 def test_a_run_without_any_readable_video_stops(tmp_path):
     (tmp_path / "list.csv").write_text("a.mp4 1\nb.mp4 2\n")
-    source = VideoClips(list_videos(tmp_path / "list.csv"), 4, 2, (16, 16), flip=False)
+    source = VideoClips(list_videos(tmp_path / "list.csv"), 4, 2, PretrainTransform((16, 16), flip=False))
     with pytest.raises(
-        VideoError, match=r"20 clips in a row could not be read:(.|\n)*list.csv:1 (.|\n)*list.csv:2|list.csv:2"
+        VideoError, match=r"20 videos in a row could not be read:(.|\n)*list.csv:1 (.|\n)*list.csv:2|list.csv:2"
     ):
         stream_of(source)[0]
 
@@ -290,12 +253,3 @@ def test_share_of_what_moves_and_direction():
         phase = torch.atan2((along * angle.sin()).sum(1), (along * angle.cos()).sum(1))  # of the centre, on the circle
         turned = (phase.diff() + torch.pi) % (2 * torch.pi) - torch.pi
         assert (turned.sum() > 0) == (direction in (0, 1))
-
-
-def test_make_source(tmp_path):
-    args = {"num_frames": 8, "stride": 2, "patch_size": 8, "tubelet_size": 2, "flip": False, "seed": 0}
-    assert isinstance(make_source("sprites", img_size=(32, 32), **args), SpriteClips)
-    with pytest.raises(ValueError, match="sprites are square"):
-        make_source("sprites", img_size=(32, 64), **args)
-    with pytest.raises(ValueError, match="do not divide"):
-        make_source("sprites", img_size=(30, 30), **args)

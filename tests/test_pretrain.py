@@ -119,7 +119,7 @@ def write(self, step, values):
     real(self, step, values)
     if step == 4: raise SystemExit(3)
 m.RunLog.write = write
-recipe, run = pretrain.parse_arguments(sys.argv[1:])
+recipe, run = pretrain.parse_arguments(pretrain.PretrainRecipe, sys.argv[1:], "demo", "")
 pretrain.train(recipe, pretrain.build(recipe, run))
 """
     assert subprocess.run([sys.executable, "-c", interrupted], capture_output=True, check=False).returncode == 3
@@ -198,7 +198,7 @@ def record(self, *args, **kwargs):
     weights.append([p.detach().clone() for g in self.param_groups for p in g["params"]])
     zero_grad(self, *args, **kwargs)
 torch.optim.AdamW.zero_grad = record
-recipe, run = pretrain.parse_arguments({[*TINY, "--steps", "3", "--data", "sprites", "--output", str(tmp_path)]!r})
+recipe, run = pretrain.parse_arguments(pretrain.PretrainRecipe, {[*TINY, "--steps", "3", "--data", "sprites", "--output", str(tmp_path)]!r}, "demo", "")
 pretrain.train(recipe, pretrain.build(recipe, run))
 same = [all(torch.equal(a, b) for a, b in zip(x, y)) for x, y in zip(weights, weights[1:])]
 assert same == [True, False], same
@@ -208,12 +208,13 @@ assert all(p.isfinite().all() for p in weights[-1])
     printed = succeeded(run)
     assert [line["skipped_steps"] for line in metrics(tmp_path)] == [0, 1, 0]
     assert [line["loss"] is None for line in metrics(tmp_path)] == [False, True, False]
-    assert "step 2: nonfinite_scores 0" in printed
+    assert "step 2: " in printed
+    assert "skipped_steps 1" in printed
 
 
 def test_presets_can_be_looked_at_without_data():
     printed = succeeded(pretrain("--preset", "ssv2", "--dry-run"))
-    assert "800 epochs, 40 of warm-up; steps follow from --data" in printed
+    assert "800 epochs, 40 of warm-up; steps follow from the data" in printed
     assert "learning rate  0.00015 x 2048 / 256 = 0.0012" in printed
 
 
@@ -222,7 +223,7 @@ def test_nothing_but_broken_videos_ends_with_a_clear_line(workers, tmp_path):
     (tmp_path / "broken.mp4").write_bytes(b"nothing")
     run = pretrain(*TINY, "--steps", 2, "--data", tmp_path, "--output", tmp_path / "out", "--workers", workers)
     assert run.returncode != 0
-    assert run.stderr.splitlines()[-2].startswith("error: 20 clips in a row could not be read")
+    assert run.stderr.splitlines()[-2].startswith("error: 20 videos in a row could not be read")
     assert "broken.mp4: it cannot be opened as a video" in run.stderr.splitlines()[-1]
     assert "Traceback" not in run.stderr
 

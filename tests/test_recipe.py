@@ -1,14 +1,17 @@
 import dataclasses
+import inspect
 import itertools
 import math
 
 import pytest
 
-from common.recipe import PRESETS, Recipe, Schedule, load_preset, recipe_from
+from common.finetune_recipe import FinetuneRecipe
+from common.pretrain_recipe import PretrainRecipe
+from common.recipe import PRESETS, Schedule, load_preset, recipe_from
 
 
 def test_presets_follow_the_paper():
-    ssv2, k400 = load_preset("ssv2"), load_preset("k400")
+    ssv2, k400 = load_preset(PretrainRecipe, "ssv2"), load_preset(PretrainRecipe, "k400")
     for recipe in (ssv2, k400):
         assert recipe.model == "pretrain_adamae_vit_base_patch16_224"
         assert (recipe.masking, recipe.mask_ratio, recipe.normalize_target, recipe.loss) == (
@@ -22,30 +25,31 @@ def test_presets_follow_the_paper():
         assert recipe.sampling_weight == 1e-4
     assert (k400.stride, k400.flip) == (4, True)
     assert (ssv2.stride, ssv2.flip) == (2, False)
-    assert not load_preset("ucf101").flip
-    assert not load_preset("hmdb51").flip
+    assert not load_preset(PretrainRecipe, "ucf101").flip
+    assert not load_preset(PretrainRecipe, "hmdb51").flip
 
 
 def test_every_preset_loads_and_unknown_ones_are_named():
-    names = {path.stem for path in PRESETS.glob("*.yaml")}
+    names = {path.stem for path in (PRESETS / "pretrain").glob("*.yaml")}
     assert names == {"demo", "k400", "ssv2", "ucf101", "hmdb51"}
     for name in names:
-        recipe = load_preset(name)
+        recipe = load_preset(PretrainRecipe, name)
         assert isinstance(recipe.img_size, tuple)
         assert recipe.plain()["img_size"] == list(recipe.img_size)
     with pytest.raises(ValueError, match="no preset 'imagenet'; there are demo, hmdb51, k400, ssv2, ucf101"):
-        load_preset("imagenet")
+        load_preset(PretrainRecipe, "imagenet")
 
 
 def test_a_preset_with_a_stray_setting_is_refused(tmp_path, monkeypatch):
-    (tmp_path / "bad.yaml").write_text("learning_rate: 1\nepochs: 2\noutput: x\n")
+    (tmp_path / "pretrain").mkdir()
+    (tmp_path / "pretrain" / "bad.yaml").write_text("learning_rate: 1\nepochs: 2\noutput: x\n")
     monkeypatch.setattr("common.recipe.PRESETS", tmp_path)
     with pytest.raises(ValueError, match="sets learning_rate, which a recipe does not have"):
-        load_preset("bad")
+        load_preset(PretrainRecipe, "bad")
 
 
 def test_learning_rate_follows_the_effective_batch_whatever_the_devices():
-    recipe = load_preset("ssv2")
+    recipe = load_preset(PretrainRecipe, "ssv2")
     for devices in (1, 8, 64):
         schedule = Schedule.of(recipe, clips=168_913, devices=devices)
         assert schedule.effective_batch == 2048
@@ -58,7 +62,7 @@ def test_learning_rate_follows_the_effective_batch_whatever_the_devices():
 
 
 def test_warmup_then_cosine():
-    recipe = Recipe(steps=101, warmup_steps=10, base_lr=1.0, min_base_lr=0.1, effective_batch=256)
+    recipe = PretrainRecipe(steps=101, warmup_steps=10, base_lr=1.0, min_base_lr=0.1, effective_batch=256)
     schedule = Schedule.of(recipe, clips=1000, devices=1)
     rates = [schedule.lr_at(step) for step in range(101)]
     assert rates[:10] == pytest.approx([0.1 * (i + 1) for i in range(10)])
@@ -69,21 +73,22 @@ def test_warmup_then_cosine():
 
 
 def test_warmup_takes_at_most_half_of_a_run():
-    schedule = Schedule.of(Recipe(steps=20, warmup_steps=20), 100, 1)
+    schedule = Schedule.of(PretrainRecipe(steps=20, warmup_steps=20), 100, 1)
     assert (schedule.warmup_steps, schedule.shortened) == (10, True)
-    assert not Schedule.of(Recipe(steps=40, warmup_steps=20), 100, 1).shortened
-    one = Schedule.of(Recipe(steps=1, warmup_steps=5), 100, 1)
+    assert not Schedule.of(PretrainRecipe(steps=40, warmup_steps=20), 100, 1).shortened
+    one = Schedule.of(PretrainRecipe(steps=1, warmup_steps=5), 100, 1)
     assert one.lr_at(0) == one.lr
 
 
 def test_a_recipe_survives_being_written():
-    for path in PRESETS.glob("*.yaml"):
-        recipe = load_preset(path.stem)
-        assert recipe_from(recipe.plain()) == recipe
+    for path in (PRESETS / "pretrain").glob("*.yaml"):
+        recipe = load_preset(PretrainRecipe, path.stem)
+        assert recipe_from(PretrainRecipe, recipe.plain()) == recipe
 
 
-def test_every_setting_is_documented():
-    source = (PRESETS.parent / "common" / "recipe.py").read_text()
-    for setting in dataclasses.fields(Recipe):
+@pytest.mark.parametrize("kind", [PretrainRecipe, FinetuneRecipe])
+def test_every_setting_is_documented(kind):
+    source = "".join(inspect.getsource(each) for each in kind.__mro__ if dataclasses.is_dataclass(each))
+    for setting in dataclasses.fields(kind):
         after = source.split(f"    {setting.name}: ", 1)[1].split("\n", 1)[1]
         assert after.lstrip().startswith('"""'), setting.name

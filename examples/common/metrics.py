@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Iterator
@@ -18,12 +19,67 @@ from torch.utils.tensorboard import SummaryWriter
 from adamae_sampler import MaskSample
 from adamae_sampler.losses import LossOutput
 
-_MEANS = ("loss", "reconstruction", "sampling", "entropy")  # over forward passes
-_COUNTS = ("nonfinite_scores", "nonfinite_reconstruction", "nonfinite_sampling")  # over forward passes and processes
-
 
 class DeviceMetrics:
     """Sums over the steps since the last reading. Adding to them never waits for the device.
+
+    Args:
+        device: where the model is.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._reset()
+
+    def _reset(self) -> None:
+        self._means: dict[str, list[Tensor]] = {}  # the sum, and how many it is of
+        self._counts: dict[str, Tensor] = {}
+        self.mean("grad_norm", torch.zeros((), device=self.device), times=0)
+
+    @torch.no_grad()
+    def mean(self, name: str, value: Tensor, times: int = 1) -> None:
+        """Adds a scalar to what a mean is taken of."""
+        entry = self._means.setdefault(name, [torch.zeros((), device=self.device) for _ in range(2)])
+        entry[0] += value
+        entry[1] += times
+
+    @torch.no_grad()
+    def count(self, name: str, value: Tensor) -> None:
+        """Adds a scalar to a count over all processes."""
+        total = self._counts.setdefault(name, torch.zeros((), device=self.device))
+        total += value
+
+    def add_loss(self, name: str, value: Tensor) -> None:
+        """A mean, and the count `nonfinite_<name>`."""
+        self.mean(name, value.detach())
+        self.count(f"nonfinite_{name}", ~value.detach().isfinite())
+
+    @torch.no_grad()
+    def add_update(self, grad_norm: Tensor, accelerator: Accelerator) -> None:
+        """Counts one optimiser step, which is skipped if the norm of its gradient is not finite."""
+        self.mean("grad_norm", grad_norm)
+        if accelerator.is_main_process:  # the norm is the same on every process
+            self.count("skipped_steps", ~grad_norm.isfinite())
+        else:
+            self.count("skipped_steps", torch.zeros_like(grad_norm))
+
+    def read(self, accelerator: Accelerator) -> dict[str, float | None]:
+        """Means and counts since the last reading, over all processes; None for a mean that is not finite."""
+        sums = [*itertools.chain.from_iterable(self._means.values()), *self._counts.values()]
+        totals = accelerator.reduce(torch.stack(sums), "sum").tolist()
+        values: dict[str, float | None] = {}
+        for number, name in enumerate(self._means):
+            total, times = totals[2 * number : 2 * number + 2]
+            mean = total / max(times, 1)
+            values[name] = mean if math.isfinite(mean) else None
+        values |= {name: round(total) for name, total in zip(self._counts, totals[2 * len(self._means) :], strict=True)}
+        self._reset()
+        return values
+
+
+class PretrainMetrics(DeviceMetrics):
+    """What is worth watching in pre-training: both losses, the entropy of p in nats (log N for a uniform p), and
+    `coverage`, the share of the N token positions that were visible at least once.
 
     Args:
         num_tokens: N.
@@ -31,60 +87,31 @@ class DeviceMetrics:
     """
 
     def __init__(self, num_tokens: int, device: torch.device) -> None:
-        self.num_tokens = num_tokens
-        self.device = device
-        self._reset()
-
-    def _reset(self) -> None:
-        names = (*_MEANS, *_COUNTS, "grad_norm", "skipped_steps")
-        self.sums = {name: torch.zeros((), device=self.device) for name in names}
-        self.seen = torch.zeros(self.num_tokens, device=self.device)
-        self.forwards = 0
-        self.updates = 0
+        super().__init__(device)
+        self.seen = torch.zeros(num_tokens, device=device)
         self.adaptive = True
 
     @torch.no_grad()
     def add_forward(self, out: LossOutput, sample: MaskSample) -> None:
         """Counts one forward pass."""
-        self.forwards += 1
-        self.sums["loss"] += out.loss
-        self.sums["reconstruction"] += out.reconstruction
-        self.sums["sampling"] += out.sampling
-        self.sums["nonfinite_reconstruction"] += ~out.reconstruction.isfinite()
-        self.sums["nonfinite_sampling"] += ~out.sampling.isfinite()
+        self.mean("loss", out.loss)
+        self.add_loss("reconstruction", out.reconstruction)
+        self.add_loss("sampling", out.sampling)
         if sample.log_probs is not None and sample.num_nonfinite is not None:
-            self.sums["entropy"] += torch.special.entr(sample.log_probs.exp()).sum(1).mean()
-            self.sums["nonfinite_scores"] += sample.num_nonfinite.sum()
+            self.mean("entropy", torch.special.entr(sample.log_probs.exp()).sum(1).mean())
+            self.count("nonfinite_scores", sample.num_nonfinite.sum())
         else:
             self.adaptive = False
         self.seen += (~sample.mask).sum(0)
 
-    @torch.no_grad()
-    def add_update(self, grad_norm: Tensor) -> None:
-        """Counts one optimiser step, which is skipped if the norm of its gradient is not finite."""
-        self.updates += 1
-        self.sums["grad_norm"] += grad_norm
-        self.sums["skipped_steps"] += ~grad_norm.isfinite()
-
     def read(self, accelerator: Accelerator) -> dict[str, float | None]:
-        """Means and counts since the last reading, over all processes; None for a mean that is not finite, and for
-        `sampling` and `entropy` of masks without a p.
-
-        `coverage` is the share of the N token positions that were visible at least once; `entropy` is that of p in
-        nats, log N for a uniform p.
-        """
-        totals = accelerator.reduce(torch.stack(list(self.sums.values())), "mean").tolist()
+        """As `DeviceMetrics.read`, with `coverage`; None for `sampling` and `entropy` of masks without a p."""
         seen: Tensor = accelerator.reduce(self.seen, "sum")
-        total = dict(zip(self.sums, totals, strict=True))
-        values: dict[str, float | None] = {name: total[name] / max(self.forwards, 1) for name in _MEANS}
-        values["grad_norm"] = total["grad_norm"] / max(self.updates, 1)
+        values = super().read(accelerator)
         if not self.adaptive:
-            values |= {"sampling": None, "entropy": None}
-        values = {name: value if value is not None and math.isfinite(value) else None for name, value in values.items()}
+            values |= {"sampling": None, "entropy": None, "nonfinite_scores": 0}
         values["coverage"] = float((seen > 0).float().mean())
-        values |= {name: round(total[name] * accelerator.num_processes) for name in _COUNTS}
-        values["skipped_steps"] = round(total["skipped_steps"])  # the same on every process
-        self._reset()
+        self.seen.zero_()
         return values
 
 

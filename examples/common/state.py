@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,12 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 
-from common.recipe import Recipe, Schedule, recipe_from
+from common.recipe import AnyRecipe, Recipe, Schedule, recipe_from
 
-_FORMAT = "adamae_sampler pre-training state 1"
+_FORMAT = "adamae_sampler training state 2"
 # Settings that may differ between a run and its resumption; any other makes it another run.
 _FREE = {"output", "steps", "epochs", "workers", "log_every", "save_every", "batch_size", "checkpoint_activations"}
+_FREE |= {"eval_every", "eval_batch_size", "test_clips", "test_crops"}
 
 
 def save_state(
@@ -27,12 +29,17 @@ def save_state(
     recipe: Recipe,
     schedule: Schedule,
     step: int,
+    extra: Mapping[str, Any],
 ) -> None:
-    """Writes everything that a resumed run needs: weights, optimiser, step, recipe, random states of all processes."""
+    """Writes everything that a resumed run needs: weights, optimiser, step, recipe, random states of all processes.
+
+    `extra` has what the script adds, as tensors, numbers, strings and containers of them.
+    """
     random_states = gather_object([_random_state(accelerator.device)])
     if accelerator.is_main_process:
         state = {
             "format": _FORMAT,
+            "kind": recipe.kind,
             "model": accelerator.unwrap_model(model).state_dict(),
             "optimizer": optimizer.state_dict(),
             "step": step,
@@ -40,6 +47,7 @@ def save_state(
             "clips": schedule.clips,
             "effective_batch": schedule.effective_batch,
             "random_states": random_states,
+            "extra": dict(extra),
         }
         path.parent.mkdir(parents=True, exist_ok=True)
         aside = path.with_suffix(".tmp")
@@ -59,7 +67,7 @@ def load_state(path: Path, recipe: Recipe, schedule: Schedule, processes: int) -
         ValueError: it is not a training state (weights alone cannot be resumed); or its recipe, number of videos,
             effective batch or number of processes is another; or the run was longer than this one shall be.
     """
-    state = _read(path)
+    state = _read(path, recipe.kind)
     saved, now = state["recipe"], recipe.plain()
     changed = [f"{name}: {saved.get(name)} -> {now[name]}" for name in now if saved.get(name) != now[name]]
     forbidden = [change for change in changed if change.partition(":")[0] not in _FREE]
@@ -80,16 +88,16 @@ def load_state(path: Path, recipe: Recipe, schedule: Schedule, processes: int) -
     return state
 
 
-def recipe_of_state(path: Path) -> Recipe:
+def recipe_of_state(kind: type[AnyRecipe], path: Path) -> AnyRecipe:
     """The recipe of a saved run, with the folder it is in now as its output.
 
     Raises:
         FileNotFoundError, ValueError: as `load_state`.
     """
-    return recipe_from({**_read(path)["recipe"], "output": str(path.parent)})
+    return recipe_from(kind, {**_read(path, kind.kind)["recipe"], "output": str(path.parent)})
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(path: Path, kind: str) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"--resume {path}: no such file; a run writes state.pt into its output folder.")
     state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
@@ -98,6 +106,8 @@ def _read(path: Path) -> dict[str, Any]:
             f"--resume {path}: not a training state of this script. To start from weights alone, load them with "
             "adamae_sampler.models.load_checkpoint."
         )
+    if state["kind"] != kind:
+        raise ValueError(f"--resume {path}: a state of {state['kind']}.py, which {kind}.py cannot go on from.")
     return state
 
 

@@ -1,4 +1,4 @@
-"""Reading frames from video files, and which frames a clip takes."""
+"""Reading frames from video files."""
 
 from __future__ import annotations
 
@@ -16,18 +16,6 @@ _EARLIER = 32  # frames, where seeking lands behind the one wanted
 
 class VideoError(RuntimeError):
     """A video that cannot be read; the message says why, without the path."""
-
-
-def clip_indices(available: int, num_frames: int, stride: int, generator: torch.Generator) -> list[int]:
-    """The frames of one training clip: `num_frames` of them, `stride` apart, from a uniformly random start.
-
-    A video too short for that gives as many frames at this stride as it has, then repeats its last frame.
-    """
-    if available < 1:
-        raise VideoError("it has no frames")
-    span = (num_frames - 1) * stride + 1
-    start = int(torch.randint(max(available - span, 0) + 1, (), generator=generator))
-    return [min(start + step * stride, available - 1) for step in range(num_frames)]
 
 
 class Video:
@@ -93,6 +81,25 @@ class Video:
         if len({frame.shape for frame in found.values()}) > 1:
             raise VideoError("its frames change their size")
         return torch.stack([found[index] for index in indices]).permute(0, 3, 1, 2)
+
+    def read_all(self) -> int:
+        """Decodes every frame and returns their number, the test of whether a file is whole.
+
+        Raises:
+            VideoError: a frame cannot be decoded, there is none, or the file ends before its header says.
+        """
+        stated, found = int(self._stream.frames), 0
+        try:
+            self._container.seek(0)
+            for _ in self._container.decode(self._stream):
+                found += 1
+        except (av.FFmpegError, ValueError) as error:
+            raise VideoError(f"its frame {found} cannot be decoded ({error})") from error
+        if not found:
+            raise VideoError("it has no frames")
+        if found + _MISSING_AT_END < stated:
+            raise VideoError(f"it ends after {found} of {stated} frames; it is broken or truncated")
+        return found
 
     def _origin(self) -> int | None:
         """Time stamp of the first frame, which headers do not always say right; None if frames have none (AVI)."""

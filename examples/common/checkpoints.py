@@ -1,0 +1,92 @@
+"""Weights files of the example scripts: safetensors that also say which model they are of, and by which recipe."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+
+from adamae_sampler.models import AdaMAE, VideoClassifier
+from common.recipe import Recipe
+
+SIZES = ("img_size", "num_frames", "patch_size", "tubelet_size", "embed_dim", "depth", "num_heads")
+DECODER_SIZES = ("decoder_embed_dim", "decoder_depth", "decoder_num_heads")
+
+
+def save_weights(model: AdaMAE | VideoClassifier, path: Path, recipe: Recipe) -> None:
+    """Writes a model's weights with its sizes and the recipe that trained it."""
+    weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    metadata = {"format": "pt", "model": json.dumps(_sizes(model)), "recipe": json.dumps(recipe.plain())}
+    safetensors.torch.save_file(weights, path, metadata=metadata)
+
+
+def _sizes(model: AdaMAE | VideoClassifier) -> dict[str, Any]:
+    """The model's keyword arguments."""
+    _, frames, height, width = model.size.video
+    sizes = {
+        "img_size": [height, width],
+        "num_frames": frames,
+        "patch_size": model.size.patch[0],
+        "tubelet_size": model.size.tubelet,
+        **_transformer("", model.encoder.blocks),
+    }
+    if isinstance(model, AdaMAE):
+        return sizes | _transformer("decoder_", model.decoder.blocks)
+    return sizes | {"num_classes": model.num_classes}
+
+
+def _transformer(prefix: str, blocks: Any) -> dict[str, int]:
+    attention = blocks[0].attn
+    return {
+        f"{prefix}embed_dim": attention.proj.out_features,
+        f"{prefix}depth": len(blocks),
+        f"{prefix}num_heads": attention.num_heads,
+    }
+
+
+def stated_sizes(checkpoint: str) -> dict[str, Any]:
+    """The keyword arguments that a checkpoint says its model has: of a file of these scripts, or of a Hugging Face
+    VideoMAE folder. Empty for other files, whose sizes are the user's to give."""
+    path = Path(checkpoint)
+    if (path / "config.json").is_file():
+        return _huggingface_sizes(json.loads((path / "config.json").read_text(encoding="utf-8")))
+    sizes = _metadata(path).get("model")
+    found: dict[str, Any] = json.loads(sizes) if sizes else {}
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in found.items()}
+
+
+def stated_recipe(checkpoint: str) -> dict[str, Any]:
+    """The settings of the run that wrote a file of these scripts; empty for other files."""
+    recipe = _metadata(Path(checkpoint)).get("recipe")
+    found: dict[str, Any] = json.loads(recipe) if recipe else {}
+    return found
+
+
+def _metadata(path: Path) -> dict[str, str]:
+    if path.suffix != ".safetensors" or not path.is_file():
+        return {}
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            return file.metadata() or {}
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{path} cannot be read as safetensors: it is damaged ({error}).") from error
+
+
+def _huggingface_sizes(config: dict[str, Any]) -> dict[str, Any]:
+    if config.get("model_type") != "videomae":
+        raise ValueError(f"the checkpoint's config.json is of a {config.get('model_type')} model, expected videomae.")
+    size, defaults = config.get("image_size", 224), {"num_frames": 16, "patch_size": 16, "tubelet_size": 2}
+    return {
+        "img_size": tuple(size) if isinstance(size, list) else (size, size),
+        **{name: config.get(name, value) for name, value in defaults.items()},
+        "embed_dim": config.get("hidden_size", 768),
+        "depth": config.get("num_hidden_layers", 12),
+        "num_heads": config.get("num_attention_heads", 12),
+        "decoder_embed_dim": config.get("decoder_hidden_size", 384),
+        "decoder_depth": config.get("decoder_num_hidden_layers", 4),
+        "decoder_num_heads": config.get("decoder_num_attention_heads", 6),
+    }

@@ -1,0 +1,177 @@
+"""Multi-view evaluation: every view of a video is scored, the probabilities are averaged, and nothing is counted twice.
+
+Videos are cut into batches once, and the batches are dealt to the processes. A batch is therefore computed alike for
+any number of processes, and the result is the same to the last bit.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from common.datasets import ViewSet, ViewSource, collate_views
+from common.engine import Normalise
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What a function of the views gave for some videos of a source."""
+
+    index: Tensor  # [B] int64, places in the source
+    label: Tensor  # [B] int64
+    value: Tensor  # [B, ...], on the device
+    left_out: list[str]  # messages about videos that could not be read
+
+
+@torch.no_grad()
+def map_views(
+    function: Callable[[Tensor], Tensor],
+    source: ViewSource,
+    accelerator: Accelerator,
+    batch_size: int,
+    workers: int,
+) -> Iterator[Batch]:
+    """Applies a function to the views of this process's share of a source.
+
+    Args:
+        function: normalised views [B * V, C, T, H, W] -> [B * V, ...].
+        source: the videos.
+        accelerator: devices and processes; autocast is its.
+        batch_size: B, videos of one call; the last one may have fewer, and unreadable ones are missing.
+        workers: processes that read videos.
+
+    Yields:
+        Batch: with the values of each video's views averaged in fp32, in the order of the views.
+    """
+    starts = range(0, len(source), batch_size)
+    batches = [list(range(start, min(start + batch_size, len(source)))) for start in starts]
+    mine = batches[accelerator.process_index :: accelerator.num_processes]
+    loader = DataLoader(
+        ViewSet(source),
+        batch_sampler=mine,
+        num_workers=workers,
+        collate_fn=collate_views,
+        pin_memory=torch.cuda.is_available(),
+        generator=torch.Generator(),  # its own, so that evaluating during training spends none of its randomness
+    )
+    normalise = Normalise(accelerator.device)
+    for batch in loader:
+        if "video" not in batch:
+            none = torch.empty(0, dtype=torch.int64)
+            yield Batch(none, none, torch.empty(0), batch["left_out"])
+            continue
+        video = batch["video"].to(accelerator.device, non_blocking=True)  # [B, V, C, T, H, W]
+        with accelerator.autocast():
+            values = function(normalise(video.flatten(0, 1)))
+        merged = values.float().unflatten(0, video.shape[:2]).mean(1)
+        yield Batch(batch["index"], batch["label"], merged, batch["left_out"])
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Predictions for the videos that could be read, in the order of the source; the same on every process.
+
+    Attributes:
+        index: [V] their places in the source.
+        label: [V].
+        probabilities: [V, classes], averaged over the views.
+        left_out: messages about the others.
+    """
+
+    index: Tensor
+    label: Tensor
+    probabilities: Tensor
+    left_out: list[str]
+
+    @property
+    def rank(self) -> Tensor:
+        """[V]: how many classes stand before the right one, equal ones by their number."""
+        right = self.probabilities.gather(1, self.label[:, None])
+        before = torch.arange(self.probabilities.shape[1]) < self.label[:, None]
+        return ((self.probabilities > right) | ((self.probabilities == right) & before)).sum(1)
+
+    def top(self, k: int) -> float:
+        """Share of videos whose class is among the k most probable ones; NaN without any video."""
+        return float((self.rank < k).double().mean())
+
+    def summary(self) -> dict[str, float | int]:
+        """Top-1 and top-5 in percent, and how many videos they are of."""
+        top = {f"top{k}": 100 * self.top(k) for k in (1, 5)}
+        return top | {"videos": len(self.label), "left_out": len(self.left_out)}
+
+
+def evaluate(
+    model: nn.Module, source: ViewSource, accelerator: Accelerator, batch_size: int, workers: int
+) -> Evaluation:
+    """Softmax of each view, averaged over the views of a video (see `map_views`).
+
+    Args:
+        model: the bare classifier, without DDP; it is put back into the mode it was in.
+        source: the videos.
+        accelerator: devices and processes.
+        batch_size: videos of one forward pass.
+        workers: processes that read videos.
+    """
+    training = model.training
+    model.eval()
+    parts = [
+        (batch.index, batch.label, batch.value.cpu(), batch.left_out)
+        for batch in map_views(lambda views: model(views).float().softmax(-1), source, accelerator, batch_size, workers)
+    ]
+    model.train(training)
+    parts = gather_object(parts)
+    left_out = [message for part in parts for message in part[3]]
+    whole = [part for part in parts if len(part[0])]
+    if not whole:
+        raise ValueError("no video could be read:\n  " + "\n  ".join(left_out[:8]))
+    index, label, probabilities = (torch.cat([part[column] for part in whole]) for column in range(3))
+    order = index.argsort()
+    return Evaluation(index[order], label[order], probabilities[order], sorted(left_out))
+
+
+def write_results(
+    folder: Path,
+    result: Evaluation,
+    names: Sequence[str],
+    describe: Callable[[int], str],
+    settings: dict[str, Any],
+) -> None:
+    """Writes results.json (top-1, top-5), per_class.csv and predictions.csv.
+
+    Args:
+        folder: where.
+        result: the predictions.
+        names: of the classes.
+        describe: a video's path, from its place in the source.
+        settings: what results.json shall say besides.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    text = json.dumps({**result.summary(), **settings}, indent=2, ensure_ascii=False)
+    (folder / "results.json").write_text(text + "\n", encoding="utf-8")
+    with (folder / "per_class.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["class", "name", "videos", "top1", "top5"])
+        for label, name in enumerate(names):
+            rank = result.rank[result.label == label]
+            shares = [f"{100 * float((rank < k).double().mean()):.2f}" if len(rank) else "" for k in (1, 5)]
+            writer.writerow([label, name, len(rank), *shares])
+    with (folder / "predictions.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["video", "label", "rank", "first five classes", "their probabilities"])
+        best = result.probabilities.topk(min(5, result.probabilities.shape[1]), sorted=True)
+        rows = zip(result.index.tolist(), result.label.tolist(), result.rank.tolist(), strict=True)
+        for (index, label, rank), classes, shares in zip(
+            rows, best.indices.tolist(), best.values.tolist(), strict=True
+        ):
+            line = [describe(index), label, rank + 1, " ".join(map(str, classes))]
+            writer.writerow([*line, " ".join(f"{share:.4g}" for share in shares)])

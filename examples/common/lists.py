@@ -1,0 +1,112 @@
+"""List files: which videos a data set has, and their labels."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+VIDEO_SUFFIXES = (".mp4", ".webm", ".avi", ".mkv", ".mov", ".mpg", ".mpeg", ".m4v")
+LABELS = "labels.txt"  # the names of the classes, one a line, beside the lists
+
+
+@dataclass(frozen=True)
+class VideoEntry:
+    """One video of a list. `frames` is None for all from `start` on; `where` names it in messages."""
+
+    path: Path
+    label: int = -1
+    start: int = 0
+    frames: int | None = None
+    where: str = ""
+
+
+def list_videos(data: Path) -> list[VideoEntry]:
+    """The videos of a folder (searched through, sorted) or of a list file.
+
+    A line of a list is `path label` or `path start frames label`, as VideoMAE's; `frames` below 1 means to the end. A
+    relative path is relative to the list's folder. Empty lines and lines that start with # are passed over.
+
+    Raises:
+        FileNotFoundError: there is nothing at the path.
+        ValueError: a line of another form, named with its number, or no video at all.
+    """
+    if data.is_dir():
+        found = sorted(path for path in data.rglob("*") if path.suffix.lower() in VIDEO_SUFFIXES)
+        entries = [VideoEntry(path, where=str(path)) for path in found]
+    elif data.is_file():
+        lines = enumerate(data.read_text(encoding="utf-8").splitlines(), start=1)
+        entries = [
+            _parse_line(data, n, line) for n, line in lines if line.strip() and not line.lstrip().startswith("#")
+        ]
+    else:
+        raise FileNotFoundError(f"{data}: no such folder or list file. 'sprites' needs no data at all.")
+    if not entries:
+        raise ValueError(f"{data} has no video; looked for {', '.join(VIDEO_SUFFIXES)} or lines of a list.")
+    return entries
+
+
+def _parse_line(data: Path, number: int, line: str) -> VideoEntry:
+    # From the right, since paths may have spaces.
+    long = re.fullmatch(r"\s*(\S.*?)\s+(\d+)\s+(-?\d+)\s+(-?\d+)\s*", line)
+    short = re.fullmatch(r"\s*(\S.*?)\s+(-?\d+)\s*", line)
+    if long:
+        path, (start, frames, label) = long[1], map(int, long.groups()[1:])
+    elif short and not re.search(r"\s-?\d+$", short[1]):  # two numbers: a line that lacks one
+        path, start, frames, label = short[1], 0, 0, int(short[2])
+    else:
+        raise ValueError(f"{data}:{number}: {line!r}, expected 'path label' or 'path start frames label'.")
+    video = Path(path)
+    return VideoEntry(
+        path=video if video.is_absolute() else data.parent / video,
+        label=label,
+        start=start,
+        frames=frames if frames > 0 else None,
+        where=f"{data}:{number} ({video})",
+    )
+
+
+def write_list(path: Path, videos: Iterable[tuple[Path, int]]) -> None:
+    """Writes `path label` lines; paths within the list's folder are written relative to it.
+
+    Raises:
+        ValueError: a path that no line can hold (a line break, a space or # at its beginning).
+    """
+    folder = path.parent.resolve()
+    lines = []
+    for video, label in videos:
+        video = video.resolve()
+        name = str(video.relative_to(folder) if video.is_relative_to(folder) else video)
+        if name != name.strip() or name.startswith("#") or len(name.splitlines()) != 1:
+            raise ValueError(f"{name!r} cannot stand in a list; rename the file.")
+        middle = " 0 -1" if re.search(r"\s-?\d+$", name) else ""  # or its end would be taken for a number
+        lines.append(f"{name}{middle} {label}\n")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(lines), encoding="utf-8")
+
+
+def class_names(data: Path, num_classes: int) -> list[str]:
+    """The names in labels.txt beside a list, or the numbers of the classes where there is none.
+
+    Raises:
+        ValueError: the file has fewer names than there are classes.
+    """
+    path = data.parent / LABELS
+    if not path.is_file():
+        return [str(label) for label in range(num_classes)]
+    names = path.read_text(encoding="utf-8").splitlines()
+    if len(names) < num_classes:
+        raise ValueError(f"{path} names {len(names)} classes, and there are {num_classes}.")
+    return names[:num_classes]
+
+
+def split_by_label(entries: Sequence[VideoEntry], num_classes: int) -> tuple[list[VideoEntry], list[str]]:
+    """The entries whose labels are in 0 .. num_classes - 1, and a message for each other one."""
+    good = [entry for entry in entries if 0 <= entry.label < num_classes]
+    bad = [
+        f"{entry.where}: label {entry.label} is not in 0..{num_classes - 1}"
+        for entry in entries
+        if not 0 <= entry.label < num_classes
+    ]
+    return good, bad

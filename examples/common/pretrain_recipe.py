@@ -1,0 +1,66 @@
+"""The settings of pre-training (the paper's supplement, Tables 5 and 6)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from common.recipe import Recipe
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainRecipe(Recipe):
+    """Settings of a pre-training run."""
+
+    kind: ClassVar[str] = "pretrain"
+    data_settings: ClassVar[tuple[str, ...]] = ("data",)
+
+    data: str = ""
+    """Folder of videos, list file (`path label` or `path start frames label`), or 'sprites'."""
+    output: Path = Path("runs/pretrain")
+    """Folder for metrics, checkpoints and pictures."""
+
+    model: str = "pretrain_adamae_vit_base_patch16_224"
+    """Model of timm's registry."""
+    masking: Literal["adaptive", "random", "tube", "frame"] = "adaptive"
+    """How visible tokens are chosen."""
+    mask_ratio: float = 0.95
+    """Share of tokens that is masked."""
+    decoder_embed_dim: int | None = None
+    """Width of the decoder; the model's own if None, as for the next two."""
+    decoder_depth: int | None = None
+    """Blocks of the decoder."""
+    decoder_num_heads: int | None = None
+    """Attention heads of the decoder."""
+
+    normalize_target: bool = True
+    """Predict pixels normalised per patch and channel (the paper's), or raw ones."""
+    loss: Literal["mse", "l1"] = "mse"
+    """Reconstruction error."""
+    sampling_weight: float = 1e-4
+    """Weight of the sampling loss."""
+
+    epochs: float = 800
+    """Passes over the data."""
+    warmup_epochs: float = 40
+    """Passes over which the learning rate rises."""
+    batch_size: int = 32
+    """Videos of one forward pass on one device."""
+    base_lr: float = 1.5e-4
+    """Learning rate for an effective batch of 256; the one used is proportional."""
+    min_base_lr: float = 1e-5
+    """What the cosine falls to, for an effective batch of 256."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """Betas of AdamW."""
+    clip_grad: float = 1.0
+    """Largest norm of the gradient; 0 for no clipping."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_least(sampling_weight=0)
+
+    def model_args(self) -> dict[str, Any]:
+        """Keyword arguments for `timm.create_model`, which leaves out those that are None."""
+        names = ("masking", "mask_ratio", "decoder_embed_dim", "decoder_depth", "decoder_num_heads")
+        return {**self.sizes(), **{name: getattr(self, name) for name in names}}

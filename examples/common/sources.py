@@ -1,0 +1,117 @@
+"""From the name of a data set to its videos."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from common.datasets import ClipSource, SpriteClips, VideoClips, VideoViews, ViewSource
+from common.finetune_recipe import FinetuneRecipe
+from common.lists import VideoEntry, class_names, list_videos, split_by_label
+from common.pretrain_recipe import PretrainRecipe
+from common.recipe import EncoderSettings
+from common.sprites import DIRECTIONS, SHAPES, Sprites
+from common.transforms import FinetuneTransform, PretrainTransform
+
+
+def find_sprites(data: str, settings: EncoderSettings) -> Sprites | None:
+    """The sprites that 'sprites', 'sprites:LENGTH' or 'sprites:LENGTH:SEED' names, or None for another name.
+
+    Clips of different seeds are different: give training and evaluation one each. Without one it is the run's.
+
+    Raises:
+        ValueError: a malformed name, or clips that are not square.
+    """
+    name, *numbers = data.split(":")
+    if name != "sprites":
+        return None
+    if len(numbers) > 2 or not all(number.isdecimal() for number in numbers):
+        raise ValueError(f"{data!r}, expected 'sprites', 'sprites:LENGTH' or 'sprites:LENGTH:SEED'.")
+    height, width = settings.img_size
+    if height != width:
+        raise ValueError(f"sprites are square, img_size is {settings.img_size}; use --img-size 64 64, for example.")
+    length = int(numbers[0]) if numbers else 10_000
+    seed = int(numbers[1]) if len(numbers) == 2 else settings.seed
+    return Sprites(length, settings.num_frames, height, settings.patch_size, settings.tubelet_size, seed)
+
+
+def pretrain_source(recipe: PretrainRecipe) -> ClipSource:
+    """What `data` names: 'sprites', a folder, or a list file; a source without clips for an empty string."""
+    sprites = find_sprites(recipe.data, recipe)
+    if sprites is not None:
+        return SpriteClips(sprites)
+    entries = list_videos(Path(recipe.data)) if recipe.data else []
+    transform = PretrainTransform(recipe.img_size, recipe.flip)
+    return VideoClips(entries, recipe.num_frames, recipe.stride, transform, recipe.sampling)
+
+
+@dataclass
+class Labelled:
+    """A labelled data set: sprites, or the entries of a list.
+
+    Attributes:
+        name: as given on the command line.
+        sprites: the clips, or None.
+        entries: the videos of a list.
+    """
+
+    name: str
+    sprites: Sprites | None
+    entries: list[VideoEntry]
+
+    @classmethod
+    def find(cls, name: str, settings: EncoderSettings) -> Labelled:
+        """What the name says; nothing for an empty one."""
+        sprites = find_sprites(name, settings)
+        return cls(name, sprites, list_videos(Path(name)) if name and sprites is None else [])
+
+    def __len__(self) -> int:
+        return len(self.entries) if self.sprites is None else len(self.sprites)
+
+    @property
+    def num_classes(self) -> int:
+        """One more than the largest label."""
+        return Sprites.num_classes if self.sprites is not None else max((e.label for e in self.entries), default=-1) + 1
+
+    def drop_labels(self, num_classes: int) -> list[str]:
+        """Leaves out the videos whose label is not one of so many classes, and returns a message for each.
+
+        Raises:
+            ValueError: nothing would be left, or there are sprites of more classes.
+        """
+        if self.sprites is not None:
+            if num_classes < Sprites.num_classes:
+                raise ValueError(f"sprites have {Sprites.num_classes} classes, num_classes is {num_classes}.")
+            return []
+        good, messages = split_by_label(self.entries, num_classes)
+        if self.entries and not good:
+            raise ValueError(f"{self.name}: no label is in 0..{num_classes - 1}; the first: {messages[0]}.")
+        self.entries = good
+        return messages
+
+    def class_names(self, num_classes: int) -> list[str]:
+        """Names for reports."""
+        if self.sprites is not None:
+            directions = ("right", "down", "left", "up")
+            names = [f"{shape} {direction}" for shape in SHAPES for direction in directions[:DIRECTIONS]]
+            return names + [str(label) for label in range(len(names), num_classes)]
+        return class_names(Path(self.name), num_classes)
+
+    def describe(self, index: int) -> str:
+        """The video's path, for reports."""
+        return str(self.entries[index].path) if self.sprites is None else f"{self.name}[{index}]"
+
+    def clips(self, recipe: FinetuneRecipe) -> ClipSource:
+        """Augmented clips for training; sprites stay as they are."""
+        if self.sprites is not None:
+            return SpriteClips(self.sprites, recipe.repeats)
+        transform = FinetuneTransform(recipe.img_size, recipe.randaugment, recipe.flip)
+        return VideoClips(self.entries, recipe.num_frames, recipe.stride, transform, recipe.sampling, recipe.repeats)
+
+    def views(self, settings: EncoderSettings, clips: int, crops: int) -> ViewSource:
+        """Fixed views for evaluation; a sprite has one."""
+        if self.sprites is not None:
+            return SpriteClips(self.sprites)
+        return VideoViews(
+            self.entries, settings.num_frames, settings.stride, settings.img_size, settings.sampling, clips, crops
+        )

@@ -1,0 +1,143 @@
+"""Multi-view evaluation: examples/common/evaluation.py."""
+
+import csv
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from test_classifier import tiny_classifier
+from videos import write_video
+
+from common.datasets import SpriteClips, VideoViews
+from common.engine import Normalise, make_accelerator
+from common.evaluation import Evaluation, evaluate, write_results
+from common.lists import list_videos
+from common.sprites import Sprites
+
+TESTS = Path(__file__).parent
+
+
+@pytest.fixture
+def videos(tmp_path):
+    """Seven videos, of which two cannot be read."""
+    for number in range(5):
+        write_video(tmp_path / f"{number}.mp4", frames=30, size=((64, 48), (48, 64))[number % 2], start=3 * number)
+    (tmp_path / "broken.mp4").write_bytes(b"nothing")
+    names = ["0.mp4 0", "1.mp4 1", "broken.mp4 2", "2.mp4 3", "missing.mp4 1", "3.mp4 4", "4.mp4 0"]
+    (tmp_path / "val.csv").write_text("\n".join(names) + "\n")
+    return list_videos(tmp_path / "val.csv")
+
+
+def views_of(entries):
+    return VideoViews(entries, 8, 2, (32, 32), "dense", clips=2, crops=3)
+
+
+def test_views_are_merged_as_an_oracle_merges_them(videos):
+    """One view at a time, in double precision, with a loop."""
+    model = tiny_classifier()
+    accelerator = make_accelerator("fp32")
+    model.to(accelerator.device).train()
+    source = views_of(videos)
+    result = evaluate(model, source, accelerator, batch_size=2, workers=0)
+    assert model.training
+    assert result.index.tolist() == [0, 1, 3, 5, 6]
+    assert result.label.tolist() == [0, 1, 3, 4, 0]
+    assert len(result.left_out) == 2
+    assert "val.csv:3 (broken.mp4): it cannot be opened" in result.left_out[0]
+    assert "val.csv:5 (missing.mp4): there is no such file" in result.left_out[1]
+
+    model.eval()
+    normalise = Normalise(accelerator.device)
+    right = 0
+    for row, index in enumerate(result.index.tolist()):
+        merged = torch.zeros(5, dtype=torch.float64)
+        views = source.views(index)["video"]
+        assert len(views) == 6
+        for view in views:
+            logits = model(normalise(view[None].to(accelerator.device)))[0].double().cpu()
+            merged += (logits.exp() / logits.exp().sum()).detach() / 6
+        torch.testing.assert_close(result.probabilities[row].double(), merged, rtol=1e-5, atol=1e-6)
+        right += int(merged.argmax()) == result.label[row]
+    assert result.summary() == {"top1": 100 * right / 5, "top5": 100.0, "videos": 5, "left_out": 2}
+
+
+def test_rank_counts_ties_by_class_and_top5():
+    probabilities = torch.tensor([
+        [0.1, 0.4, 0.1, 0.1, 0.1, 0.1, 0.1],
+        [0.1, 0.4, 0.1, 0.1, 0.1, 0.1, 0.1],
+        [0.7, 0.05, 0.05, 0.05, 0.05, 0.05, 0.05],
+        [0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 1.0],
+    ])  # fmt: skip
+    result = Evaluation(torch.arange(4), torch.tensor([1, 0, 6, 6]), probabilities, [])
+    assert result.rank.tolist() == [0, 1, 6, 0]
+    assert (result.top(1), result.top(5), result.top(7)) == (0.5, 0.75, 1.0)
+
+
+def test_files_of_an_evaluation(tmp_path):
+    result = Evaluation(
+        torch.tensor([0, 2, 3]), torch.tensor([1, 1, 0]), torch.tensor([[0.2, 0.8], [0.9, 0.1], [0.6, 0.4]]), ["x"]
+    )
+    write_results(tmp_path, result, ["run", "jump, high", "never"], lambda index: f"ä/{index}.mp4", {"views": "6"})
+    found = json.loads((tmp_path / "results.json").read_text())
+    assert found == {"top1": pytest.approx(200 / 3), "top5": 100.0, "videos": 3, "left_out": 1, "views": "6"}
+    classes = list(csv.DictReader((tmp_path / "per_class.csv").open()))
+    assert [(row["name"], row["videos"], row["top1"]) for row in classes] == [
+        ("run", "1", "100.00"), ("jump, high", "2", "50.00"), ("never", "0", "")
+    ]  # fmt: skip
+    rows = list(csv.DictReader((tmp_path / "predictions.csv").open(encoding="utf-8")))
+    assert [(row["video"], row["label"], row["rank"]) for row in rows] == [
+        ("ä/0.mp4", "1", "1"), ("ä/2.mp4", "1", "2"), ("ä/3.mp4", "0", "1")
+    ]  # fmt: skip
+    assert rows[1]["first five classes"] == "0 1"
+
+
+def test_sprites_have_one_view():
+    clip = SpriteClips(Sprites(3, 8, 32, 8)).views(1)
+    assert torch.equal(clip["video"][0], Sprites(3, 8, 32, 8)[1]["video"])
+
+
+def test_nothing_that_can_be_read_is_an_error(videos):
+    accelerator = make_accelerator("fp32")
+    broken = [videos[2], videos[4]]
+    with pytest.raises(ValueError, match=r"no video could be read:\n.*broken.mp4"):
+        evaluate(tiny_classifier().to(accelerator.device), views_of(broken), accelerator, 2, 0)
+
+
+SCRIPT = """
+import sys
+sys.path[:0] = [{tests!r}, {examples!r}]
+import torch
+from pathlib import Path
+from test_classifier import tiny_classifier
+from test_evaluation import views_of
+from common.engine import make_accelerator
+from common.evaluation import evaluate
+from common.lists import list_videos
+torch.manual_seed(0)
+accelerator = make_accelerator("fp32")
+model = tiny_classifier().to(accelerator.device)
+result = evaluate(model, views_of(list_videos(Path({data!r}))), accelerator, batch_size=2, workers=1)
+torch.save([result.index, result.label, result.probabilities, result.left_out],
+           {out!r} + f"-{{accelerator.num_processes}}-{{accelerator.process_index}}")
+accelerator.end_training()
+"""
+
+
+def test_one_and_two_processes_agree_to_the_last_bit(videos, tmp_path):
+    """Seven videos in batches of two: four batches, of unequal size, and two of them on each process."""
+    script = tmp_path / "script.py"
+    data = str(videos[0].path.parent / "val.csv")
+    examples = str(TESTS.parent / "examples")
+    script.write_text(SCRIPT.format(tests=str(TESTS), examples=examples, data=data, out=str(tmp_path / "out")))
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29541"]
+    for command in ([sys.executable], launch):
+        run = subprocess.run([*command, str(script)], capture_output=True, text=True, check=False, timeout=300)
+        assert run.returncode == 0, run.stderr
+    one, *two = (torch.load(tmp_path / f"out-{name}") for name in ("1-0", "2-0", "2-1"))
+    assert len(one[0]) == 5
+    for other in two:
+        assert all(torch.equal(a, b) for a, b in zip(one[:3], other[:3], strict=True))
+        assert one[3] == other[3]
