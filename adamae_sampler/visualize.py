@@ -1,13 +1,18 @@
-"""Pictures of what a masked autoencoder sees and predicts. Needs matplotlib; import this module by name."""
+"""Pictures and animations of what a masked autoencoder sees and predicts. Needs matplotlib; import this by name."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
 import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
+from PIL import Image
 from torch import Tensor
 
 from adamae_sampler.mask import MaskSample
@@ -18,6 +23,13 @@ from adamae_sampler.ops.reconstruction_error import STD_EPS
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+Statistics = Literal["true", "visible"]
+
+_LABELS = {
+    "true": "prediction\n(each patch's true\nmean and contrast)",
+    "visible": "prediction\n(mean and contrast of\nvisible patches)",
+}
+
 
 def predicted_video(
     prediction: Tensor,
@@ -25,38 +37,60 @@ def predicted_video(
     sample: MaskSample,
     *,
     normalize: bool,
+    statistics: Statistics = "true",
     patch_size: PatchSize = 16,
     tubelet_size: int = 2,
 ) -> Tensor:
     """The clip with its masked patches predicted and its visible ones as they are.
 
-    With a normalised target the decoder knows neither brightness nor contrast of a patch. Here they are taken from
-    the true patch, which makes the picture readable and better than the model: say so where you show it.
+    With a normalised target the decoder knows neither brightness nor contrast of a patch. "true" takes them from the
+    true patch, which makes the picture readable and better than the model: say so where you show it. "visible" takes
+    the averages over the visible patches of the clip, and so shows nothing that the model was not shown.
 
     Args:
         prediction: [B, M, P].
         video: [B, C, T, H, W] uint8.
         sample: the mask.
         normalize: whether the target was normalised per patch and channel.
+        statistics: where brightness and contrast of a normalised prediction come from.
         patch_size: height and width of a patch, one number or a pair.
         tubelet_size: frames of a patch.
 
     Returns:
         [B, C, T, H, W] in [0, 1].
     """
+    if statistics not in _LABELS:
+        raise ValueError(f"statistics={statistics!r}, expected 'true' or 'visible'.")
     pixels = reconstruction_target(
         video, normalize=False, patch_size=patch_size, tubelet_size=tubelet_size
     )  # [B, N, P]
-    masked_idx = sample.masked_idx[..., None].expand(-1, -1, pixels.shape[2])
+    masked_idx = _expand(sample.masked_idx, pixels)
     predicted = prediction.detach().float()
     if normalize:
         channels = video.shape[1]
-        true = pixels.gather(1, masked_idx).unflatten(-1, (-1, channels))  # [B, M, pixels, C]
-        variance, mean = torch.var_mean(true, dim=-2, keepdim=True)
-        predicted = (predicted.unflatten(-1, (-1, channels)) * (variance.sqrt() + STD_EPS) + mean).flatten(-2)
+        known = masked_idx if statistics == "true" else _expand(sample.visible_idx, pixels)
+        patches = pixels.gather(1, known).unflatten(-1, (-1, channels))  # [B, M or K, pixels, C]
+        variance, mean = torch.var_mean(patches, dim=-2, keepdim=True)
+        deviation = variance.sqrt() + STD_EPS
+        if statistics == "visible":
+            mean, deviation = mean.mean(1, keepdim=True), deviation.mean(1, keepdim=True)
+        predicted = (predicted.unflatten(-1, (-1, channels)) * deviation + mean).flatten(-2)
     filled = pixels.scatter(1, masked_idx, predicted)
     grid = token_grid(tuple(video.shape), patch_size, tubelet_size)
     return unpatchify(filled, grid, patch_size, tubelet_size).clamp(0, 1)
+
+
+def _expand(idx: Tensor, pixels: Tensor) -> Tensor:
+    return idx[..., None].expand(-1, -1, pixels.shape[2])
+
+
+@dataclass(frozen=True)
+class _Row:
+    """One row of a picture: images [T, H, W, C], or maps [T, H, W] in a colour map."""
+
+    title: str
+    images: Tensor
+    colours: str | None = None
 
 
 def overview(
@@ -66,11 +100,12 @@ def overview(
     token_error: Tensor,
     *,
     normalize: bool,
+    statistics: Statistics = "true",
     patch_size: PatchSize = 16,
     tubelet_size: int = 2,
     clip: int = 0,
 ) -> Figure:
-    """One clip as rows of frames: video, p, mask, prediction, error (the paper's Figures 2 to 10).
+    """One clip as rows of frames: video, prediction, error, p, mask (the paper's Figures 2 to 10).
 
     A column is a time step, shown by the first frame of its tubelet.
 
@@ -80,61 +115,197 @@ def overview(
         sample: the mask; the row of p is left out if it has no log_probs.
         token_error: [B, M], the error of each masked token.
         normalize: whether the target was normalised per patch and channel.
+        statistics: see `predicted_video`.
         patch_size: height and width of a patch, one number or a pair.
         tubelet_size: frames of a patch.
         clip: which of the B clips.
     """
+    rows = _rows(video, prediction, sample, token_error, normalize, statistics, patch_size, tubelet_size, clip)
+    return _draw_rows([_every(row, tubelet_size) for row in rows])
+
+
+def mask_overview(
+    video: Tensor,
+    samples: Mapping[str, MaskSample],
+    *,
+    patch_size: PatchSize = 16,
+    tubelet_size: int = 2,
+    clip: int = 0,
+) -> Figure:
+    """One clip as rows of frames: video, p, and a mask for each sample (the paper's Figures 11 to 14).
+
+    Args:
+        video: [B, C, T, H, W] uint8 with one or three channels.
+        samples: what to call each mask, such as "95%"; p is that of the first.
+        patch_size: height and width of a patch, one number or a pair.
+        tubelet_size: frames of a patch.
+        clip: which of the B clips.
+    """
+    frames, grid = _frames(video, clip), token_grid(tuple(video.shape), patch_size, tubelet_size)
+    first = next(iter(samples.values()))
+    rows = [_Row("video", frames), *_probability_row(first, clip, grid, tubelet_size)]
+    rows += [
+        _Row(title, _seen(frames, sample, clip, grid, patch_size, tubelet_size)) for title, sample in samples.items()
+    ]
+    return _draw_rows([_every(row, tubelet_size) for row in rows])
+
+
+def animation(
+    video: Tensor,
+    prediction: Tensor,
+    sample: MaskSample,
+    token_error: Tensor,
+    *,
+    normalize: bool,
+    statistics: Statistics = "true",
+    patch_size: PatchSize = 16,
+    tubelet_size: int = 2,
+    clip: int = 0,
+) -> Tensor:
+    """The panels of `overview` side by side, frame after frame (supplement, section K): [T, height, width, 3] uint8.
+
+    Arguments are those of `overview`; `save_animation` writes the result.
+    """
+    rows = _rows(video, prediction, sample, token_error, normalize, statistics, patch_size, tubelet_size, clip)
+    columns = [
+        _Row(row.title, row.images[frame : frame + 1], row.colours) for row in rows for frame in range(video.shape[2])
+    ]
+    limits = {row.title: (float(row.images.min()), float(row.images.max())) for row in rows}
+    pictures = []
+    for frame in range(video.shape[2]):
+        panels = columns[frame :: video.shape[2]]
+        pictures.append(_draw_panels(panels, limits))
+    return torch.stack(pictures)
+
+
+def save_animation(frames: Tensor, path: str | os.PathLike[str], fps: float = 8.0) -> None:
+    """Writes [T, H, W, 3] uint8 frames as a .gif (Pillow) or an .mp4 (PyAV, which then has to be installed).
+
+    Raises:
+        ValueError: another suffix, or frames of another kind.
+    """
+    path = Path(path)
+    if frames.dtype != torch.uint8 or frames.dim() != 4 or frames.shape[-1] != 3:
+        raise ValueError(f"frames are {frames.dtype} {tuple(frames.shape)}, expected uint8 [T, H, W, 3].")
+    if path.suffix == ".gif":
+        images = [Image.fromarray(frame.cpu().numpy()) for frame in frames]
+        images[0].save(path, save_all=True, append_images=images[1:], duration=round(1000 / fps), loop=0)
+    elif path.suffix == ".mp4":
+        import av
+
+        height, width = (size // 2 * 2 for size in frames.shape[1:3])  # H.264 takes even sizes
+        with av.open(os.fspath(path), "w") as container:
+            stream = container.add_stream("libx264", rate=round(fps), options={"crf": "18"})
+            stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
+            for frame in frames[:, :height, :width].cpu():
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(frame.contiguous().numpy(), format="rgb24")))
+            container.mux(stream.encode(None))
+    else:
+        raise ValueError(f"{path}: name a .gif or .mp4 file.")
+
+
+def _rows(
+    video: Tensor,
+    prediction: Tensor,
+    sample: MaskSample,
+    token_error: Tensor,
+    normalize: bool,
+    statistics: Statistics,
+    patch_size: PatchSize,
+    tubelet_size: int,
+    clip: int,
+) -> list[_Row]:
+    """What is shown of a clip, frame by frame."""
+    frames, grid = _frames(video, clip), token_grid(tuple(video.shape), patch_size, tubelet_size)
+    shown = predicted_video(
+        prediction,
+        video,
+        sample,
+        normalize=normalize,
+        statistics=statistics,
+        patch_size=patch_size,
+        tubelet_size=tubelet_size,
+    )
+    error = torch.zeros(sample.num_tokens).scatter(
+        0, sample.masked_idx[clip].cpu(), token_error[clip].detach().float().cpu()
+    )
+    return [
+        _Row("video", frames),
+        _Row(_LABELS[statistics] if normalize else "prediction", shown[clip].permute(1, 2, 3, 0).cpu()),
+        _Row("error", error.view(grid).repeat_interleave(tubelet_size, 0), "magma"),
+        *_probability_row(sample, clip, grid, tubelet_size),
+        _Row("mask", _seen(frames, sample, clip, grid, patch_size, tubelet_size)),
+    ]
+
+
+def _frames(video: Tensor, clip: int) -> Tensor:
+    """[T, H, W, C] of one clip, on the CPU."""
     if video.shape[1] not in (1, 3):
         raise ValueError(f"video has {video.shape[1]} channels; pictures can be made of 1 (grey) or 3 (RGB).")
-    grid = token_grid(tuple(video.shape), patch_size, tubelet_size)
-    shown = predicted_video(
-        prediction, video, sample, normalize=normalize, patch_size=patch_size, tubelet_size=tubelet_size
-    )
-    frames = video[clip, :, ::tubelet_size].permute(1, 2, 3, 0).cpu()  # [steps, H, W, C]
-    predicted = shown[clip, :, ::tubelet_size].permute(1, 2, 3, 0).cpu()
-    mask = sample.mask[clip].view(grid).cpu()
-    error = torch.zeros(sample.num_tokens).scatter(0, sample.masked_idx[clip].cpu(), token_error[clip].detach().cpu())
-
-    hidden = (frames.float() * 0.15).to(torch.uint8)
-    seen = torch.where(_spread(mask, patch_size)[..., None], hidden, frames)
-    note = "prediction\n(each patch's true\nmean and contrast)" if normalize else "prediction"
-    rows: list[tuple[str, Tensor, str | None]] = [
-        ("video", frames, None),
-        ("mask", seen, None),
-        (note, predicted, None),
-        ("error", error.view(grid), "magma"),
-    ]
-    if sample.log_probs is not None:
-        rows.insert(1, ("p", sample.log_probs[clip].detach().exp().view(grid).cpu(), "jet"))
-    return _draw_rows(rows)
+    return video[clip].permute(1, 2, 3, 0).cpu()
 
 
-def _spread(tokens: Tensor, patch_size: PatchSize) -> Tensor:
-    """[T, H, W] tokens -> [T, H p1, W p2] pixels."""
+def _probability_row(sample: MaskSample, clip: int, grid: tuple[int, int, int], tubelet_size: int) -> list[_Row]:
+    if sample.log_probs is None:
+        return []
+    probabilities = sample.log_probs[clip].detach().exp().view(grid).cpu()
+    return [_Row("p", probabilities.repeat_interleave(tubelet_size, 0), "jet")]
+
+
+def _seen(
+    frames: Tensor,
+    sample: MaskSample,
+    clip: int,
+    grid: tuple[int, int, int],
+    patch_size: PatchSize,
+    tubelet_size: int,
+) -> Tensor:
+    """The frames with masked patches darkened."""
     p1, p2 = patch_pair(patch_size)
-    return tokens.repeat_interleave(p1, 1).repeat_interleave(p2, 2)
+    mask = sample.mask[clip].view(grid).cpu()
+    pixels = mask.repeat_interleave(tubelet_size, 0).repeat_interleave(p1, 1).repeat_interleave(p2, 2)
+    return torch.where(pixels[..., None], (frames.float() * 0.15).to(torch.uint8), frames)
 
 
-def _draw_rows(rows: list[tuple[str, Tensor, str | None]]) -> Figure:
-    columns = rows[0][1].shape[0]
-    height, width = rows[0][1].shape[1:3]
+def _every(row: _Row, step: int) -> _Row:
+    return _Row(row.title, row.images[::step], row.colours)
+
+
+def _draw_rows(rows: list[_Row]) -> Figure:
+    columns = rows[0].images.shape[0]
+    height, width = rows[0].images.shape[1:3]
     spacing = ConstrainedLayoutEngine(w_pad=0.01, h_pad=0.01, wspace=0, hspace=0)
     figure = Figure(figsize=(1.5 * columns + 1.2, 1.5 * len(rows) * height / width), layout=spacing)
     axes = figure.subplots(len(rows), columns, squeeze=False)
-    for (title, images, colours), line in zip(rows, axes, strict=True):
-        show = _colour_map(images, colours)
-        for image, cell in zip(images, line, strict=True):
+    for row, line in zip(rows, axes, strict=True):
+        show = _colour_map(row)
+        for image, cell in zip(row.images, line, strict=True):
             show(cell, image)
             cell.set_xticks([])
             cell.set_yticks([])
-        line[0].set_ylabel(title, rotation=0, ha="right", va="center", fontsize=9)
+        line[0].set_ylabel(row.title, rotation=0, ha="right", va="center", fontsize=9)
     return figure
 
 
-def _colour_map(images: Tensor, colours: str | None) -> Callable[[Axes, Tensor], object]:
+def _draw_panels(panels: list[_Row], limits: Mapping[str, tuple[float, float]]) -> Tensor:
+    """One frame of each panel, side by side, as [height, width, 3] uint8."""
+    height, width = panels[0].images.shape[1:3]
+    figure = Figure(figsize=(2.0 * len(panels), 2.0 * height / width + 0.6), dpi=80, layout="constrained")
+    canvas = FigureCanvasAgg(figure)
+    for panel, cell in zip(panels, figure.subplots(1, len(panels), squeeze=False)[0], strict=True):
+        _colour_map(panel, limits[panel.title])(cell, panel.images[0])
+        cell.set_title(panel.title, fontsize=8)
+        cell.set_axis_off()
+    canvas.draw()
+    rgba = torch.frombuffer(bytearray(canvas.buffer_rgba()), dtype=torch.uint8)
+    columns, lines = canvas.get_width_height()
+    return rgba.view(lines, columns, 4)[..., :3].clone()
+
+
+def _colour_map(row: _Row, limits: tuple[float, float] | None = None) -> Callable[[Axes, Tensor], object]:
     """How to draw one image of a row; maps share one scale, so that its frames compare."""
-    if colours is None:
-        top = 1 if images.is_floating_point() else 255  # for grey ones; matplotlib takes RGB as it is
+    if row.colours is None:
+        top = 1 if row.images.is_floating_point() else 255  # for grey ones; matplotlib takes RGB as it is
         return lambda cell, image: cell.imshow(image.squeeze(-1).numpy(), cmap="gray", vmin=0, vmax=top)
-    low, high = float(images.min()), float(images.max())
-    return lambda cell, image: cell.imshow(image.numpy(), cmap=colours, vmin=low, vmax=high)
+    low, high = limits or (float(row.images.min()), float(row.images.max()))
+    return lambda cell, image: cell.imshow(image.numpy(), cmap=row.colours, vmin=low, vmax=high)

@@ -12,11 +12,10 @@ model.safetensors, and results.json, per_class.csv and predictions.csv of the ev
 
 from __future__ import annotations
 
-import argparse
 import random
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import timm
@@ -31,7 +30,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from adamae_sampler.models import VideoClassifier, load_checkpoint
-from common.checkpoints import SIZES, save_weights, stated_sizes
+from common.checkpoints import save_weights, stated_sizes
 from common.cli import Run, parse_arguments
 from common.engine import (
     Loop,
@@ -254,16 +253,10 @@ def describe(
     return format_lines(lines | describe_training(recipe, schedule, accelerator, len(train)))
 
 
-def take_sizes(recipe: FinetuneRecipe, known: argparse.Namespace) -> FinetuneRecipe:
-    """The recipe with the sizes that --checkpoint states, which options still override."""
-    sizes = stated_sizes(known.checkpoint) if known.checkpoint else {}
-    return replace(recipe, **{name: sizes[name] for name in SIZES if name in sizes})
-
-
 def main(arguments: list[str]) -> None:
     """Runs the command line; a setting that cannot be is one line, without a traceback."""
     try:
-        recipe, run = parse_arguments(FinetuneRecipe, arguments, "ucf101", __doc__, take_sizes)
+        recipe, run = parse_arguments(FinetuneRecipe, arguments, "ucf101", __doc__)
         job = build(recipe, run)
     except (ValueError, TypeError, FileNotFoundError) as error:
         sys.exit(f"error: {error}")

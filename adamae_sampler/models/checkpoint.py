@@ -157,10 +157,13 @@ def load_checkpoint(
     unused = tuple(name for name in weights if name not in own)
     needed = [name for name in missing if not name.startswith((*file_format.lacks, *allow_missing))]
     if needed:
+        lacks_decoder = any(name.startswith("decoder.") for name in needed)
+        no_decoder = lacks_decoder and not any(name.startswith("decoder.") for name in weights)
+        hint = file_format.hint + ("It has no decoder: it is an encoder alone, or a classifier. " if no_decoder else "")
         raise ValueError(
             f"the {file_format.name} checkpoint lacks {len(needed)} of the model's {len(own)} parameters: "
             f"{_summary(needed)}. It has, without a place in the model: {_summary(unused) if unused else 'nothing'}. "
-            f"{file_format.hint}Build the model with the checkpoint's depth, or name in allow_missing what may keep "
+            f"{hint}Build the model with the checkpoint's depth, or name in allow_missing what may keep "
             "its present values."
         )
     parts = {name.partition(".")[0] for name in own} & {"encoder", "decoder"}  # a classifier has no decoder

@@ -34,6 +34,7 @@ class VideoClassifier(nn.Module):
         drop_path_rate: stochastic depth of the last block, rising linearly from 0 at the first.
         drop_rate: dropout before the head.
         head_init_scale: factor on the head's initial weights; small ones leave the encoder alone at first.
+        encoder_norm: keep the encoder's own last norm, for features of a frozen one.
 
     Raises:
         ValueError: sizes that do not divide.
@@ -53,12 +54,13 @@ class VideoClassifier(nn.Module):
         drop_path_rate: float = 0.0,
         drop_rate: float = 0.0,
         head_init_scale: float = 1e-3,
+        encoder_norm: bool = False,
     ) -> None:
         super().__init__()
         self.size = VideoSize.of(img_size, num_frames, patch_size, tubelet_size, in_chans)
         self.num_classes = num_classes
         self.num_features = embed_dim
-        self.encoder = Encoder(self.size, embed_dim, depth, num_heads, drop_path_rate, norm=False)
+        self.encoder = Encoder(self.size, embed_dim, depth, num_heads, drop_path_rate, norm=encoder_norm)
         self.fc_norm = LayerNorm(embed_dim)
         self.head_drop = nn.Dropout(drop_rate)
         self.head = nn.Linear(embed_dim, num_classes) if num_classes else nn.Identity()

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Generic
+from typing import Generic, TypeVar
 
 import tyro
 
-from common.recipe import AnyRecipe, load_preset
+from common.checkpoints import SIZES, stated_sizes
+from common.recipe import AnyRecipe, EncoderSettings, load_preset
 from common.state import recipe_of_state
 
 
@@ -33,20 +33,16 @@ class _Arguments(Generic[AnyRecipe]):
 
 
 def parse_arguments(
-    kind: type[AnyRecipe],
-    arguments: list[str],
-    preset: str,
-    description: str | None,
-    adjust: Callable[[AnyRecipe, argparse.Namespace], AnyRecipe] = lambda recipe, _: recipe,
+    kind: type[AnyRecipe], arguments: list[str], preset: str, description: str | None
 ) -> tuple[AnyRecipe, Run]:
-    """The recipe of --preset, or of the run that --resume names, with what the command line overrides.
+    """The recipe of --preset with the sizes that --checkpoint states, or that of the run that --resume names; and what
+    the command line overrides.
 
     Args:
         kind: the class of the recipe.
         arguments: the command line.
         preset: name of the preset where none is given.
         description: for --help.
-        adjust: changes the recipe before the command line does, given --preset, --resume and --checkpoint.
 
     Raises:
         ValueError, FileNotFoundError: no such preset or state, or settings that contradict each other.
@@ -54,10 +50,9 @@ def parse_arguments(
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--preset", default=preset)
     first.add_argument("--resume", type=Path)
-    first.add_argument("--checkpoint", default="")
     known = first.parse_known_args(arguments)[0]
     if known.resume is None:
-        start = adjust(load_preset(kind, known.preset), known)
+        start = of_checkpoint(load_preset(kind, known.preset), arguments)
     else:
         start = recipe_of_state(kind, known.resume)
     default = _Arguments(start, Run(known.preset))
@@ -68,3 +63,25 @@ def parse_arguments(
             option = "--" + wins.replace("_", "-")
             raise ValueError(f"{given} has no effect while {wins} is {value}; add {option} None to go by epochs.")
     return found.recipe, found.run
+
+
+Settings = TypeVar("Settings", bound=EncoderSettings)
+
+
+def checkpoint_of(arguments: list[str]) -> str:
+    """What follows --checkpoint on a command line, or nothing."""
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--checkpoint", default="")
+    found: str = first.parse_known_args(arguments)[0].checkpoint
+    return found
+
+
+def of_checkpoint(settings: Settings, arguments: list[str]) -> Settings:
+    """The settings with the sizes that the file or folder after --checkpoint states, if it does."""
+    sizes = stated_sizes(checkpoint_of(arguments))
+    return replace(settings, **{name: sizes[name] for name in SIZES if name in sizes})
+
+
+def parse_settings(start: Settings, arguments: list[str], description: str | None) -> Settings:
+    """Settings without presets: those given, with the sizes that --checkpoint states, and the command line's."""
+    return tyro.cli(type(start), args=arguments, default=of_checkpoint(start, arguments), description=description)

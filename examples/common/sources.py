@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -100,6 +101,17 @@ class Labelled:
     def describe(self, index: int) -> str:
         """The video's path, for reports."""
         return str(self.entries[index].path) if self.sprites is None else f"{self.name}[{index}]"
+
+    def fingerprint(self) -> str:
+        """A digest of which videos these are: paths, parts, labels, sizes and times of the files."""
+        if self.sprites is not None:
+            return repr(sorted(vars(self.sprites).items()))
+        digest = hashlib.sha256()
+        for entry in self.entries:
+            stat = entry.path.stat() if entry.path.exists() else None
+            about = (str(entry.path), entry.label, entry.start, entry.frames)
+            digest.update(repr((about, stat and (stat.st_size, stat.st_mtime_ns))).encode())
+        return digest.hexdigest()
 
     def clips(self, recipe: FinetuneRecipe) -> ClipSource:
         """Augmented clips for training; sprites stay as they are."""

@@ -1,0 +1,92 @@
+"""Linear or attentive probing: how much a frozen encoder's features tell about the classes.
+
+    python examples/linear_probe.py --checkpoint model.safetensors --train train.csv --val val.csv
+    python examples/linear_probe.py --checkpoint checkpoint.pth --train train.csv --val val.csv --sampling segments
+    python examples/linear_probe.py --checkpoint model.safetensors --train sprites:1000:1 --val sprites:1000:2
+
+Features are computed once (by all processes of `accelerate launch`) and kept in --cache; probing again takes seconds.
+Writes results.json, per_class.csv, predictions.csv and probe.safetensors.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import safetensors.torch
+from accelerate.utils import set_seed
+
+from common.cli import parse_settings
+from common.engine import check_output, make_accelerator, report_left_out
+from common.evaluation import Evaluation, write_results
+from common.features import FeatureSettings, Pool, cached_features
+from common.probes import Probe, ProbeKind, ProbeRecipe, predict, train_probe
+from common.sources import Labelled
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(FeatureSettings):
+    """Settings of a probe."""
+
+    train: str = ""
+    """List of training videos, or 'sprites:LENGTH:SEED'."""
+    val: str = ""
+    """List of videos for evaluation, or 'sprites:LENGTH:SEED'."""
+    output: Path = Path("runs/probe")
+    """Folder for the results."""
+    cache: Path = Path("runs/features")
+    """Folder for the features."""
+    kind: ProbeKind = "linear"
+    """'linear': batch norm without affine parameters and a linear layer on the mean of the tokens. 'attentive': a
+    learned query attends to all tokens first."""
+    probe: ProbeRecipe = field(default_factory=ProbeRecipe)
+    """How the probe is trained."""
+
+
+def main(arguments: list[str]) -> float | None:
+    """Runs the command line; returns top-1 in percent on the main process."""
+    try:
+        options = parse_settings(Options(), arguments, __doc__)
+        return run(options)
+    except (ValueError, TypeError, FileNotFoundError) as error:
+        sys.exit(f"error: {error}")
+
+
+def run(options: Options) -> float | None:
+    """Features, training, evaluation; raises ValueError, TypeError or FileNotFoundError for what cannot be run."""
+    check_output(options.output)
+    if not options.train or not options.val:
+        raise ValueError("--train and --val are needed: lists of videos, or 'sprites:1000:1' and 'sprites:1000:2'.")
+    if options.kind == "attentive" and options.clips * options.crops > 1:
+        raise ValueError("an attentive probe attends to the tokens of one view; leave --clips and --crops at 1.")
+    train, val = (Labelled.find(name, options) for name in (options.train, options.val))
+    num_classes = max(train.num_classes, val.num_classes)
+    left_out = train.drop_labels(num_classes) + val.drop_labels(num_classes)
+    accelerator = make_accelerator(options.precision)
+    pool: Pool = "mean" if options.kind == "linear" else "none"
+    features, test = (cached_features(options, data, pool, options.cache, accelerator) for data in (train, val))
+    if not accelerator.is_main_process:
+        return None
+
+    set_seed(options.seed)
+    probe = Probe(options.kind, features.values.shape[-1], num_classes)
+    loss = train_probe(probe, options.kind, features, options.probe, accelerator.device)
+    result = Evaluation(test.index, test.label, predict(probe, test, accelerator.device), test.left_out)
+    settings = {"kind": options.kind, "checkpoint": options.checkpoint, "train": options.train, "val": options.val}
+    names = val.class_names(num_classes)
+    write_results(options.output, result, names, val.describe, {**settings, "seed": options.seed, "train_loss": loss})
+    weights = {name: tensor.cpu().contiguous() for name, tensor in probe.state_dict().items()}
+    safetensors.torch.save_file(weights, options.output / "probe.safetensors")
+    summary = result.summary()
+    print(
+        f"{options.kind} probe: top-1 {summary['top1']:.2f}%, top-5 {summary['top5']:.2f}% of {summary['videos']} "
+        f"videos, training loss {loss:.3f}; wrote {options.output}"
+    )
+    left_out += [*features.left_out, *test.left_out]
+    report_left_out(options.output, left_out, "could not be used and were left out")
+    return float(summary["top1"])
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

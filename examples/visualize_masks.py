@@ -1,0 +1,149 @@
+"""Pictures of what a pre-trained model shows its encoder and predicts: the paper's Figures 2 to 14 for any video.
+
+    python examples/visualize_masks.py --checkpoint runs/demo/model.safetensors --video examples/clips/bigbuckbunny.mp4
+    python examples/visualize_masks.py --checkpoint checkpoint.pth --video clip.webm --mask-ratios 0.95 --leak-free
+
+Writes, for each mask ratio, overview_95.png (video, prediction, error, p, mask) and animation_95.gif or .mp4 (the same,
+frame by frame), and masks.png (video, p, the masks of all ratios). A prediction of normalised pixels gets brightness
+and contrast from the true patch, and is labelled so; with --leak-free, from the visible patches alone.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import timm
+import torch
+from torch import Tensor
+
+from adamae_sampler import AdaMAELoss, MaskSample
+from adamae_sampler.models import AdaMAE, load_checkpoint
+from adamae_sampler.visualize import animation, mask_overview, overview, save_animation
+from common.checkpoints import DECODER_SIZES, stated_recipe, stated_sizes
+from common.cli import checkpoint_of, parse_settings
+from common.datasets import VideoViews
+from common.engine import Normalise, check_output, make_accelerator
+from common.lists import VideoEntry
+from common.recipe import EncoderSettings
+from common.sources import find_sprites
+from common.video import VideoError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(EncoderSettings):
+    """Settings of the pictures. What a file of pretrain.py says of its model, masking and target is taken from it."""
+
+    checkpoint: str = ""
+    """Pre-trained weights with their decoder."""
+    video: str = ""
+    """Video file, or 'sprites:NUMBER:SEED' for a generated clip."""
+    output: Path = Path("runs/pictures")
+    """Folder for the pictures."""
+    model: str = "pretrain_adamae_vit_base_patch16_224"
+    """Model of timm's registry."""
+    decoder_embed_dim: int | None = None
+    """Width of the decoder; the model's own if None, as for the next two."""
+    decoder_depth: int | None = None
+    """Blocks of the decoder."""
+    decoder_num_heads: int | None = None
+    """Attention heads of the decoder."""
+    masking: Literal["adaptive", "random", "tube", "frame"] = "adaptive"
+    """How visible tokens are chosen."""
+    mask_ratios: tuple[float, ...] = (0.8, 0.85, 0.9, 0.95)
+    """Shares of tokens to mask; a picture each."""
+    normalize_target: bool = True
+    """Whether the model predicts pixels normalised per patch and channel, or raw ones."""
+    loss: Literal["mse", "l1"] = "mse"
+    """The error shown."""
+    leak_free: bool = False
+    """Show a normalised prediction with brightness and contrast of the visible patches, not of the true ones."""
+    animate: Literal["gif", "mp4", "none"] = "gif"
+    """Format of the animations."""
+    dpi: int = 80
+    """Resolution of the pictures."""
+
+
+def main(arguments: list[str]) -> None:
+    """Runs the command line."""
+    try:
+        checkpoint = checkpoint_of(arguments)
+        said, sizes = stated_recipe(checkpoint), stated_sizes(checkpoint)
+        start = replace(Options(), **{name: sizes[name] for name in DECODER_SIZES if name in sizes})
+        target = ("masking", "normalize_target", "loss", "stride", "sampling")
+        start = replace(start, **{name: said[name] for name in target if name in said})
+        run(parse_settings(start, arguments, __doc__))
+    except (ValueError, TypeError, FileNotFoundError, VideoError) as error:
+        sys.exit(f"error: {error}")
+
+
+@torch.no_grad()
+def run(options: Options) -> None:
+    """Writes the pictures; raises ValueError, TypeError, FileNotFoundError or VideoError for what cannot be shown."""
+    check_output(options.output)
+    if not options.checkpoint or not options.video:
+        raise ValueError("--checkpoint and --video are needed.")
+    accelerator = make_accelerator(options.precision)
+    device = accelerator.device
+    video = read_clip(options)[None].to(device)  # [1, C, T, H, W]
+    options.output.mkdir(parents=True, exist_ok=True)
+    sizes: dict[str, Any] = {"patch_size": options.patch_size, "tubelet_size": options.tubelet_size}
+    statistics = "visible" if options.leak_free else "true"
+    shown: dict[str, Any] = {"normalize": options.normalize_target, "statistics": statistics, **sizes}
+    criterion = AdaMAELoss(kind=options.loss, normalize=options.normalize_target, **sizes)
+    samples: dict[str, MaskSample] = {}
+    for ratio in options.mask_ratios:
+        model = build(options, ratio, report=not samples).to(device).eval()
+        generator = torch.Generator(device).manual_seed(options.seed)
+        with accelerator.autocast():
+            prediction, sample = model(Normalise(device)(video), generator=generator)
+        out = criterion(prediction, video, sample)
+        name = f"{100 * ratio:g}"
+        samples[f"{name}% masked"] = sample
+        figure = overview(video, prediction, sample, out.token_error, **shown)
+        figure.savefig(options.output / f"overview_{name}.png", dpi=options.dpi)
+        if options.animate != "none":
+            frames = animation(video, prediction, sample, out.token_error, **shown)
+            save_animation(frames, options.output / f"animation_{name}.{options.animate}")
+        print(
+            f"{name}% masked: {sample.num_visible} of {sample.num_tokens} tokens visible, error {out.reconstruction:.4f}"
+        )
+    mask_overview(video, samples, **sizes).savefig(options.output / "masks.png", dpi=options.dpi)
+    print(f"wrote {', '.join(sorted(path.name for path in options.output.iterdir()))} to {options.output}")
+
+
+def read_clip(options: Options) -> Tensor:
+    """The clip in the middle of the video, [C, T, H, W] uint8."""
+    sprites = find_sprites(options.video, options)
+    if sprites is not None:
+        last: Tensor = sprites[len(sprites) - 1]["video"]
+        return last
+    entry = VideoEntry(Path(options.video), where=options.video)
+    source = VideoViews([entry], options.num_frames, options.stride, options.img_size, options.sampling)
+    clip: Tensor = source.views(0)["video"][0]
+    return clip
+
+
+def build(options: Options, ratio: float, report: bool) -> AdaMAE:
+    """The model at a mask ratio, with its weights."""
+    known = timm.list_models("pretrain_adamae*")
+    if options.model not in known:
+        raise ValueError(f"no model {options.model!r}; there are {', '.join(known)}.")
+    decoder = {name: getattr(options, name) for name in DECODER_SIZES}
+    model: AdaMAE = timm.create_model(
+        options.model, masking=options.masking, mask_ratio=ratio, **options.sizes(), **decoder
+    )
+    found = load_checkpoint(model, options.checkpoint)
+    if any(name.startswith("sampler.") for name in found.missing):
+        raise ValueError(
+            f"{options.checkpoint} has no sampler, so it has no p to show; choose --masking random, tube or frame."
+        )
+    if report:
+        print(f"{options.checkpoint}: {found}")
+    return model
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

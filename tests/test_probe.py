@@ -1,0 +1,188 @@
+"""Frozen features, their cache, probes and the scripts on them."""
+
+import json
+from pathlib import Path
+
+import extract_features
+import linear_probe
+import numpy as np
+import pytest
+import safetensors
+import torch
+from conftest import tiny_model
+from timm.layers import AttentionPoolLatent
+from videos import write_video
+
+from adamae_sampler.models import VideoClassifier
+from common.checkpoints import save_weights
+from common.datasets import VideoViews
+from common.engine import Normalise
+from common.features import Features
+from common.finetune_recipe import FinetuneRecipe
+from common.lists import VideoEntry, list_videos
+from common.pretrain_recipe import PretrainRecipe
+from common.probes import Probe, ProbeRecipe, predict, train_probe
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def pretrained(tmp_path):
+    """A model and its file."""
+    model = tiny_model().eval()
+    save_weights(model, tmp_path / "model.safetensors", PretrainRecipe())
+    return model, str(tmp_path / "model.safetensors")
+
+
+@pytest.fixture
+def videos(tmp_path):
+    for number in range(5):
+        write_video(tmp_path / f"{number} ü.mp4", start=4 * number, size=((64, 48), (48, 64))[number % 2])
+    (tmp_path / "broken.mp4").write_bytes(b"nothing")
+    lines = ["0 ü.mp4 0", "1 ü.mp4 1", "broken.mp4 0", "2 ü.mp4 1", "3 ü.mp4 0", "4 ü.mp4 1"]
+    (tmp_path / "list.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return tmp_path / "list.csv"
+
+
+def by_hand(model, path, clips=2, crops=3):
+    """Features of one video: encoder and its norm, mean over tokens, mean over views, in a loop."""
+    views = VideoViews([VideoEntry(path)], 8, 2, (32, 32), "dense", clips, crops).views(0)["video"]
+    total = 0
+    for view in views:
+        clip = Normalise(CPU)(view[None])
+        tokens = model.encoder.patch_embed(clip)
+        everything = torch.arange(tokens.shape[1])[None]
+        total = total + model.encoder(tokens, everything)[0].mean(0).detach()
+    return total / len(views)
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "npz"])
+def test_extracted_features_are_the_encoders(suffix, pretrained, videos, tmp_path, capsys):
+    model, checkpoint = pretrained
+    output = tmp_path / "out" / f"features.{suffix}"
+    arguments = ["--checkpoint", checkpoint, "--data", str(videos), "--stride", "2", "--clips", "2", "--crops", "3"]
+    extract_features.main([*arguments, "--output", str(output), "--workers", "0", "--batch-size", "2"])
+    if suffix == "npz":
+        found = np.load(output)
+        features, labels, paths = torch.from_numpy(found["features"]), found["label"].tolist(), found["path"].tolist()
+    else:
+        with safetensors.safe_open(output, "pt") as file:
+            features, labels = file.get_tensor("features"), file.get_tensor("label").tolist()
+            paths = json.loads(file.metadata()["path"])
+    assert labels == [0, 1, 1, 0, 1]
+    assert [Path(path).name for path in paths] == [f"{number} ü.mp4" for number in range(5)]
+    for row, path in zip(features, paths, strict=True):
+        torch.testing.assert_close(row, by_hand(model, Path(path)), rtol=1e-4, atol=1e-5)
+    printed = capsys.readouterr().out
+    assert "list.csv:3 (broken.mp4): it cannot be opened" in printed
+    assert "parameters loaded" in printed
+
+
+def test_a_folder_and_all_tokens(pretrained, videos, tmp_path):
+    output = tmp_path / "features.npz"
+    arguments = ["--checkpoint", pretrained[1], "--data", str(videos.parent), "--pool", "none", "--workers", "0"]
+    extract_features.main([*arguments, "--output", str(output)])
+    found = np.load(output)
+    assert found["features"].shape == (5, 64, 32)
+    assert found["label"].tolist() == [-1] * 5
+
+
+def test_features_of_a_fine_tuned_model_are_what_its_head_gets(videos, tmp_path):
+    model = VideoClassifier(
+        img_size=32, num_frames=8, patch_size=8, embed_dim=32, depth=2, num_heads=2, num_classes=5
+    ).eval()
+    torch.nn.init.normal_(model.fc_norm.weight)
+    save_weights(model, tmp_path / "tuned.safetensors", FinetuneRecipe())
+    arguments = ["--checkpoint", str(tmp_path / "tuned.safetensors"), "--data", str(videos), "--workers", "0"]
+    extract_features.main([*arguments, "--stride", "2", "--output", str(tmp_path / "f.npz")])
+    (view,) = VideoViews([list_videos(videos)[0]], 8, 2, (32, 32)).views(0)["video"]
+    expected = model.forward_head(model.forward_features(Normalise(CPU)(view[None])), pre_logits=True)[0]
+    found = torch.from_numpy(np.load(tmp_path / "f.npz")["features"][0])
+    torch.testing.assert_close(found, expected.detach(), rtol=1e-4, atol=1e-5)
+
+
+def probe_arguments(checkpoint, videos, folder, *more):
+    arguments = ["--checkpoint", checkpoint, "--train", videos, "--val", videos, "--stride", 2, "--workers", 0]
+    arguments += ["--cache", folder / "features", "--output", folder / "probe", *more]
+    return [str(each) for each in arguments]
+
+
+@pytest.mark.parametrize("kind", ["linear", "attentive"])
+def test_probing_twice_computes_features_once(kind, pretrained, videos, tmp_path, capsys, monkeypatch):
+    arguments = probe_arguments(pretrained[1], videos, tmp_path, "--kind", kind, "--probe.epochs", 5)
+    first = linear_probe.main(arguments)
+    printed = capsys.readouterr().out
+    assert "parameters loaded" in printed
+    assert "2 videos could not be used" in printed  # the broken one, in both lists
+    predictions = (tmp_path / "probe" / "predictions.csv").read_text()
+    monkeypatch.setattr("common.features.frozen_encoder", None)  # would be called for features that are not cached
+    assert linear_probe.main(arguments) == first
+    assert "from " in capsys.readouterr().out
+    assert (tmp_path / "probe" / "predictions.csv").read_text() == predictions
+    monkeypatch.undo()
+    # A list that has changed is another one.
+    videos.write_text(videos.read_text(encoding="utf-8") + "0 ü.mp4 1\n", encoding="utf-8")
+    linear_probe.main(arguments)
+    assert "MiB into" in capsys.readouterr().out
+    shape = (6, 32) if kind == "linear" else (6, 64, 32)
+    found = [np.load(path).shape for path in (tmp_path / "features").glob("*/values.npy")]
+    assert sorted(found)[0] == shape
+
+
+def separable(count=400, width=16, classes=4, scale=1.0):
+    """Clusters, shifted and scaled so that the batch norm matters."""
+    label = torch.arange(count) % classes
+    centres = torch.randn(classes, width)
+    return Features(torch.arange(count), label, 50 + scale * (centres[label] + 0.3 * torch.randn(count, width)), [])
+
+
+def test_a_linear_probe_finds_what_logistic_regression_finds():
+    torch.manual_seed(1)
+    features = separable()
+    probe = Probe("linear", 16, 4)
+    assert not list(probe.norm.parameters())
+    train_probe(probe, "linear", features, ProbeRecipe(), CPU)
+    assert (predict(probe, features, CPU).argmax(1) == features.label).float().mean() > 0.97
+    tiny = separable(scale=1e-3)  # no matter how the features are scaled
+    train_probe(probe, "linear", tiny, ProbeRecipe(), CPU)
+    assert (predict(probe, tiny, CPU).argmax(1) == tiny.label).float().mean() > 0.97
+
+
+def test_an_attentive_probe_finds_the_token_that_tells():
+    """One token of eight, at any place, has the class; their mean barely does."""
+    torch.manual_seed(1)
+    count, classes = 400, 4
+    label = torch.arange(count) % classes
+    tokens = 0.5 * torch.randn(count, 8, 16)
+    place = torch.randint(8, (count,))
+    tokens[torch.arange(count), place, :4] = 3 * torch.nn.functional.one_hot(label, 4).float()
+    tokens[torch.arange(count), place, 4] = 6.0
+    probe = Probe("attentive", 16, classes)
+    assert isinstance(probe.pool, AttentionPoolLatent)
+    train_probe(
+        probe, "attentive", Features(torch.arange(count), label, tokens.half(), []), ProbeRecipe(epochs=100), CPU
+    )
+    found = predict(probe, Features(torch.arange(count), label, tokens.half(), []), CPU)
+    assert (found.argmax(1) == label).float().mean() > 0.9
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments", "message"),
+    [
+        (linear_probe, [], "--train and --val are needed"),
+        (
+            linear_probe,
+            ["--train", "sprites:4:1", "--val", "sprites:4:2", "--img-size", "32", "32"],
+            "--checkpoint is needed",
+        ),
+        (linear_probe, ["--train", "sprites", "--val", "sprites", "--kind", "attentive", "--clips", "2"], "one view"),
+        (extract_features, ["--output", "x.csv"], "name a .safetensors or .npz file"),
+        (extract_features, [], "--data is needed"),
+        (extract_features, ["--data", "sprites:4:1", "--img-size", "32", "32"], "--checkpoint is needed"),
+        (extract_features, ["--data", "/nowhere"], "no such folder or list file"),
+    ],
+)
+def test_bad_arguments(script, arguments, message):
+    with pytest.raises(SystemExit) as stopped:
+        script.main(arguments)
+    assert message in str(stopped.value)
