@@ -107,9 +107,8 @@ def run(options: Options) -> None:
         if options.animate != "none":
             frames = animation(video, prediction, sample, out.token_error, **shown)
             save_animation(frames, options.output / f"animation_{name}.{options.animate}")
-        print(
-            f"{name}% masked: {sample.num_visible} of {sample.num_tokens} tokens visible, error {out.reconstruction:.4f}"
-        )
+        tokens = f"{sample.num_visible} of {sample.num_tokens} tokens visible"
+        print(f"{name}% masked: {tokens}, error {out.reconstruction:.4f}")
     mask_overview(video, samples, **sizes).savefig(options.output / "masks.png", dpi=options.dpi)
     print(f"wrote {', '.join(sorted(path.name for path in options.output.iterdir()))} to {options.output}")
 
