@@ -67,21 +67,23 @@ def _parse_line(data: Path, number: int, line: str) -> VideoEntry:
     )
 
 
-def write_list(path: Path, videos: Iterable[tuple[Path, int]]) -> None:
-    """Writes `path label` lines; paths within the list's folder are written relative to it.
+def write_list(path: Path, entries: Iterable[VideoEntry]) -> None:
+    """Writes a list; paths within the list's folder are written relative to it.
 
     Raises:
         ValueError: a path that no line can hold (a line break, a space or # at its beginning).
     """
     folder = path.parent.resolve()
     lines = []
-    for video, label in videos:
-        video = video.resolve()
+    for entry in entries:
+        video = entry.path.resolve()
         name = str(video.relative_to(folder) if video.is_relative_to(folder) else video)
         if name != name.strip() or name.startswith("#") or len(name.splitlines()) != 1:
             raise ValueError(f"{name!r} cannot stand in a list; rename the file.")
-        middle = " 0 -1" if re.search(r"\s-?\d+$", name) else ""  # or its end would be taken for a number
-        lines.append(f"{name}{middle} {label}\n")
+        # The long form also where the end of a name would be taken for a number.
+        long = entry.start or entry.frames is not None or re.search(r"\s-?\d+$", name)
+        middle = f" {entry.start} {-1 if entry.frames is None else entry.frames}" if long else ""
+        lines.append(f"{name}{middle} {entry.label}\n")
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(lines), encoding="utf-8")
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 # Containers often count a frame or two more than their stream decodes to; more missing than that is a broken file.
 _MISSING_AT_END = 2
+_SHORTEST = 0.9  # of the stated duration, which may be that of a longer sound track
 _EARLIER = 32  # frames, where seeking lands behind the one wanted
 
 
@@ -99,6 +100,10 @@ class Video:
             raise VideoError("it has no frames")
         if found + _MISSING_AT_END < stated:
             raise VideoError(f"it ends after {found} of {stated} frames; it is broken or truncated")
+        if not stated and self._container.duration and self._stream.average_rate:  # Matroska states only how long it is
+            seconds, long = found / self._stream.average_rate, self._container.duration / av.time_base
+            if seconds < _SHORTEST * long:
+                raise VideoError(f"it ends after {float(seconds):.1f} of {long:.1f} seconds; it is broken or truncated")
         return found
 
     def _origin(self) -> int | None:

@@ -1,0 +1,153 @@
+"""Turns the annotations of public data sets into the list files that the training scripts read, and checks lists.
+
+python examples/prepare_data.py ssv2 --annotations labels --videos 20bn-something-something-v2 --output lists/ssv2
+python examples/prepare_data.py k400 --annotations annotations --videos k400 --output lists/k400
+python examples/prepare_data.py ucf101 --annotations ucfTrainTestlist --videos UCF-101 --output lists/ucf101
+python examples/prepare_data.py hmdb51 --annotations testTrainMulti_7030_splits --videos hmdb51 --output lists/hmdb51
+python examples/prepare_data.py check --data lists/k400/train.csv --workers 16
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+from tqdm import tqdm
+from tyro.extras import SubcommandApp
+
+from common.annotations import Annotations, read_hmdb51, read_k400, read_ssv2, read_ucf101
+from common.lists import LABELS, VIDEO_SUFFIXES, VideoEntry, list_videos, write_list
+from common.video import Video, VideoError
+
+app = SubcommandApp()
+
+
+@app.command
+def ssv2(annotations: Path, videos: Path, output: Path) -> None:
+    """Lists of Something-Something V2.
+
+    Args:
+        annotations: folder with labels.json, train.json and validation.json (also with "something-something-v2-").
+        videos: folder of the videos, searched through.
+        output: folder for train.csv, val.csv, labels.txt, and missing.txt if videos are missing.
+    """
+    write(read_ssv2(annotations), videos, output)
+
+
+@app.command
+def k400(annotations: Path, videos: Path, output: Path) -> None:
+    """Lists of Kinetics-400 (and of 600 and 700, whose annotations have the same form).
+
+    Args:
+        annotations: folder with train.csv and val.csv (or validate.csv).
+        videos: folder of the videos, searched through; names are YOUTUBEID_START_END with both times in six digits.
+        output: folder for train.csv, val.csv, labels.txt, and missing.txt if videos are missing.
+    """
+    write(read_k400(annotations), videos, output)
+
+
+@app.command
+def ucf101(annotations: Path, videos: Path, output: Path, split: int = 1) -> None:
+    """Lists of UCF101.
+
+    Args:
+        annotations: folder with classInd.txt, trainlist01.txt and testlist01.txt.
+        videos: folder of the classes' folders.
+        output: folder for train.csv, val.csv, labels.txt, and missing.txt if videos are missing.
+        split: which of the three official splits.
+    """
+    write(read_ucf101(annotations, split), videos, output)
+
+
+@app.command
+def hmdb51(annotations: Path, videos: Path, output: Path, split: int = 1) -> None:
+    """Lists of HMDB51.
+
+    Args:
+        annotations: folder with CLASS_test_split1.txt for each class.
+        videos: folder of the classes' folders.
+        output: folder for train.csv, val.csv, labels.txt, and missing.txt if videos are missing.
+        split: which of the three official splits.
+    """
+    write(read_hmdb51(annotations, split), videos, output)
+
+
+def write(annotations: Annotations, videos: Path, output: Path) -> None:
+    """Writes the lists of the videos that are there; raises FileNotFoundError if none is."""
+    if not videos.is_dir():
+        raise FileNotFoundError(f"--videos {videos}: no such folder.")
+    files: dict[str, Path] = {}
+    for path in videos.rglob("*"):
+        if path.suffix.lower() in VIDEO_SUFFIXES:
+            files[path.stem] = path
+            files[f"{path.parent.name}/{path.stem}"] = path
+    missing: list[str] = []
+    for name, entries in annotations.lists.items():
+        found = [VideoEntry(files[video], label) for video, label, _ in entries if video in files]
+        missing += [f"{where}: {video}" for video, _, where in entries if video not in files]
+        if not found:
+            example = entries[0][0] if entries else "(the list is empty)"
+            raise FileNotFoundError(
+                f"--videos {videos} has none of the {len(entries)} videos of {name}, such as {example}."
+            )
+        write_list(output / f"{name}.csv", found)
+        print(f"{output / name}.csv: {len(found)} videos of {len(annotations.classes)} classes")
+    (output / LABELS).write_text("\n".join(annotations.classes) + "\n", encoding="utf-8")
+    if missing:
+        (output / "missing.txt").write_text("\n".join(missing) + "\n", encoding="utf-8")
+        print(f"{len(missing)} videos of the annotations are not in {videos}: see {output / 'missing.txt'}")
+
+
+@app.command
+def check(data: Path, workers: int = 4, write_good: Path | None = None) -> None:
+    """Decodes every frame of every video once and says which are broken, and why; fails if any is.
+
+    Args:
+        data: list file or folder of videos. What is broken is also written to <data>.broken.txt.
+        workers: processes that decode.
+        write_good: a list to write of the videos that are whole.
+    """
+    entries = list_videos(data)
+    with ProcessPoolExecutor(workers) as pool:
+        found = list(tqdm(pool.map(examine, entries, chunksize=4), total=len(entries), unit="video", file=sys.stdout))
+    broken = [f"{entry.where}: {cause}" for entry, cause in zip(entries, found, strict=True) if isinstance(cause, str)]
+    frames = sorted(count for count in found if isinstance(count, int))
+    if frames:
+        print(f"{len(frames)} videos are whole: {frames[0]} to {frames[-1]} frames, median {frames[len(frames) // 2]}")
+    if twice := [path for path, times in Counter(entry.path for entry in entries).items() if times > 1]:
+        print(f"{len(twice)} videos stand more than once, such as {twice[0]}")
+    if write_good:
+        good = [entry for entry, count in zip(entries, found, strict=True) if isinstance(count, int)]
+        write_list(write_good, good)
+        print(f"wrote {len(good)} videos to {write_good}")
+    if broken:
+        report = data.with_name(f"{data.name}.broken.txt")
+        report.write_text("\n".join(broken) + "\n", encoding="utf-8")
+        print("\n".join(f"  {line}" for line in broken))
+        raise SystemExit(f"{len(broken)} of {len(entries)} videos are broken; also in {report}")
+
+
+def examine(entry: VideoEntry) -> int | str:
+    """The number of frames of a video, or why it cannot be used."""
+    try:
+        with Video(entry.path) as video:
+            frames = video.read_all()
+    except VideoError as error:
+        return str(error)
+    if entry.start >= frames:
+        return f"its part begins at frame {entry.start} of {frames}"
+    return frames
+
+
+def main(arguments: list[str]) -> None:
+    """Runs the command line."""
+    try:
+        app.cli(args=arguments, description=__doc__)
+    except (ValueError, FileNotFoundError) as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
