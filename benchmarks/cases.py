@@ -10,13 +10,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from finetune_step import FinetuneStep
 from official_repository import ADAMAE, repository_name
 from op_base import OpCase
 from op_cases import AssembleTokens, DrawMask, GatherTokens, ReconstructionError, SamplingLoss
 from rows import OFFICIAL, PRODUCTS
 from steps import Masking, StepCase
 
-StepGroup = tuple[StepCase, ...]  # what is compared; on a CPU they take turns
+StepGroup = tuple[StepCase | FinetuneStep, ...]  # what is compared; on a CPU they take turns
 
 _BF16, _UINT8 = torch.bfloat16, torch.uint8
 _TOKENS, _VISIBLE = 1568, 78
@@ -41,7 +42,8 @@ def step_groups(device: torch.device, quick: bool, repositories: Sequence[Path])
     step = StepCase(clips=2, dtype=torch.float32)
     others = replace(step, masking="random"), replace(step, masking="tube", mask_ratio=0.9)
     fp32 = replace(step, implementation=PRODUCTS), *_with_baselines(step, repositories), *others
-    return [tuple(dict.fromkeys(fp32)), _with_baselines(replace(step, dtype=_BF16), ())]
+    bf16 = _with_baselines(replace(step, dtype=_BF16), ())
+    return [tuple(dict.fromkeys(fp32)), bf16, (FinetuneStep(clips=2),)]
 
 
 def sweep_op_cases(device: torch.device, quick: bool) -> tuple[OpCase, ...]:
@@ -72,7 +74,7 @@ def _gpu_steps() -> list[StepGroup]:
     memory = [StepCase(clips=16, implementation=OFFICIAL), StepCase(clips=16), StepCase("tube", 0.9, clips=16)]
     compiled = [StepCase(compiled=True), StepCase("random", compiled=True), StepCase("tube", 0.9, compiled=True)]
     products = StepCase(implementation=PRODUCTS)
-    return [(case,) for case in (*base, *sizes, products, *memory, *compiled)]
+    return [*((case,) for case in (*base, *sizes, products, *memory, *compiled)), (FinetuneStep(64, _BF16),)]
 
 
 def _with_baselines(case: StepCase, repositories: Sequence[Path]) -> StepGroup:

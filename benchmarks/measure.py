@@ -11,9 +11,10 @@ from typing import Any, TypeVar
 
 import torch
 import torch.multiprocessing as mp
+from finetune_step import FinetuneStep
 from op_base import CAPTURABLE, OpCase
 from rows import COPY, OFFICIAL, OURS, PRODUCTS, RowWriter
-from steps import AnyStep, StepCase, cpu_clocks, finite, make_step, matrix_flops
+from steps import AnyStep, StepCase, cpu_clocks, finite, matrix_flops
 from timing import (
     Call,
     Times,
@@ -63,9 +64,9 @@ def measure_op_cpu(case: OpCase, suite: str, writer: RowWriter, budget_s: float)
         writer.add(case.subject(suite), name, each, copy=times[COPY], of_official=ratio(each, times[OFFICIAL]))
 
 
-def measure_step_cuda(case: StepCase, suite: str, writer: RowWriter, budget_s: float) -> None:
+def measure_step_cuda(case: StepCase | FinetuneStep, suite: str, writer: RowWriter, budget_s: float) -> None:
     """Writes the rows of one step: by events, and by graph replay for ours unless it is compiled."""
-    if case.implementation == PRODUCTS:
+    if isinstance(case, StepCase) and case.implementation == PRODUCTS:
         writer.add(case.subject(suite), PRODUCTS, _products_cuda(case, budget_s))
         return
     run: Callable[..., list[tuple[Times, int]]] = in_own_process if case.repository else _call
@@ -116,11 +117,11 @@ def _stream() -> torch.cuda.Stream:
     return torch.cuda.Stream()
 
 
-def _time_step_cuda(case: StepCase, budget_s: float) -> list[tuple[Times, int]]:
+def _time_step_cuda(case: StepCase | FinetuneStep, budget_s: float) -> list[tuple[Times, int]]:
     device = torch.device("cuda")
     found = []
     with own_stream(device):
-        step = make_step(case, device)
+        step = case.make(device)
         for _ in range(2):  # compiles, and makes the optimizer's state
             step()
         capturable = case.implementation == OURS and not case.compiled

@@ -29,6 +29,7 @@ from typing import Literal, NamedTuple
 import cases
 import torch
 import tyro
+from finetune_step import FinetuneStep
 from host_steps import host_groups
 from measure import (
     in_own_process,
@@ -158,7 +159,8 @@ def check_all(options: Options, suites: Sequence[str], device: torch.device) -> 
         op_cases += cases.sweep_op_cases(device, options.quick)
     if "steps" in suites:
         groups = cases.step_groups(device, options.quick, options.official)
-        baselines = [case for group in groups for case in group if case.implementation not in (OURS, PRODUCTS)]
+        known = [case for group in groups for case in group if isinstance(case, StepCase)]
+        baselines = [case for case in known if case.implementation not in (OURS, PRODUCTS)]
         steps += [replace(case, clips=1, dtype=torch.float32, compiled=False) for case in baselines]
     for op in dict.fromkeys(op_cases):
         op.check(device)
@@ -193,7 +195,7 @@ def make_tasks(suite: str, options: Options, writer: RowWriter, device: torch.de
             run = partial(measure_steps_cpu, pair, suite, writer, _HOST_STEP_S, budget.step_rounds)
             yield Task(pair[0].name, suite, run)
         return
-    steps: list[StepCase] = []
+    steps: list[StepCase | FinetuneStep] = []
     if suite == "steps":
         steps += [case for group in cases.step_groups(device, options.quick, options.official) for case in group]
     if suite == "sweep":

@@ -15,7 +15,7 @@ from __future__ import annotations
 import random
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import timm
@@ -69,7 +69,7 @@ class Job:
 
 def build(recipe: FinetuneRecipe, run: Run) -> Job:
     """Finds the data, makes the model and loads its weights; raises ValueError or FileNotFoundError."""
-    check_output(recipe.output)
+    check_output(recipe.output, *(["results.json"] if recipe.eval_only else []))
     if not recipe.val and not run.dry_run:
         raise ValueError("--val is needed: a list of videos to evaluate on, or 'sprites:1000:1'.")
     if not recipe.train and not run.dry_run and not recipe.eval_only:
@@ -85,7 +85,8 @@ def build(recipe: FinetuneRecipe, run: Run) -> Job:
     num_classes = recipe.num_classes or stated or max(train.num_classes, val.num_classes, 2)
     left_out = train.drop_labels(num_classes) + val.drop_labels(num_classes)
 
-    schedule = Schedule.of(recipe, len(train), accelerator.num_processes)
+    batch = replace(recipe, effective_batch=None) if recipe.eval_only else recipe  # which then is of no concern
+    schedule = Schedule.of(batch, len(train), accelerator.num_processes)
     set_seed(recipe.seed)  # the same weights on every process
     known = timm.list_models("adamae_vit*")
     if recipe.model not in known:

@@ -55,7 +55,7 @@ def main(arguments: list[str]) -> float | None:
 
 def run(options: Options) -> float | None:
     """Features, training, evaluation; raises ValueError, TypeError or FileNotFoundError for what cannot be run."""
-    check_output(options.output)
+    check_output(options.output, "results.json")
     if not options.train or not options.val:
         raise ValueError("--train and --val are needed: lists of videos, or 'sprites:1000:1' and 'sprites:1000:2'.")
     if options.kind == "attentive" and options.clips * options.crops > 1:

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import projection
 import pytest
 import report
 import torch
@@ -77,3 +78,33 @@ def test_bytes_are_the_fewest_that_must_move():
     assert DrawMask(256, 1568, 78).bytes == 256 * 1568 * (4 + 8 + 1 + 4) + 256 * 8
     fp16 = ReconstructionError(256, 1568, 78, dtype=torch.float16, video_dtype=torch.uint8)
     assert fp16.bytes == 256 * 1490 * (1536 * 3 + 8 + 4)
+
+
+def test_the_study_runs_every_stage_for_every_start(tmp_path):
+    command = [sys.executable, str(ROOT / "benchmarks" / "downstream.py"), "--starts", "adaptive", "scratch"]
+    command += ["--seeds", "3", "4", "--pretrain-steps", "2", "--finetune-steps", "2", "--labels", "40"]
+    command += ["--probe-labels", "40", "--test-clips", "30", "--output", str(tmp_path / "rows.csv")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    rows = list(csv.DictReader((tmp_path / "rows.csv").open()))
+    assert [(row["start"], row["seed"]) for row in rows] == [
+        ("adaptive", "3"), ("scratch", "3"), ("adaptive", "4"), ("scratch", "4")
+    ]  # fmt: skip
+    assert all(0 <= float(row["finetune_top1"]) <= 100 for row in rows)
+    assert all((row["probe_top1"] == "") == (row["start"] == "scratch") for row in rows)
+    assert "| scratch |  | " in done.stdout
+
+
+def test_projections_are_of_the_presets_and_the_rows(tmp_path):
+    readme = tmp_path / "README.md"
+    readme.write_text(f"before\n{projection.BEGIN}\n{projection.END}\nafter\n")
+    projection.main(projection.Options(readme, ROOT / "benchmarks" / "results"))
+    text = readme.read_text()
+    (line,) = [line for line in text.splitlines() if line.startswith("| SSv2, pre-training |")]
+    cells = [cell.strip() for cell in line.strip("|").split("|")]
+    assert cells[1:5] == ["65,981", "2048", "0.0012", "135.1 M"]  # 800 x 168,913 / 2048 steps of 1.5e-4 x 8
+    row = projection.fastest(ROOT / "benchmarks" / "results", projection.PretrainRecipe)
+    assert int(cells[5].replace(",", "")) == round(65_981 * 2048 / row.clips_per_s / 3600)
+    assert int(cells[6].replace(",", "")) == pytest.approx(800 * 551 * 8 / 3600, rel=1e-3)  # Table 4's epoch, 8 GPUs
+    assert text.startswith("before\n")
+    assert text.endswith("after\n")

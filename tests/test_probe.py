@@ -115,14 +115,17 @@ def test_probing_twice_computes_features_once(kind, pretrained, videos, tmp_path
     assert "parameters loaded" in printed
     assert "2 videos could not be used" in printed  # the broken one, in both lists
     predictions = (tmp_path / "probe" / "predictions.csv").read_text()
+    with pytest.raises(SystemExit, match=r"probe has results.json already; name another folder"):
+        linear_probe.main(arguments)
+    again = [*arguments, "--output", str(tmp_path / "again")]
     monkeypatch.setattr("common.features.frozen_encoder", None)  # would be called for features that are not cached
-    assert linear_probe.main(arguments) == first
+    assert linear_probe.main(again) == first
     assert "from " in capsys.readouterr().out
-    assert (tmp_path / "probe" / "predictions.csv").read_text() == predictions
+    assert (tmp_path / "again" / "predictions.csv").read_text() == predictions
     monkeypatch.undo()
     # A list that has changed is another one.
     videos.write_text(videos.read_text(encoding="utf-8") + "0 ü.mp4 1\n", encoding="utf-8")
-    linear_probe.main(arguments)
+    linear_probe.main([*arguments, "--output", str(tmp_path / "third")])
     assert "MiB into" in capsys.readouterr().out
     shape = (6, 32) if kind == "linear" else (6, 64, 32)
     found = [np.load(path).shape for path in (tmp_path / "features").glob("*/values.npy")]

@@ -22,6 +22,7 @@ from common.transforms import fixed_crops
 from common.video import Video, VideoError
 
 _REPLACEMENTS = 20  # how many other clips stand in for one that cannot be read before the run gives up
+_KEPT_BYTES = 2**29  # of sprites
 
 Transform = Callable[[Tensor, torch.Generator], Tensor]
 
@@ -150,6 +151,8 @@ def _available(video: Video, entry: VideoEntry) -> int:
 class SpriteClips:
     """`Sprites` as a source of clips and of views. A sprite clip is one fixed clip, repeated where several are wanted.
 
+    Clips are kept once made, if all of them fit into half a gigabyte: making one takes as long as a small model's step.
+
     Args:
         sprites: the clips.
         repeats: R, how often a clip is given for training.
@@ -158,20 +161,29 @@ class SpriteClips:
     def __init__(self, sprites: Sprites, repeats: int = 1) -> None:
         self.sprites = sprites
         self.repeats = repeats
+        clip_bytes = 3 * sprites.num_frames * sprites.img_size**2
+        self._keep = len(sprites) * clip_bytes <= _KEPT_BYTES
+        self._kept: dict[int, dict[str, Any]] = {}
 
     def __len__(self) -> int:
         return len(self.sprites)
 
     def clips(self, index: int, generator: torch.Generator) -> dict[str, Any]:
         """Clip `index`, R times, without any randomness."""
-        clip = self.sprites[index]
+        clip = self._clip(index)
         video = clip["video"].expand(self.repeats, -1, -1, -1, -1)
         return {"video": video, "label": torch.full((self.repeats,), clip["label"])}
 
     def views(self, index: int) -> dict[str, Any]:
         """Clip `index`, its one view."""
-        clip = self.sprites[index]
+        clip = self._clip(index)
         return {"video": clip["video"][None], "label": clip["label"]}
+
+    def _clip(self, index: int) -> dict[str, Any]:
+        clip = self._kept.get(index) or self.sprites[index]
+        if self._keep:
+            self._kept[index] = clip
+        return clip
 
 
 class ClipStream(Dataset[dict[str, Any]]):

@@ -195,10 +195,12 @@ def format_lines(lines: Mapping[str, str]) -> str:
     return "\n".join(f"{name:>13}  {value}" for name, value in lines.items())
 
 
-def check_output(output: Path) -> None:
-    """Raises ValueError if the output folder is a file."""
+def check_output(output: Path, *new: str) -> None:
+    """Raises ValueError if the output folder is a file, or has one of the files that are about to be written."""
     if output.exists() and not output.is_dir():
         raise ValueError(f"--output {output} is a file; name a folder.")
+    if there := [name for name in new if (output / name).exists()]:
+        raise ValueError(f"--output {output} has {', '.join(there)} already; name another folder, or delete it.")
 
 
 def report_left_out(output: Path, left_out: list[str], what: str) -> None:

@@ -1,0 +1,167 @@
+"""Does adaptive masking give better features? Pre-training, probing and fine-tuning on `sprites`, for every masking.
+
+    python benchmarks/downstream.py            # under 30 minutes on two CPU cores
+
+Runs examples/pretrain.py, linear_probe.py and finetune.py with the same budget for each masking and seed, and tunes
+from scratch beside them. Clips for pre-training, labelled clips and test clips are different ones. Prints mean and
+standard deviation over the seeds; a row for each run goes into a CSV file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import json
+import multiprocessing
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Literal
+
+import tyro
+from tqdm import tqdm
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+Start = Literal["adaptive", "random", "tube", "frame", "scratch"]
+
+
+@dataclass(frozen=True)
+class Options:
+    """Size of the study."""
+
+    starts: tuple[Start, ...] = ("adaptive", "random", "tube", "frame", "scratch")
+    """What is compared; 'scratch' is fine-tuned without pre-training."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Of weights, masks, and of the clips for pre-training and training."""
+    pretrain_steps: int = 1000
+    """Optimiser steps of pre-training, 64 clips each."""
+    finetune_steps: int = 400
+    """Optimiser steps of fine-tuning, 32 clips each."""
+    labels: int = 500
+    """Labelled clips for fine-tuning."""
+    probe_labels: int = 2000
+    """Labelled clips for the linear probe."""
+    test_clips: int = 2000
+    """Clips for the accuracies, of a seed of their own."""
+    mask_ratio: float = 0.9
+    """Share of tokens masked in pre-training."""
+    normalize_target: bool = False
+    """Normalised targets, as in the paper, or raw pixels."""
+    jobs: int = 2
+    """Runs at a time, each in one thread; on a GPU give 1."""
+    output: Path = Path(__file__).parent / "results" / "downstream_cpu.csv"
+    """CSV file for the rows."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One run."""
+
+    start: str
+    seed: int
+    pretrain_steps: int
+    finetune_steps: int
+    labels: int
+    probe_labels: int
+    mask_ratio: float
+    normalize_target: bool
+    reconstruction: float | None  # mean of the last steps of pre-training
+    probe_top1: float | None  # percent
+    finetune_top1: float  # percent
+    seconds: float
+
+
+def run(options: Options, start: Start, seed: int, folder: str) -> Row:
+    """Pre-trains, probes and fine-tunes once."""
+    began = time.perf_counter()
+    sys.path.insert(0, str(EXAMPLES))
+    import finetune
+    import linear_probe
+    import pretrain
+    import torch
+
+    if not torch.cuda.is_available():
+        torch.set_num_threads(max((os.cpu_count() or 1) // options.jobs, 1))
+    place = Path(folder) / f"{start}-{seed}"
+    place.mkdir(parents=True)
+    weights = place / "pretrain" / "model.safetensors"
+    reconstruction = probe_top1 = None
+    common = ["--seed", str(seed), "--workers", "0"]
+    labelled, test = f"sprites:{{}}:{1000 + seed}", f"sprites:{options.test_clips}:5000"
+    with (place / "log.txt").open("w") as log, contextlib.redirect_stdout(log):
+        if start != "scratch":
+            target = "--normalize-target" if options.normalize_target else "--no-normalize-target"
+            settings = ["--preset", "sprites", "--masking", start, "--data", f"sprites:8000:{seed}", target]
+            sizes = ["--steps", str(options.pretrain_steps), "--mask-ratio", str(options.mask_ratio)]
+            pretrain.main([*settings, *sizes, *common, "--output", str(weights.parent)])
+            lines = (weights.parent / "metrics.jsonl").read_text().splitlines()
+            reconstruction = json.loads(lines[-1])["reconstruction"]
+            data = ["--train", labelled.format(options.probe_labels), "--val", test, "--cache", str(place / "cache")]
+            settings = ["--checkpoint", str(weights), "--batch-size", "100", "--output", str(place / "probe")]
+            probe_top1 = linear_probe.main([*settings, *data, *common])
+        settings = ["--preset", "sprites", "--train", labelled.format(options.labels), "--val", test]
+        settings += ["--steps", str(options.finetune_steps), *common, "--output", str(place / "finetune")]
+        # Layer-wise decay is for weights that know something already.
+        finetune.main([*settings, *(["--layer-decay", "1"] if start == "scratch" else ["--checkpoint", str(weights)])])
+    top1 = json.loads((place / "finetune" / "results.json").read_text())["top1"]
+    return Row(
+        start, seed, options.pretrain_steps if start != "scratch" else 0, options.finetune_steps, options.labels,
+        options.probe_labels, options.mask_ratio, options.normalize_target, reconstruction, probe_top1, top1,
+        time.perf_counter() - began,
+    )  # fmt: skip
+
+
+def run_all(options: Options) -> Iterator[Row]:
+    """All runs, several at a time, each in a process of its own."""
+    context = multiprocessing.get_context("spawn")
+    with tempfile.TemporaryDirectory() as folder, ProcessPoolExecutor(options.jobs, context) as pool:
+        tasks = [pool.submit(run, options, start, seed, folder) for seed in options.seeds for start in options.starts]
+        for task in tqdm(tasks, unit="run"):
+            yield task.result()
+
+
+def table(rows: Sequence[Row], starts: Sequence[str]) -> str:
+    """Mean and standard deviation over the seeds, as Markdown."""
+
+    def spread(values: Sequence[float | None]) -> str:
+        known = [value for value in values if value is not None]
+        if not known:
+            return ""
+        return f"{statistics.mean(known):.1f}" + (f" ± {statistics.stdev(known):.1f}" if len(known) > 1 else "")
+
+    lines = ["| pre-training | linear probe, top-1 | fine-tuned, top-1 | reconstruction |", "| --- | --- | --- | --- |"]
+    for start in starts:
+        mine = [row for row in rows if row.start == start]
+        losses = [row.reconstruction for row in mine if row.reconstruction is not None]
+        loss = f"{statistics.mean(losses):.4f}" if losses else ""
+        probe, tuned = spread([row.probe_top1 for row in mine]), spread([row.finetune_top1 for row in mine])
+        lines.append(f"| {start} | {probe} | {tuned} | {loss} |")
+    return "\n".join(lines)
+
+
+def main(options: Options) -> None:
+    """Runs, writes rows as they come, prints the table."""
+    began = time.perf_counter()
+    rows: list[Row] = []
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    with options.output.open("w", newline="") as file:
+        writer = csv.DictWriter(file, [each.name for each in fields(Row)], lineterminator="\n")
+        writer.writeheader()
+        for row in run_all(options):
+            rows.append(row)
+            writer.writerow(
+                {name: f"{value:.6g}" if isinstance(value, float) else value for name, value in asdict(row).items()}
+            )
+            file.flush()
+    print(table(rows, options.starts))
+    print(f"{len(options.seeds)} seeds, {(time.perf_counter() - began) / 60:.1f} minutes; chance is 5%")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options, description=__doc__))
