@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Literal
 
 import tyro
+from rows import current_commit, device_name
 from tqdm import tqdm
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -36,16 +37,16 @@ class Options:
     """Size of the study."""
 
     starts: tuple[Start, ...] = ("adaptive", "random", "tube", "frame", "scratch")
-    """What is compared; 'scratch' is fine-tuned without pre-training."""
+    """What is compared; 'scratch' is an encoder without pre-training, probed and fine-tuned as it is."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Of weights, masks, and of the clips for pre-training and training."""
-    pretrain_steps: int = 1000
-    """Optimiser steps of pre-training, 64 clips each."""
-    finetune_steps: int = 400
+    pretrain_steps: int = 800
+    """Optimiser steps of pre-training, 32 clips each."""
+    finetune_steps: int = 500
     """Optimiser steps of fine-tuning, 32 clips each."""
-    labels: int = 500
+    labels: int = 1000
     """Labelled clips for fine-tuning."""
-    probe_labels: int = 2000
+    probe_labels: int = 4000
     """Labelled clips for the linear probe."""
     test_clips: int = 2000
     """Clips for the accuracies, of a seed of their own."""
@@ -72,13 +73,16 @@ class Row:
     mask_ratio: float
     normalize_target: bool
     reconstruction: float | None  # mean of the last steps of pre-training
-    probe_top1: float | None  # percent
+    probe_top1: float  # percent
     finetune_top1: float  # percent
     seconds: float
+    device: str
+    torch: str
+    commit: str
 
 
-def run(options: Options, start: Start, seed: int, folder: str) -> Row:
-    """Pre-trains, probes and fine-tunes once."""
+def run(options: Options, start: Start, seed: int, folder: str, commit: str) -> Row:
+    """Pre-trains, probes and fine-tunes once; `commit` is the code's, for the row."""
     began = time.perf_counter()
     sys.path.insert(0, str(EXAMPLES))
     import finetune
@@ -86,42 +90,48 @@ def run(options: Options, start: Start, seed: int, folder: str) -> Row:
     import pretrain
     import torch
 
-    if not torch.cuda.is_available():
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cpu":
         torch.set_num_threads(max((os.cpu_count() or 1) // options.jobs, 1))
     place = Path(folder) / f"{start}-{seed}"
     place.mkdir(parents=True)
     weights = place / "pretrain" / "model.safetensors"
-    reconstruction = probe_top1 = None
     common = ["--seed", str(seed), "--workers", "0"]
     labelled, test = f"sprites:{{}}:{1000 + seed}", f"sprites:{options.test_clips}:5000"
     with (place / "log.txt").open("w") as log, contextlib.redirect_stdout(log):
-        if start != "scratch":
-            target = "--normalize-target" if options.normalize_target else "--no-normalize-target"
-            settings = ["--preset", "sprites", "--masking", start, "--data", f"sprites:8000:{seed}", target]
-            sizes = ["--steps", str(options.pretrain_steps), "--mask-ratio", str(options.mask_ratio)]
-            pretrain.main([*settings, *sizes, *common, "--output", str(weights.parent)])
-            lines = (weights.parent / "metrics.jsonl").read_text().splitlines()
-            reconstruction = json.loads(lines[-1])["reconstruction"]
-            data = ["--train", labelled.format(options.probe_labels), "--val", test, "--cache", str(place / "cache")]
-            settings = ["--checkpoint", str(weights), "--batch-size", "100", "--output", str(place / "probe")]
-            probe_top1 = linear_probe.main([*settings, *data, *common])
+        untrained = start == "scratch"  # one step at learning rate 0 writes the weights that a run starts from
+        pace = (
+            ["--steps", "1", "--base-lr", "0", "--min-base-lr", "0"]
+            if untrained
+            else ["--steps", str(options.pretrain_steps)]
+        )
+        target = "--normalize-target" if options.normalize_target else "--no-normalize-target"
+        settings = ["--preset", "sprites", "--masking", "random" if untrained else start, target, *pace, *common]
+        settings += ["--mask-ratio", str(options.mask_ratio), "--data", f"sprites:4000:{seed}"]
+        pretrain.main([*settings, "--output", str(weights.parent)])
+        lines = (weights.parent / "metrics.jsonl").read_text().splitlines()
+        reconstruction = None if untrained else json.loads(lines[-1])["reconstruction"]
+        data = ["--train", labelled.format(options.probe_labels), "--val", test, "--cache", str(place / "cache")]
+        settings = ["--checkpoint", str(weights), "--batch-size", "100", "--output", str(place / "probe")]
+        probe_top1 = linear_probe.main([*settings, *data, *common])
         settings = ["--preset", "sprites", "--train", labelled.format(options.labels), "--val", test]
-        settings += ["--steps", str(options.finetune_steps), *common, "--output", str(place / "finetune")]
-        # Layer-wise decay is for weights that know something already.
-        finetune.main([*settings, *(["--layer-decay", "1"] if start == "scratch" else ["--checkpoint", str(weights)])])
+        settings += ["--checkpoint", str(weights), "--steps", str(options.finetune_steps), *common]
+        finetune.main([*settings, "--output", str(place / "finetune")])
     top1 = json.loads((place / "finetune" / "results.json").read_text())["top1"]
+    assert probe_top1 is not None  # it is on the main process
     return Row(
         start, seed, options.pretrain_steps if start != "scratch" else 0, options.finetune_steps, options.labels,
         options.probe_labels, options.mask_ratio, options.normalize_target, reconstruction, probe_top1, top1,
-        time.perf_counter() - began,
+        time.perf_counter() - began, device_name(device), torch.__version__, commit,
     )  # fmt: skip
 
 
 def run_all(options: Options) -> Iterator[Row]:
     """All runs, several at a time, each in a process of its own."""
-    context = multiprocessing.get_context("spawn")
+    context, commit = multiprocessing.get_context("spawn"), current_commit()
     with tempfile.TemporaryDirectory() as folder, ProcessPoolExecutor(options.jobs, context) as pool:
-        tasks = [pool.submit(run, options, start, seed, folder) for seed in options.seeds for start in options.starts]
+        runs = [(start, seed) for seed in options.seeds for start in options.starts]
+        tasks = [pool.submit(run, options, start, seed, folder, commit) for start, seed in runs]
         for task in tqdm(tasks, unit="run"):
             yield task.result()
 

@@ -91,8 +91,8 @@ def test_the_study_runs_every_stage_for_every_start(tmp_path):
         ("adaptive", "3"), ("scratch", "3"), ("adaptive", "4"), ("scratch", "4")
     ]  # fmt: skip
     assert all(0 <= float(row["finetune_top1"]) <= 100 for row in rows)
-    assert all((row["probe_top1"] == "") == (row["start"] == "scratch") for row in rows)
-    assert "| scratch |  | " in done.stdout
+    assert all((row["reconstruction"] == "") == (row["start"] == "scratch") for row in rows)
+    assert "| scratch | " in done.stdout
 
 
 def test_projections_are_of_the_presets_and_the_rows(tmp_path):
