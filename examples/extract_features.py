@@ -58,7 +58,7 @@ def run(options: Options) -> None:
     accelerator = make_accelerator(options.precision)
     encoder = frozen_encoder(options, options.pool, accelerator)
     source = data.views(options, options.clips, options.crops)
-    batches = list(map_views(encoder, source, accelerator, options.batch_size, options.workers))
+    batches = map_views(encoder, source, accelerator, options.batch_size, options.workers)
     parts = gather_object([(batch.index, batch.label, batch.value.cpu(), batch.left_out) for batch in batches])
     if not accelerator.is_main_process:
         return

@@ -2,7 +2,7 @@
 
     python examples/finetune.py --preset k400 --checkpoint model.safetensors --train train.csv --val val.csv
     accelerate launch examples/finetune.py --preset ssv2 --checkpoint checkpoint.pth --train train.csv --val val.csv
-    python examples/finetune.py --eval-only --checkpoint runs/finetune/model.safetensors --val val.csv
+    python examples/finetune.py --eval-only --checkpoint runs/ft/model.safetensors --val val.csv --output runs/eval
     python examples/finetune.py --preset sprites --checkpoint runs/sprites/model.safetensors    generated clips
 
 --checkpoint takes files of pretrain.py, official AdaMAE and VideoMAE files, and folders or files of a Hugging Face
@@ -32,6 +32,7 @@ from torch.nn.functional import cross_entropy
 from adamae_sampler.models import VideoClassifier, load_checkpoint
 from common.checkpoints import save_weights, stated_sizes
 from common.cli import Run, parse_arguments
+from common.datasets import ClipSource
 from common.engine import (
     Loop,
     Normalise,
@@ -47,7 +48,7 @@ from common.evaluation import Evaluation, evaluate, write_results
 from common.finetune_recipe import FinetuneRecipe
 from common.metrics import DeviceMetrics, RunLog
 from common.recipe import Schedule
-from common.sources import Labelled
+from common.sources import Labelled, check_apart
 from common.state import load_state, restore_random_state, set_aside
 from common.transforms import seed_libraries
 from common.video import VideoError
@@ -59,11 +60,13 @@ class Job:
 
     accelerator: Accelerator
     model: VideoClassifier
-    train: Labelled
     val: Labelled
+    clips: ClipSource
     schedule: Schedule
     state: dict[str, Any] | None
-    left_out: list[str]  # videos whose labels are out of range
+    names: list[str]  # of the classes
+    left_out: list[str]  # messages about videos of train
+    val_left_out: list[str]  # and of val, whose labels are out of range
     continues_in_place: bool
 
 
@@ -79,11 +82,11 @@ def build(recipe: FinetuneRecipe, run: Run) -> Job:
     accelerator = make_accelerator(recipe.precision)
     train = Labelled.find("" if recipe.eval_only else recipe.train, recipe)
     val = Labelled.find(recipe.val, recipe)
-    if train.sprites is not None and val.sprites is not None and train.sprites.seed == val.sprites.seed:
-        raise ValueError(f"--train {recipe.train} and --val {recipe.val} have the same clips; give one another seed.")
+    check_apart(train, val)
     stated = stated_sizes(recipe.checkpoint).get("num_classes") if recipe.eval_only else None
     num_classes = recipe.num_classes or stated or max(train.num_classes, val.num_classes, 2)
-    left_out = train.drop_labels(num_classes) + val.drop_labels(num_classes)
+    left_out, val_left_out = train.drop_labels(num_classes), val.drop_labels(num_classes)
+    names, clips = val.class_names(num_classes), train.clips(recipe)
 
     batch = replace(recipe, effective_batch=None) if recipe.eval_only else recipe  # which then is of no concern
     schedule = Schedule.of(batch, len(train), accelerator.num_processes)
@@ -102,8 +105,9 @@ def build(recipe: FinetuneRecipe, run: Run) -> Job:
         report = load_checkpoint(model, recipe.checkpoint, only="" if recipe.eval_only else "encoder.")
         if accelerator.is_main_process:
             print(f"{'weights':>13}  {recipe.checkpoint}: {report}")
+    model.to(accelerator.device)
     in_place = run.resume is not None and run.resume.resolve().parent == recipe.output.resolve()
-    return Job(accelerator, model, train, val, schedule, state, left_out, in_place)
+    return Job(accelerator, model, val, clips, schedule, state, names, left_out, val_left_out, in_place)
 
 
 class Criterion:
@@ -160,7 +164,7 @@ def train(recipe: FinetuneRecipe, job: Job) -> None:
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         first_step = state["step"]
-    batches = load_clips(recipe, schedule, job.train.clips(recipe), first_step)
+    batches = load_clips(recipe, schedule, job.clips, first_step)
     wrapped, optimizer, batches = accelerator.prepare(model, optimizer, batches)
     average = ModelEmaV3(model, decay=recipe.ema) if recipe.ema else None
     if average is not None and state is not None:
@@ -173,7 +177,7 @@ def train(recipe: FinetuneRecipe, job: Job) -> None:
 
     metrics = DeviceMetrics(accelerator.device)
     criterion = Criterion(recipe, wrapped, model.num_classes, accelerator)
-    steps_between = round(recipe.eval_every * len(job.train) / schedule.effective_batch) or 1
+    steps_between = round(recipe.eval_every * schedule.clips / schedule.effective_batch) or 1
 
     def forward(batch: dict[str, Any], number: int) -> Tensor:
         loss = criterion(batch, number)
@@ -211,8 +215,8 @@ def finish(recipe: FinetuneRecipe, job: Job) -> None:
         return
     views = "1" if job.val.sprites is not None else f"{recipe.test_clips} clips x {recipe.test_crops} crops"
     settings = {"val": recipe.val, "checkpoint": recipe.checkpoint, "views": views, "seed": recipe.seed}
-    names = job.val.class_names(job.model.num_classes)
-    write_results(recipe.output, result, names, job.val.describe, settings)
+    result = replace(result, left_out=[*job.val_left_out, *result.left_out])
+    write_results(recipe.output, result, job.names, job.val.describe, settings)
     summary = result.summary()
     print(
         f"top-1 {summary['top1']:.2f}%, top-5 {summary['top5']:.2f}% of {summary['videos']} videos, views: {views}; "
@@ -257,7 +261,8 @@ def describe(
 def main(arguments: list[str]) -> None:
     """Runs the command line; a setting that cannot be is one line, without a traceback."""
     try:
-        recipe, run = parse_arguments(FinetuneRecipe, arguments, "ucf101", __doc__)
+        taken = ("sampling", "stride", "test_clips", "test_crops") if "--eval-only" in arguments else ()
+        recipe, run = parse_arguments(FinetuneRecipe, arguments, "ucf101", __doc__, taken)
         job = build(recipe, run)
     except (ValueError, TypeError, FileNotFoundError) as error:
         sys.exit(f"error: {error}")

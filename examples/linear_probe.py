@@ -22,7 +22,8 @@ from common.engine import check_output, make_accelerator, report_left_out
 from common.evaluation import Evaluation, write_results
 from common.features import FeatureSettings, Pool, cached_features
 from common.probes import Probe, ProbeKind, ProbeRecipe, predict, train_probe
-from common.sources import Labelled
+from common.sources import Labelled, check_apart
+from common.video import VideoError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +50,7 @@ def main(arguments: list[str]) -> float | None:
     try:
         options = parse_settings(Options(), arguments, __doc__)
         return run(options)
-    except (ValueError, TypeError, FileNotFoundError) as error:
+    except (ValueError, TypeError, FileNotFoundError, VideoError) as error:
         sys.exit(f"error: {error}")
 
 
@@ -62,7 +63,9 @@ def run(options: Options) -> float | None:
         raise ValueError("an attentive probe attends to the tokens of one view; leave --clips and --crops at 1.")
     train, val = (Labelled.find(name, options) for name in (options.train, options.val))
     num_classes = max(train.num_classes, val.num_classes)
-    left_out = train.drop_labels(num_classes) + val.drop_labels(num_classes)
+    check_apart(train, val)
+    left_out, val_left_out = train.drop_labels(num_classes), val.drop_labels(num_classes)
+    names = val.class_names(num_classes)
     accelerator = make_accelerator(options.precision)
     pool: Pool = "mean" if options.kind == "linear" else "none"
     features, test = (cached_features(options, data, pool, options.cache, accelerator) for data in (train, val))
@@ -72,9 +75,10 @@ def run(options: Options) -> float | None:
     set_seed(options.seed)
     probe = Probe(options.kind, features.values.shape[-1], num_classes)
     loss = train_probe(probe, options.kind, features, options.probe, accelerator.device)
-    result = Evaluation(test.index, test.label, predict(probe, test, accelerator.device), test.left_out)
+    result = Evaluation(
+        test.index, test.label, predict(probe, test, accelerator.device), [*val_left_out, *test.left_out]
+    )
     settings = {"kind": options.kind, "checkpoint": options.checkpoint, "train": options.train, "val": options.val}
-    names = val.class_names(num_classes)
     write_results(options.output, result, names, val.describe, {**settings, "seed": options.seed, "train_loss": loss})
     weights = {name: tensor.cpu().contiguous() for name, tensor in probe.state_dict().items()}
     safetensors.torch.save_file(weights, options.output / "probe.safetensors")
@@ -83,8 +87,9 @@ def run(options: Options) -> float | None:
         f"{options.kind} probe: top-1 {summary['top1']:.2f}%, top-5 {summary['top5']:.2f}% of {summary['videos']} "
         f"videos, training loss {loss:.3f}; wrote {options.output}"
     )
-    left_out += [*features.left_out, *test.left_out]
-    report_left_out(options.output, left_out, "could not be used and were left out")
+    left_out += [*features.left_out, *result.left_out]
+    again = f"could not be used and were left out (delete the folder in {options.cache} to try them again)"
+    report_left_out(options.output, left_out, again)
     return float(summary["top1"])
 
 

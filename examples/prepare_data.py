@@ -79,11 +79,12 @@ def write(annotations: Annotations, videos: Path, output: Path) -> None:
     if not videos.is_dir():
         raise FileNotFoundError(f"--videos {videos}: no such folder.")
     files: dict[str, Path] = {}
-    for path in videos.rglob("*"):
+    for path in sorted(videos.rglob("*"), reverse=True):  # of two files for one video the first by name is taken
         if path.suffix.lower() in VIDEO_SUFFIXES:
             files[path.stem] = path
             files[f"{path.parent.name}/{path.stem}"] = path
     missing: list[str] = []
+    lists: dict[str, list[VideoEntry]] = {}
     for name, entries in annotations.lists.items():
         found = [VideoEntry(files[video], label) for video, label, _ in entries if video in files]
         missing += [f"{where}: {video}" for video, _, where in entries if video not in files]
@@ -92,9 +93,12 @@ def write(annotations: Annotations, videos: Path, output: Path) -> None:
             raise FileNotFoundError(
                 f"--videos {videos} has none of the {len(entries)} videos of {name}, such as {example}."
             )
+        lists[name] = found
+    for name, found in lists.items():
         write_list(output / f"{name}.csv", found)
         print(f"{output / name}.csv: {len(found)} videos of {len(annotations.classes)} classes")
     (output / LABELS).write_text("\n".join(annotations.classes) + "\n", encoding="utf-8")
+    (output / "missing.txt").unlink(missing_ok=True)  # of an earlier time
     if missing:
         (output / "missing.txt").write_text("\n".join(missing) + "\n", encoding="utf-8")
         print(f"{len(missing)} videos of the annotations are not in {videos}: see {output / 'missing.txt'}")
@@ -122,8 +126,9 @@ def check(data: Path, workers: int = 4, write_good: Path | None = None) -> None:
         good = [entry for entry, count in zip(entries, found, strict=True) if isinstance(count, int)]
         write_list(write_good, good)
         print(f"wrote {len(good)} videos to {write_good}")
+    report = data.with_name(f"{data.name}.broken.txt")
+    report.unlink(missing_ok=True)  # of an earlier time
     if broken:
-        report = data.with_name(f"{data.name}.broken.txt")
         report.write_text("\n".join(broken) + "\n", encoding="utf-8")
         print("\n".join(f"  {line}" for line in broken))
         raise SystemExit(f"{len(broken)} of {len(entries)} videos are broken; also in {report}")

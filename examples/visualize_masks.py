@@ -86,6 +86,8 @@ def run(options: Options) -> None:
     if not options.checkpoint or not options.video:
         raise ValueError("--checkpoint and --video are needed.")
     accelerator = make_accelerator(options.precision)
+    if not accelerator.is_main_process:
+        return
     device = accelerator.device
     video = read_clip(options)[None].to(device)  # [1, C, T, H, W]
     options.output.mkdir(parents=True, exist_ok=True)

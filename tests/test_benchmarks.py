@@ -1,6 +1,7 @@
 """The benchmark suite in small: it checks before it times, writes its rows, and makes tables of rows alone."""
 
 import csv
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ import projection
 import pytest
 import report
 import torch
+from finetune_step import FinetuneStep
 from op_cases import DrawMask, GatherTokens, ReconstructionError
 
 from adamae_sampler import ops
@@ -108,3 +110,8 @@ def test_projections_are_of_the_presets_and_the_rows(tmp_path):
     assert int(cells[6].replace(",", "")) == pytest.approx(800 * 551 * 8 / 3600, rel=1e-3)  # Table 4's epoch, 8 GPUs
     assert text.startswith("before\n")
     assert text.endswith("after\n")
+
+
+def test_the_step_of_fine_tuning_is_a_step():
+    """At first the 400 classes are about equally likely."""
+    assert float(FinetuneStep(clips=1).make(torch.device("cpu"))()) == pytest.approx(math.log(400), abs=0.1)

@@ -16,6 +16,7 @@ from common.engine import Normalise, make_accelerator
 from common.evaluation import Evaluation, evaluate, write_results
 from common.lists import list_videos
 from common.sprites import Sprites
+from common.video import VideoError
 
 TESTS = Path(__file__).parent
 
@@ -61,7 +62,7 @@ def test_views_are_merged_as_an_oracle_merges_them(videos):
             merged += (logits.exp() / logits.exp().sum()).detach() / 6
         torch.testing.assert_close(result.probabilities[row].double(), merged, rtol=1e-5, atol=1e-6)
         right += int(merged.argmax()) == result.label[row]
-    assert result.summary() == {"top1": 100 * right / 5, "top5": 100.0, "videos": 5, "left_out": 2}
+    assert result.summary() == {"top1": 100 * right / 5, "top5": 100.0, "videos": 5, "left_out": 2, "nonfinite": 0}
 
 
 def test_rank_counts_ties_by_class_and_top5():
@@ -76,13 +77,27 @@ def test_rank_counts_ties_by_class_and_top5():
     assert (result.top(1), result.top(5), result.top(7)) == (0.5, 0.75, 1.0)
 
 
+def test_predictions_that_are_not_finite_are_wrong():
+    probabilities = torch.tensor([[torch.nan, torch.nan], [0.0, torch.nan], [1.0, 0.0]])
+    result = Evaluation(torch.arange(3), torch.tensor([0, 0, 0]), probabilities, [])
+    assert result.rank.tolist() == [2, 2, 0]
+    assert result.summary()["nonfinite"] == 2
+
+
 def test_files_of_an_evaluation(tmp_path):
     result = Evaluation(
         torch.tensor([0, 2, 3]), torch.tensor([1, 1, 0]), torch.tensor([[0.2, 0.8], [0.9, 0.1], [0.6, 0.4]]), ["x"]
     )
     write_results(tmp_path, result, ["run", "jump, high", "never"], lambda index: f"ä/{index}.mp4", {"views": "6"})
     found = json.loads((tmp_path / "results.json").read_text())
-    assert found == {"top1": pytest.approx(200 / 3), "top5": 100.0, "videos": 3, "left_out": 1, "views": "6"}
+    assert found == {
+        "top1": pytest.approx(200 / 3),
+        "top5": 100.0,
+        "videos": 3,
+        "left_out": 1,
+        "nonfinite": 0,
+        "views": "6",
+    }
     classes = list(csv.DictReader((tmp_path / "per_class.csv").open()))
     assert [(row["name"], row["videos"], row["top1"]) for row in classes] == [
         ("run", "1", "100.00"), ("jump, high", "2", "50.00"), ("never", "0", "")
@@ -102,7 +117,7 @@ def test_sprites_have_one_view():
 def test_nothing_that_can_be_read_is_an_error(videos):
     accelerator = make_accelerator("fp32")
     broken = [videos[2], videos[4]]
-    with pytest.raises(ValueError, match=r"no video could be read:\n.*broken.mp4"):
+    with pytest.raises(VideoError, match=r"no video could be read:\n.*broken.mp4"):
         evaluate(tiny_classifier().to(accelerator.device), views_of(broken), accelerator, 2, 0)
 
 

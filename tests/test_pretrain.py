@@ -290,5 +290,5 @@ def test_two_processes(tmp_path):
         tmp_path,
     ]
     printed = succeeded(pretrain(*arguments, launcher=launcher))
-    assert "2 clips x 2 devices x 2 accumulated = 8" in printed
+    assert "2 videos x 2 devices x 2 accumulated = 8" in printed
     assert len(metrics(tmp_path)) == 3

@@ -1,6 +1,8 @@
 """Frozen features, their cache, probes and the scripts on them."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import extract_features
@@ -14,7 +16,8 @@ from timm.layers import AttentionPoolLatent
 from videos import write_video
 
 from adamae_sampler.models import VideoClassifier
-from common.checkpoints import save_weights
+from common.checkpoints import save_weights, stated_recipe, stated_sizes
+from common.cli import parse_settings
 from common.datasets import VideoViews
 from common.engine import Normalise
 from common.features import Features
@@ -151,6 +154,12 @@ def test_a_linear_probe_finds_what_logistic_regression_finds():
     assert (predict(probe, tiny, CPU).argmax(1) == tiny.label).float().mean() > 0.97
 
 
+def test_a_recipe_that_trains_nothing():
+    for wrong in ({"epochs": 0}, {"batch_size": 0}, {"lr": 0.0}):
+        with pytest.raises(ValueError, match="epochs and batch_size are 1 or more"):
+            ProbeRecipe(**wrong)
+
+
 def test_an_attentive_probe_finds_the_token_that_tells():
     """One token of eight, at any place, has the class; their mean barely does."""
     torch.manual_seed(1)
@@ -169,6 +178,37 @@ def test_an_attentive_probe_finds_the_token_that_tells():
     assert (found.argmax(1) == label).float().mean() > 0.9
 
 
+def test_features_of_what_could_be_read_stay_in_their_places():
+    values = torch.arange(10.0).view(5, 2)
+    features = Features(torch.tensor([0, 3, 4]), torch.tensor([1, 0, 1]), values, ["1 and 2"])
+    assert torch.equal(features.take(torch.tensor([2, 0])), values[[4, 0]])
+
+
+def test_files_state_sizes_and_sampling(tmp_path, monkeypatch):
+    """In a folder too; and the working directory's config.json is nobody's checkpoint."""
+    save_weights(tiny_model(), tmp_path / "model.safetensors", PretrainRecipe(sampling="segments", stride=2))
+    assert (
+        stated_sizes(str(tmp_path))["num_heads"] == stated_sizes(str(tmp_path / "model.safetensors"))["num_heads"] == 2
+    )
+    settings = parse_settings(linear_probe.Options(), ["--checkpoint", str(tmp_path), "--stride", "3"], "")
+    assert (settings.depth, settings.img_size, settings.sampling, settings.stride) == (2, (32, 32), "segments", 3)
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    monkeypatch.chdir(tmp_path)
+    assert stated_sizes("") == stated_recipe("") == {}
+    with pytest.raises(ValueError, match="of a bert model, expected videomae"):
+        stated_sizes(str(tmp_path))
+    config = {"model_type": "videomae", "image_size": 32, "architectures": ["VideoMAEForVideoClassification"]}
+    (tmp_path / "config.json").write_text(json.dumps({**config, "id2label": {"0": "a", "1": "b", "2": "c"}}))
+    assert stated_sizes(str(tmp_path))["num_classes"] == 3
+
+
+def test_nothing_that_can_be_read(pretrained, videos, tmp_path):
+    videos.write_text("broken.mp4 0\nmissing.mp4 1\n")
+    with pytest.raises(SystemExit, match=r"no video could be read:\n.*broken.mp4"):
+        linear_probe.main(probe_arguments(pretrained[1], videos, tmp_path))
+    assert not [path for path in (tmp_path / "features").iterdir() if not path.name.endswith(".partial")]
+
+
 @pytest.mark.parametrize(
     ("script", "arguments", "message"),
     [
@@ -179,6 +219,7 @@ def test_an_attentive_probe_finds_the_token_that_tells():
             "--checkpoint is needed",
         ),
         (linear_probe, ["--train", "sprites", "--val", "sprites", "--kind", "attentive", "--clips", "2"], "one view"),
+        (linear_probe, ["--train", "sprites:4:1", "--val", "sprites:8:1", "--img-size", "32", "32"], "the same clips"),
         (extract_features, ["--output", "x.csv"], "name a .safetensors or .npz file"),
         (extract_features, [], "--data is needed"),
         (extract_features, ["--data", "sprites:4:1", "--img-size", "32", "32"], "--checkpoint is needed"),
@@ -189,3 +230,17 @@ def test_bad_arguments(script, arguments, message):
     with pytest.raises(SystemExit) as stopped:
         script.main(arguments)
     assert message in str(stopped.value)
+
+
+def test_two_processes_write_one_cache_and_find_what_one_finds(pretrained, videos, tmp_path):
+    script = str(Path(linear_probe.__file__))
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29547"]
+    found = {}
+    for name, command in (("one", [sys.executable]), ("two", launch)):
+        arguments = probe_arguments(pretrained[1], videos, tmp_path / name, "--batch-size", 2, "--probe.epochs", 3)
+        run = subprocess.run([*command, script, *arguments], capture_output=True, text=True, check=False, timeout=300)
+        assert run.returncode == 0, run.stderr
+        (values,) = (tmp_path / name / "features").glob("*/values.npy")
+        found[name] = np.load(values), (tmp_path / name / "probe" / "predictions.csv").read_text()
+    assert np.array_equal(found["one"][0], found["two"][0])
+    assert found["one"][1] == found["two"][1]

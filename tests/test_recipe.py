@@ -31,12 +31,12 @@ def test_presets_follow_the_paper():
 
 def test_every_preset_loads_and_unknown_ones_are_named():
     names = {path.stem for path in (PRESETS / "pretrain").glob("*.yaml")}
-    assert names == {"demo", "k400", "ssv2", "ucf101", "hmdb51"}
+    assert names == {"demo", "k400", "ssv2", "ucf101", "hmdb51", "sprites"}
     for name in names:
         recipe = load_preset(PretrainRecipe, name)
         assert isinstance(recipe.img_size, tuple)
         assert recipe.plain()["img_size"] == list(recipe.img_size)
-    with pytest.raises(ValueError, match="no preset 'imagenet'; there are demo, hmdb51, k400, ssv2, ucf101"):
+    with pytest.raises(ValueError, match="no preset 'imagenet'; there are demo, hmdb51, k400, sprites, ssv2, ucf101"):
         load_preset(PretrainRecipe, "imagenet")
 
 
@@ -80,10 +80,11 @@ def test_warmup_takes_at_most_half_of_a_run():
     assert one.lr_at(0) == one.lr
 
 
-def test_a_recipe_survives_being_written():
-    for path in (PRESETS / "pretrain").glob("*.yaml"):
-        recipe = load_preset(PretrainRecipe, path.stem)
-        assert recipe_from(PretrainRecipe, recipe.plain()) == recipe
+@pytest.mark.parametrize("kind", [PretrainRecipe, FinetuneRecipe])
+def test_a_recipe_survives_being_written(kind):
+    for path in (PRESETS / kind.kind).glob("*.yaml"):
+        recipe = load_preset(kind, path.stem)
+        assert recipe_from(kind, recipe.plain()) == recipe
 
 
 @pytest.mark.parametrize("kind", [PretrainRecipe, FinetuneRecipe])

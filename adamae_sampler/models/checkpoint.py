@@ -151,7 +151,7 @@ def load_checkpoint(
         raise ValueError(
             f"the {file_format.name} checkpoint is of another architecture; {len(wrong_shape)} shapes differ:\n  "
             + "\n  ".join(wrong_shape[:8])
-            + "\nBuild the model with the checkpoint's img_size, num_frames, patch_size and widths."
+            + "\nBuild the model with the checkpoint's img_size, num_frames, patch_size, widths and num_classes."
         )
     missing = tuple(name for name in own if name not in weights)
     unused = tuple(name for name in weights if name not in own)

@@ -50,23 +50,25 @@ def _transformer(prefix: str, blocks: Any) -> dict[str, int]:
 
 def stated_sizes(checkpoint: str) -> dict[str, Any]:
     """The keyword arguments that a checkpoint says its model has: of a file of these scripts, or of a Hugging Face
-    VideoMAE folder. Empty for other files, whose sizes are the user's to give."""
+    VideoMAE folder. Classifiers state `num_classes` too. Empty for other files, whose sizes are the user's to give."""
     path = Path(checkpoint)
-    if (path / "config.json").is_file():
+    if checkpoint and (path / "config.json").is_file():
         return _huggingface_sizes(json.loads((path / "config.json").read_text(encoding="utf-8")))
-    sizes = _metadata(path).get("model")
+    sizes = _metadata(path).get("model") if checkpoint else None
     found: dict[str, Any] = json.loads(sizes) if sizes else {}
     return {name: tuple(value) if isinstance(value, list) else value for name, value in found.items()}
 
 
 def stated_recipe(checkpoint: str) -> dict[str, Any]:
     """The settings of the run that wrote a file of these scripts; empty for other files."""
-    recipe = _metadata(Path(checkpoint)).get("recipe")
+    recipe = _metadata(Path(checkpoint)).get("recipe") if checkpoint else None
     found: dict[str, Any] = json.loads(recipe) if recipe else {}
     return found
 
 
 def _metadata(path: Path) -> dict[str, str]:
+    if path.is_dir():  # as load_checkpoint takes it
+        path = path / "model.safetensors"
     if path.suffix != ".safetensors" or not path.is_file():
         return {}
     try:
@@ -80,7 +82,10 @@ def _huggingface_sizes(config: dict[str, Any]) -> dict[str, Any]:
     if config.get("model_type") != "videomae":
         raise ValueError(f"the checkpoint's config.json is of a {config.get('model_type')} model, expected videomae.")
     size, defaults = config.get("image_size", 224), {"num_frames": 16, "patch_size": 16, "tubelet_size": 2}
+    classifier = "VideoMAEForVideoClassification" in config.get("architectures", ())
+    labels = config.get("id2label") or range(config.get("num_labels", 2))
     return {
+        **({"num_classes": len(labels)} if classifier else {}),
         "img_size": tuple(size) if isinstance(size, list) else (size, size),
         **{name: config.get(name, value) for name, value in defaults.items()},
         "embed_dim": config.get("hidden_size", 768),

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Generic, TypeVar
 
 import tyro
 
-from common.checkpoints import SIZES, stated_sizes
+from common.checkpoints import SIZES, stated_recipe, stated_sizes
 from common.recipe import AnyRecipe, EncoderSettings, load_preset
 from common.state import recipe_of_state
 
@@ -33,7 +34,7 @@ class _Arguments(Generic[AnyRecipe]):
 
 
 def parse_arguments(
-    kind: type[AnyRecipe], arguments: list[str], preset: str, description: str | None
+    kind: type[AnyRecipe], arguments: list[str], preset: str, description: str | None, taken: Sequence[str] = ()
 ) -> tuple[AnyRecipe, Run]:
     """The recipe of --preset with the sizes that --checkpoint states, or that of the run that --resume names; and what
     the command line overrides.
@@ -43,6 +44,7 @@ def parse_arguments(
         arguments: the command line.
         preset: name of the preset where none is given.
         description: for --help.
+        taken: settings besides the sizes that are taken from the run that wrote --checkpoint.
 
     Raises:
         ValueError, FileNotFoundError: no such preset or state, or settings that contradict each other.
@@ -52,7 +54,7 @@ def parse_arguments(
     first.add_argument("--resume", type=Path)
     known = first.parse_known_args(arguments)[0]
     if known.resume is None:
-        start = of_checkpoint(load_preset(kind, known.preset), arguments)
+        start = of_checkpoint(load_preset(kind, known.preset), arguments, taken)
     else:
         start = recipe_of_state(kind, known.resume)
     default = _Arguments(start, Run(known.preset))
@@ -76,12 +78,17 @@ def checkpoint_of(arguments: list[str]) -> str:
     return found
 
 
-def of_checkpoint(settings: Settings, arguments: list[str]) -> Settings:
-    """The settings with the sizes that the file or folder after --checkpoint states, if it does."""
-    sizes = stated_sizes(checkpoint_of(arguments))
-    return replace(settings, **{name: sizes[name] for name in SIZES if name in sizes})
+def of_checkpoint(settings: Settings, arguments: list[str], taken: Sequence[str]) -> Settings:
+    """The settings with the sizes that the file or folder after --checkpoint states, if it does, and with what is
+    `taken` of the recipe that wrote it."""
+    checkpoint = checkpoint_of(arguments)
+    sizes, recipe = stated_sizes(checkpoint), stated_recipe(checkpoint)
+    found = {name: sizes[name] for name in SIZES if name in sizes}
+    return replace(settings, **found, **{name: recipe[name] for name in taken if name in recipe})
 
 
 def parse_settings(start: Settings, arguments: list[str], description: str | None) -> Settings:
-    """Settings without presets: those given, with the sizes that --checkpoint states, and the command line's."""
-    return tyro.cli(type(start), args=arguments, default=of_checkpoint(start, arguments), description=description)
+    """Settings without presets: those given, with sizes and sampling of frames that --checkpoint states, and the
+    command line's."""
+    default = of_checkpoint(start, arguments, ("sampling", "stride"))
+    return tyro.cli(type(start), args=arguments, default=default, description=description)

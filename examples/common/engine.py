@@ -141,16 +141,18 @@ class Loop:
                         "epoch": done * schedule.effective_batch / schedule.clips,
                         "step_time": (now - logged_at) / steps,
                         "data_time": data_time / steps,
-                        "clips_per_second": steps * schedule.effective_batch / (now - logged_at),
+                        "clips_per_second": steps * schedule.effective_batch * recipe.repeats / (now - logged_at),
                     }
                     log.write(done, values)
                     progress.set_postfix(_summary(values))
                     _warn_about_nonfinite(done, values)
-                    data_time, logged_at, logged_step = 0.0, time.perf_counter(), done
+                    data_time, logged_at, logged_step = 0.0, now, done
+                between = time.perf_counter()
                 self.after_step(done, log)
                 if done % recipe.save_every == 0 or done == schedule.steps:
                     path = recipe.output / "state.pt"
                     save_state(path, accelerator, self.model, self.optimizer, recipe, schedule, done, self.extra())
+                logged_at += time.perf_counter() - between  # evaluations and checkpoints are no training
         return list(dict.fromkeys(gather_object(list(left_out))))
 
 
@@ -174,8 +176,8 @@ def describe_training(recipe: Recipe, schedule: Schedule, accelerator: Accelerat
         steps = f"{recipe.epochs:g} epochs, {recipe.warmup_epochs:g} of warm-up; steps follow from the data"
     clip = f"clip {recipe.clip_grad:g}" if recipe.clip_grad else "no clipping"
     return {
-        "batch": f"{recipe.batch_size} clips x {accelerator.num_processes} devices x {schedule.accumulation} "
-        f"accumulated = {schedule.effective_batch}",
+        "batch": f"{recipe.batch_size} videos x {accelerator.num_processes} devices x {schedule.accumulation} "
+        f"accumulated = {schedule.effective_batch}, {recipe.repeats} clips of each",
         "steps": steps,
         "learning rate": f"{recipe.base_lr:g} x {schedule.effective_batch} / 256 = {schedule.lr:.3g}, cosine to "
         f"{schedule.min_lr:.3g}",

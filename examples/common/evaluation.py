@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader
 
 from common.datasets import ViewSet, ViewSource, collate_views
 from common.engine import Normalise
+from common.video import VideoError
 
 
 @dataclass(frozen=True)
@@ -95,19 +96,23 @@ class Evaluation:
 
     @property
     def rank(self) -> Tensor:
-        """[V]: how many classes stand before the right one, equal ones by their number."""
+        """[V]: how many classes stand before the right one, equal ones by their number; all, if any is not finite."""
+        classes = self.probabilities.shape[1]
         right = self.probabilities.gather(1, self.label[:, None])
-        before = torch.arange(self.probabilities.shape[1]) < self.label[:, None]
-        return ((self.probabilities > right) | ((self.probabilities == right) & before)).sum(1)
+        before = torch.arange(classes) < self.label[:, None]
+        rank = ((self.probabilities > right) | ((self.probabilities == right) & before)).sum(1)
+        return torch.where(self.probabilities.isfinite().all(1), rank, classes)
 
     def top(self, k: int) -> float:
-        """Share of videos whose class is among the k most probable ones; NaN without any video."""
+        """Share of videos whose class is among the k most probable ones."""
         return float((self.rank < k).double().mean())
 
     def summary(self) -> dict[str, float | int]:
-        """Top-1 and top-5 in percent, and how many videos they are of."""
+        """Top-1 and top-5 in percent, how many videos they are of, how many could not be used, and how many of those
+        that could have predictions that are not finite."""
         top = {f"top{k}": 100 * self.top(k) for k in (1, 5)}
-        return top | {"videos": len(self.label), "left_out": len(self.left_out)}
+        nonfinite = int((~self.probabilities.isfinite().all(1)).sum())
+        return top | {"videos": len(self.label), "left_out": len(self.left_out), "nonfinite": nonfinite}
 
 
 def evaluate(
@@ -133,7 +138,7 @@ def evaluate(
     left_out = [message for part in parts for message in part[3]]
     whole = [part for part in parts if len(part[0])]
     if not whole:
-        raise ValueError("no video could be read:\n  " + "\n  ".join(left_out[:8]))
+        raise VideoError("no video could be read:\n  " + "\n  ".join(left_out[:8]))
     index, label, probabilities = (torch.cat([part[column] for part in whole]) for column in range(3))
     order = index.argsort()
     return Evaluation(index[order], label[order], probabilities[order], sorted(left_out))

@@ -23,6 +23,7 @@ from common.checkpoints import stated_sizes
 from common.evaluation import map_views
 from common.recipe import EncoderSettings
 from common.sources import Labelled
+from common.video import VideoError
 
 Pool = Literal["mean", "none"]
 
@@ -90,7 +91,7 @@ class Features:
     Attributes:
         index: [V] their places in the data set.
         label: [V].
-        values: [V, D] or [V, N, D], fp32 or fp16, perhaps a view of a file.
+        values: features of the whole data set, [videos, D] or [videos, N, D], fp32 or fp16, perhaps a view of a file.
         left_out: messages about the others.
     """
 
@@ -98,6 +99,10 @@ class Features:
     label: Tensor
     values: Tensor
     left_out: list[str]
+
+    def take(self, rows: Tensor) -> Tensor:
+        """The features of some of the V videos."""
+        return self.values[self.index[rows]]
 
 
 def cached_features(
@@ -107,6 +112,9 @@ def cached_features(
 
     What they depend on (weights, videos, settings) is in their name, so that stale ones are never taken. Every process
     writes its own rows of the file, so that features larger than the memory can be cached.
+
+    Raises:
+        VideoError: no video could be read.
     """
     name, nature = _name(settings, data, pool)
     place = folder / name
@@ -118,6 +126,8 @@ def cached_features(
             aside.mkdir(parents=True)
         accelerator.wait_for_everyone()
         left_out = _write(aside, encoder, settings, data, pool, accelerator)
+        if len(left_out) == len(data):
+            raise VideoError("no video could be read:\n  " + "\n  ".join(left_out[:8]))
         if accelerator.is_main_process:
             text = json.dumps({**nature, "left_out": left_out}, indent=2, ensure_ascii=False)
             (aside / "about.json").write_text(text + "\n", encoding="utf-8")
@@ -129,9 +139,8 @@ def cached_features(
     # Mapped, not read: copy-on-write, because torch wants memory that it may write to.
     values = torch.from_numpy(np.load(place / "values.npy", mmap_mode="c"))
     index = (label >= 0).nonzero()[:, 0]
-    whole = len(index) == len(label)
     left_out = json.loads((place / "about.json").read_text(encoding="utf-8"))["left_out"]
-    return Features(index, label[index], values if whole else values[index], left_out)
+    return Features(index, label[index], values, left_out)
 
 
 def _name(settings: FeatureSettings, data: Labelled, pool: Pool) -> tuple[str, dict[str, object]]:

@@ -40,8 +40,6 @@ class FinetuneRecipe(Recipe):
     head_init_scale: float = 1e-3
     """Factor on the head's initial weights."""
 
-    repeats: int = 2
-    """Clips of each video in a batch, augmented apart (repeated augmentation); the video is decoded once."""
     randaugment: str = "rand-m7-n4-mstd0.5-inc1"
     """timm's RandAugment, the same for all frames; none if empty."""
     erasing: float = 0.25
@@ -84,9 +82,10 @@ class FinetuneRecipe(Recipe):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check_least(
-            num_classes=2, drop_path=0, head_dropout=0, head_init_scale=0, repeats=1, erasing=0, smoothing=0, mixup=0,
+            num_classes=2, drop_path=0, head_dropout=0, head_init_scale=0, erasing=0, smoothing=0, mixup=0,
             cutmix=0, layer_decay=0, ema=0, eval_every=0, eval_batch_size=1, test_clips=1, test_crops=1,
         )  # fmt: skip
+        self.check_most(drop_path=1, head_dropout=1, erasing=1, smoothing=1, layer_decay=1, ema=1 - 1e-9)
         if (self.mixup or self.cutmix) and self.batch_size * self.repeats % 2:
             raise ValueError(
                 f"batch_size x repeats = {self.batch_size} x {self.repeats} is odd, and mixup takes clips in pairs. "

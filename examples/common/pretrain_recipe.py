@@ -46,7 +46,7 @@ class PretrainRecipe(Recipe):
     warmup_epochs: float = 40
     """Passes over which the learning rate rises."""
     batch_size: int = 32
-    """Videos of one forward pass on one device."""
+    """Videos of one forward pass on one device; each gives `repeats` clips."""
     base_lr: float = 1.5e-4
     """Learning rate for an effective batch of 256; the one used is proportional."""
     min_base_lr: float = 1e-5

@@ -58,6 +58,13 @@ class EncoderSettings:
             if value is not None and not value >= bound:
                 raise ValueError(f"{name}={value}, expected {bound} or more.")
 
+    def check_most(self, **most: float) -> None:
+        """Raises ValueError for a setting above its largest value; None is none."""
+        for name, bound in most.items():
+            value = getattr(self, name)
+            if value is not None and not value <= bound:
+                raise ValueError(f"{name}={value}, expected {bound} or less.")
+
     def sizes(self) -> dict[str, Any]:
         """Keyword arguments for `timm.create_model` that say how large clips and encoder are; None is the model's."""
         names = ("img_size", "num_frames", "patch_size", "tubelet_size", "embed_dim", "depth", "num_heads")
@@ -79,6 +86,8 @@ class Recipe(EncoderSettings):
     output: Path
     """Folder for metrics, checkpoints and results."""
 
+    repeats: int = 1
+    """Clips of each video in a batch, augmented apart (repeated augmentation); the video is decoded once."""
     checkpoint_activations: bool = False
     """Recompute activations in the backward pass, to save memory."""
     flip: bool = False
@@ -93,7 +102,7 @@ class Recipe(EncoderSettings):
     warmup_steps: int | None = None
     """Steps of warm-up, in place of warmup_epochs."""
     batch_size: int
-    """Videos of one forward pass on one device."""
+    """Videos of one forward pass on one device; each gives `repeats` clips."""
     effective_batch: int | None = None
     """Videos of one optimiser step over all devices; gradients are accumulated to reach it. batch_size x devices if
     None."""
@@ -116,8 +125,8 @@ class Recipe(EncoderSettings):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check_least(
-            batch_size=1, log_every=1, save_every=1, clip_grad=0, base_lr=0, weight_decay=0, epochs=0, warmup_epochs=0,
-            min_base_lr=0, steps=1, effective_batch=1, warmup_steps=0,
+            repeats=1, batch_size=1, log_every=1, save_every=1, clip_grad=0, base_lr=0, weight_decay=0, epochs=0,
+            warmup_epochs=0, min_base_lr=0, steps=1, effective_batch=1, warmup_steps=0,
         )  # fmt: skip
 
     def accumulation(self, devices: int) -> int:

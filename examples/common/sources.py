@@ -40,10 +40,10 @@ def pretrain_source(recipe: PretrainRecipe) -> ClipSource:
     """What `data` names: 'sprites', a folder, or a list file; a source without clips for an empty string."""
     sprites = find_sprites(recipe.data, recipe)
     if sprites is not None:
-        return SpriteClips(sprites)
+        return SpriteClips(sprites, recipe.repeats)
     entries = list_videos(Path(recipe.data)) if recipe.data else []
     transform = PretrainTransform(recipe.img_size, recipe.flip)
-    return VideoClips(entries, recipe.num_frames, recipe.stride, transform, recipe.sampling)
+    return VideoClips(entries, recipe.num_frames, recipe.stride, transform, recipe.sampling, recipe.repeats)
 
 
 @dataclass
@@ -127,3 +127,9 @@ class Labelled:
         return VideoViews(
             self.entries, settings.num_frames, settings.stride, settings.img_size, settings.sampling, clips, crops
         )
+
+
+def check_apart(train: Labelled, val: Labelled) -> None:
+    """Raises ValueError if training and evaluation would have the same sprites."""
+    if train.sprites is not None and val.sprites is not None and train.sprites.seed == val.sprites.seed:
+        raise ValueError(f"--train {train.name} and --val {val.name} have the same clips; give one another seed.")

@@ -8,8 +8,8 @@ from contextlib import contextmanager
 
 import numpy as np
 import torch
+from PIL import Image
 from timm.data.auto_augment import rand_augment_transform
-from timm.data.constants import IMAGENET_DEFAULT_MEAN
 from torch import Tensor
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as tvf
@@ -67,12 +67,17 @@ class FinetuneTransform:
         size: height and width of the result.
         randaugment: timm's configuration, such as "rand-m7-n4-mstd0.5-inc1"; empty for none.
         flip: mirror half of the clips.
+
+    Raises:
+        ValueError: another configuration than timm's.
     """
 
     def __init__(self, size: tuple[int, int], randaugment: str, flip: bool) -> None:
-        grey = tuple(round(255 * each) for each in IMAGENET_DEFAULT_MEAN)  # fills what a rotation uncovers
-        hparams = {"translate_const": int(0.45 * min(size)), "img_mean": grey}
-        self.augment = rand_augment_transform(randaugment, hparams) if randaugment else None
+        hparams = {"translate_const": int(0.45 * min(size)), "interpolation": Image.Resampling.BICUBIC}
+        try:
+            self.augment = rand_augment_transform(randaugment, hparams) if randaugment else None
+        except (AssertionError, ValueError, KeyError) as error:
+            raise ValueError(f"randaugment={randaugment!r}, expected such as 'rand-m7-n4-mstd0.5-inc1'.") from error
         self.crop = v2.RandomResizedCrop(size, scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3), antialias=True)
         self.flip = flip
 
