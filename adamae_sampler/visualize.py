@@ -167,15 +167,11 @@ def animation(
     Arguments are those of `overview`; `save_animation` writes the result.
     """
     rows = _rows(video, prediction, sample, token_error, normalize, statistics, patch_size, tubelet_size, clip)
-    columns = [
-        _Row(row.title, row.images[frame : frame + 1], row.colours) for row in rows for frame in range(video.shape[2])
-    ]
     limits = {row.title: (float(row.images.min()), float(row.images.max())) for row in rows}
-    pictures = []
-    for frame in range(video.shape[2]):
-        panels = columns[frame :: video.shape[2]]
-        pictures.append(_draw_panels(panels, limits))
-    return torch.stack(pictures)
+    frames = range(video.shape[2])
+    return torch.stack(
+        [_draw_panels([_Row(row.title, row.images[t : t + 1], row.colours) for row in rows], limits) for t in frames]
+    )
 
 
 def save_animation(frames: Tensor, path: str | os.PathLike[str], fps: float = 8.0) -> None:

@@ -128,15 +128,13 @@ class Criterion:
         self.erase = RandomErasing(recipe.erasing, mode="pixel", max_count=1, device=str(accelerator.device))
         self.mixup: Mixup | None = None
         if recipe.mixup or recipe.cutmix:
-            self.mixup = Mixup(
-                recipe.mixup, recipe.cutmix, label_smoothing=recipe.smoothing, num_classes=num_classes
-            )  # one lambda a batch, mixup or CutMix with equal chances
+            # One share for a batch, of mixup or CutMix with equal chances.
+            self.mixup = Mixup(recipe.mixup, recipe.cutmix, label_smoothing=recipe.smoothing, num_classes=num_classes)
 
     def __call__(self, batch: dict[str, Any], number: int) -> Tensor:
         """The loss of a batch, the `number`-th of the run on this process."""
-        seed_libraries(
-            random.Random(self.seed + 104_729 * number).getrandbits(31)
-        )  # by position: resumes need no state
+        # By position, so that a resumed run needs nothing else.
+        seed_libraries(random.Random(self.seed + 104_729 * number).getrandbits(31))
         video, target = self.augment(batch["video"], batch["label"])
         return cross_entropy(self.model(video).float(), target, label_smoothing=0.0 if self.mixup else self.smoothing)
 

@@ -6,10 +6,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-import projection
 import pytest
 import report
+import report_examples
 import torch
+from downstream import downstream_table
 from finetune_step import FinetuneStep
 from op_cases import DrawMask, GatherTokens, ReconstructionError
 
@@ -97,19 +98,33 @@ def test_the_study_runs_every_stage_for_every_start(tmp_path):
     assert "| scratch | " in done.stdout
 
 
-def test_projections_are_of_the_presets_and_the_rows(tmp_path):
-    readme = tmp_path / "README.md"
-    readme.write_text(f"before\n{projection.BEGIN}\n{projection.END}\nafter\n")
-    projection.main(projection.Options(readme, ROOT / "benchmarks" / "results"))
+def test_tables_of_the_examples_are_of_presets_and_rows(tmp_path):
+    readme, results = tmp_path / "README.md", ROOT / "benchmarks" / "results"
+    markers = [*report_examples.PROJECTION, "between", *report_examples.DOWNSTREAM]
+    readme.write_text("\n".join(["before", *markers, "after", ""]))
+    report_examples.main(report_examples.Options(readme, results))
     text = readme.read_text()
     (line,) = [line for line in text.splitlines() if line.startswith("| SSv2, pre-training |")]
     cells = [cell.strip() for cell in line.strip("|").split("|")]
     assert cells[1:5] == ["65,981", "2048", "0.0012", "135.1 M"]  # 800 x 168,913 / 2048 steps of 1.5e-4 x 8
-    row = projection.fastest(ROOT / "benchmarks" / "results", projection.PretrainRecipe)
+    row = report_examples.fastest(results, report_examples.PretrainRecipe)
     assert int(cells[5].replace(",", "")) == round(65_981 * 2048 / row.clips_per_s / 3600)
     assert int(cells[6].replace(",", "")) == pytest.approx(800 * 551 * 8 / 3600, rel=1e-3)  # Table 4's epoch, 8 GPUs
     assert text.startswith("before\n")
     assert text.endswith("after\n")
+
+
+def test_the_studys_table_has_mean_and_deviation():
+    rows = [
+        {"start": start, "probe_top1": probe, "finetune_top1": tuned, "reconstruction": loss}
+        for start, probe, tuned, loss in (
+            ("adaptive", "10", "30", "0.5"),
+            ("scratch", "5", "8", ""),
+            ("adaptive", "14", "30", "0.7"),
+        )
+    ]
+    lines = downstream_table(rows).splitlines()
+    assert lines[2:] == ["| adaptive | 12.0 ± 2.8 | 30.0 ± 0.0 | 0.6000 |", "| scratch | 5.0 | 8.0 |  |"]
 
 
 def test_the_step_of_fine_tuning_is_a_step():

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from scripts import two_processes
 from test_classifier import tiny_classifier
 from videos import write_video
 
@@ -126,6 +127,7 @@ import sys
 sys.path[:0] = [{tests!r}, {examples!r}]
 import torch
 from pathlib import Path
+from scripts import two_processes
 from test_classifier import tiny_classifier
 from test_evaluation import views_of
 from common.engine import make_accelerator
@@ -147,9 +149,9 @@ def test_one_and_two_processes_agree_to_the_last_bit(videos, tmp_path):
     data = str(videos[0].path.parent / "val.csv")
     examples = str(TESTS.parent / "examples")
     script.write_text(SCRIPT.format(tests=str(TESTS), examples=examples, data=data, out=str(tmp_path / "out")))
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29541"]
-    for command in ([sys.executable], launch):
-        run = subprocess.run([*command, str(script)], capture_output=True, text=True, check=False, timeout=300)
+    for launcher in ((), two_processes(29541)):
+        command = [sys.executable, *launcher, str(script)]
+        run = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
         assert run.returncode == 0, run.stderr
     one, *two = (torch.load(tmp_path / f"out-{name}") for name in ("1-0", "2-0", "2-1"))
     assert len(one[0]) == 5

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 
 import finetune
@@ -11,6 +12,7 @@ import pytest
 import safetensors.torch
 import torch
 from conftest import tiny_model
+from scripts import ENCODER, EXAMPLES, metrics, run_script, succeeded, two_processes
 from test_checkpoint import renamed_as_official
 from test_classifier import tiny_classifier
 from torch.nn.functional import cross_entropy, log_softmax
@@ -23,56 +25,11 @@ from common.pretrain_recipe import PretrainRecipe
 from common.recipe import load_preset
 from common.transforms import seed_libraries
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
-SIZES = [
-    "--img-size",
-    "32",
-    "32",
-    "--num-frames",
-    "8",
-    "--patch-size",
-    "8",
-    "--embed-dim",
-    "32",
-    "--depth",
-    "2",
-    "--num-heads",
-    "2",
-]
-TINY = [
-    "--batch-size",
-    "4",
-    "--warmup-steps",
-    "1",
-    "--workers",
-    "0",
-    "--log-every",
-    "1",
-    "--stride",
-    "2",
-    "--effective-batch",
-    "4",
-    "--test-clips",
-    "2",
-]
-
-
+TINY = "--batch-size 4 --warmup-steps 1 --workers 0 --log-every 1 --stride 2 --test-clips 2".split()  # noqa: SIM905
+TINY += ["--effective-batch", "4"]
+run_finetune = partial(run_script, "finetune.py")
 # Every parameter of the encoder is to be loaded, none left as it was.
-ENCODER = sum(name.startswith("encoder.") for name in tiny_classifier().state_dict())
-
-
-def run_finetune(*arguments, launcher=()):
-    command = [sys.executable, *launcher, str(EXAMPLES / "finetune.py"), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
-
-
-def succeeded(run):
-    assert run.returncode == 0, run.stdout + run.stderr
-    return run.stdout + run.stderr
-
-
-def metrics(folder):
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+PARAMETERS = sum(name.startswith("encoder.") for name in tiny_classifier().state_dict())
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +62,7 @@ def run_of_three(data, pretrained, tmp_path_factory):
 
 def test_a_run_from_a_pretraining_file(run_of_three, data):
     folder, printed = run_of_three
-    assert f"adamae_sampler checkpoint: {ENCODER} parameters loaded" in printed  # without being told the sizes
+    assert f"adamae_sampler checkpoint: {PARAMETERS} parameters loaded" in printed  # without being told the sizes
     assert "3 classes" in printed
     assert "0.0005 x 4 / 256" in printed
     lines = metrics(folder)
@@ -123,7 +80,7 @@ def test_weights_of_a_run_are_evaluated_alike(run_of_three, data, tmp_path):
     folder, _ = run_of_three
     arguments = ["--eval-only", "--checkpoint", folder / "model.safetensors", *data[2:], "--workers", 0]
     printed = succeeded(run_finetune(*arguments, "--output", tmp_path))  # stride and views are the run's
-    assert f"{ENCODER + 4} parameters loaded" in printed  # fc_norm and head too
+    assert f"{PARAMETERS + 4} parameters loaded" in printed  # fc_norm and head too
     assert (tmp_path / "predictions.csv").read_text() == (folder / "predictions.csv").read_text()
 
 
@@ -136,10 +93,10 @@ def test_the_encoder_of_other_formats_is_loaded_whole(data, tmp_path):
         decoder_intermediate_size=64,
     )  # fmt: skip
     transformers.VideoMAEForPreTraining(config).save_pretrained(tmp_path / "hf")
-    for checkpoint, sizes, name in (("official.pth", SIZES, "official AdaMAE"), ("hf", [], "Hugging Face VideoMAE")):
+    for checkpoint, sizes, name in (("official.pth", ENCODER, "official AdaMAE"), ("hf", [], "Hugging Face VideoMAE")):
         arguments = [*TINY, *sizes, *data, "--checkpoint", tmp_path / checkpoint, "--steps", 1, "--eval-every", 0]
         printed = succeeded(run_finetune(*arguments, "--output", tmp_path / name))
-        assert f"{name} checkpoint: {ENCODER} parameters loaded" in printed
+        assert f"{name} checkpoint: {PARAMETERS} parameters loaded" in printed
         assert "in the file, not in the model: " in printed  # the decoder
         assert "left as they were" not in printed
 
@@ -151,7 +108,7 @@ def test_the_encoder_of_other_formats_is_loaded_whole(data, tmp_path):
 def test_a_decoder_alone_and_another_size_are_refused(keep, sizes, message, data, tmp_path):
     weights = {name: each for name, each in tiny_model().state_dict().items() if name.startswith(keep)}
     torch.save(weights, tmp_path / "weights.pth")
-    run = run_finetune(*TINY, *SIZES, *sizes, *data, "--checkpoint", tmp_path / "weights.pth", "--output", tmp_path)
+    run = run_finetune(*TINY, *ENCODER, *sizes, *data, "--checkpoint", tmp_path / "weights.pth", "--output", tmp_path)
     assert run.returncode != 0
     assert message in run.stderr
     assert "Traceback" not in run.stderr
@@ -184,9 +141,8 @@ finetune.main({[str(each) for each in [*common, "--steps", 4, "--output", tmp_pa
 
 
 def test_two_processes(data, pretrained, tmp_path):
-    launcher = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29543"]
     arguments = [*TINY, *data, "--checkpoint", pretrained, "--batch-size", 2, "--steps", 3, "--eval-every", 1]
-    printed = succeeded(run_finetune(*arguments, "--output", tmp_path, launcher=launcher))
+    printed = succeeded(run_finetune(*arguments, "--output", tmp_path, launcher=two_processes(29543)))
     assert "2 videos x 2 devices x 1 accumulated = 4" in printed
     assert printed.count("top-1 ") == 1
     assert len([line for line in metrics(tmp_path) if "loss" in line]) == 3
@@ -204,7 +160,7 @@ def test_bad_input_is_named_with_its_line_and_the_rest_is_done(tmp_path):
     lines += ["empty.mp4 0", "good.mp4 7", "good.mp4 -1", "missing.mp4 0"]
     for name in ("train", "val"):
         (tmp_path / f"{name}.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    arguments = [*TINY, *SIZES, "--train", tmp_path / "train.csv", "--val", tmp_path / "val.csv", "--num-classes", 2]
+    arguments = [*TINY, *ENCODER, "--train", tmp_path / "train.csv", "--val", tmp_path / "val.csv", "--num-classes", 2]
     printed = succeeded(run_finetune(*arguments, "--steps", 3, "--eval-every", 0, "--output", tmp_path / "out"))
     assert json.loads((tmp_path / "out" / "results.json").read_text())["videos"] == 4
     listed = (tmp_path / "out" / "left_out.txt").read_text(encoding="utf-8")

@@ -1,65 +1,22 @@
 """The pre-training script as its users run it."""
 
-import json
 import shutil
 import subprocess
 import sys
-from pathlib import Path
+from functools import partial
 
 import pytest
 import safetensors.torch
 import torch
 from conftest import tiny_model
+from scripts import DECODER, ENCODER, EXAMPLES, metrics, run_script, succeeded, two_processes
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from adamae_sampler.models import load_checkpoint
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
-TINY = [
-    "--img-size",
-    "32",
-    "32",
-    "--num-frames",
-    "8",
-    "--patch-size",
-    "8",
-    "--embed-dim",
-    "32",
-    "--depth",
-    "2",
-    "--num-heads",
-    "2",
-    "--decoder-embed-dim",
-    "16",
-    "--decoder-depth",
-    "1",
-    "--decoder-num-heads",
-    "2",
-    "--mask-ratio",
-    "0.75",
-    "--batch-size",
-    "4",
-    "--warmup-steps",
-    "1",
-    "--workers",
-    "0",
-    "--log-every",
-    "1",
-]
-
-
-def pretrain(*arguments, launcher=()):
-    command = [sys.executable, *launcher, str(EXAMPLES / "pretrain.py"), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
-
-
-def succeeded(run):
-    assert run.returncode == 0, run.stdout + run.stderr
-    return run.stdout + run.stderr
-
-
-def metrics(folder):
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+TINY = [*ENCODER, *DECODER]
+TINY += "--mask-ratio 0.75 --batch-size 4 --warmup-steps 1 --workers 0 --log-every 1".split()  # noqa: SIM905
+pretrain = partial(run_script, "pretrain.py")
 
 
 @pytest.fixture(scope="module")
@@ -275,7 +232,6 @@ def test_bad_arguments_end_with_one_clear_line(arguments, message, tmp_path):
 
 def test_two_processes(tmp_path):
     """DDP without find_unused_parameters: it would raise if a sampler parameter got no gradient."""
-    launcher = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29517"]
     arguments = [
         *TINY,
         "--data",
@@ -289,6 +245,6 @@ def test_two_processes(tmp_path):
         "--output",
         tmp_path,
     ]
-    printed = succeeded(pretrain(*arguments, launcher=launcher))
+    printed = succeeded(pretrain(*arguments, launcher=two_processes(29517)))
     assert "2 videos x 2 devices x 2 accumulated = 8" in printed
     assert len(metrics(tmp_path)) == 3

@@ -1,8 +1,6 @@
 """Frozen features, their cache, probes and the scripts on them."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import extract_features
@@ -12,6 +10,8 @@ import pytest
 import safetensors
 import torch
 from conftest import tiny_model
+from scripts import ENCODER, run_script, succeeded, two_processes
+from test_checkpoint import renamed_as_official
 from timm.layers import AttentionPoolLatent
 from videos import write_video
 
@@ -233,14 +233,34 @@ def test_bad_arguments(script, arguments, message):
 
 
 def test_two_processes_write_one_cache_and_find_what_one_finds(pretrained, videos, tmp_path):
-    script = str(Path(linear_probe.__file__))
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29547"]
     found = {}
-    for name, command in (("one", [sys.executable]), ("two", launch)):
+    for name, launcher in (("one", ()), ("two", two_processes(29547))):
         arguments = probe_arguments(pretrained[1], videos, tmp_path / name, "--batch-size", 2, "--probe.epochs", 3)
-        run = subprocess.run([*command, script, *arguments], capture_output=True, text=True, check=False, timeout=300)
-        assert run.returncode == 0, run.stderr
+        succeeded(run_script("linear_probe.py", *arguments, launcher=launcher))
         (values,) = (tmp_path / name / "features").glob("*/values.npy")
         found[name] = np.load(values), (tmp_path / name / "probe" / "predictions.csv").read_text()
     assert np.array_equal(found["one"][0], found["two"][0])
     assert found["one"][1] == found["two"][1]
+
+
+def test_probing_starts_from_every_format(videos, tmp_path, capsys):
+    transformers = pytest.importorskip("transformers")
+    torch.save(renamed_as_official(tiny_model().state_dict()), tmp_path / "official.pth")
+    config = transformers.VideoMAEConfig(
+        image_size=32, patch_size=8, num_frames=8, hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
+        intermediate_size=128, decoder_num_attention_heads=2, decoder_hidden_size=16, decoder_num_hidden_layers=1,
+    )  # fmt: skip
+    transformers.VideoMAEForPreTraining(config).save_pretrained(tmp_path / "hf")
+    encoder = len([name for name in tiny_model().state_dict() if name.startswith("encoder.")])
+    for checkpoint, sizes, name in (("official.pth", ENCODER, "official AdaMAE"), ("hf", (), "Hugging Face VideoMAE")):
+        arguments = probe_arguments(str(tmp_path / checkpoint), videos, tmp_path / name, *sizes, "--probe.epochs", 1)
+        linear_probe.main(arguments)
+        assert f"{name} checkpoint: {encoder} parameters loaded" in capsys.readouterr().out
+    weights = {name: each for name, each in tiny_model().state_dict().items() if name.startswith("decoder.")}
+    torch.save(weights, tmp_path / "decoder.pth")
+    for checkpoint, more, message in (
+        ("decoder.pth", ENCODER, "none of the formats known"),
+        ("official.pth", [*ENCODER, "--depth", "3"], "lacks 13 of the model's"),
+    ):
+        with pytest.raises(SystemExit, match=message):
+            linear_probe.main(probe_arguments(str(tmp_path / checkpoint), videos, tmp_path / "refused", *more))

@@ -8,6 +8,7 @@ import torch
 import visualize_masks
 from conftest import tiny_model
 from PIL import Image
+from scripts import DECODER, ENCODER
 from test_checkpoint import as_videomae
 from test_classifier import tiny_classifier
 from videos import write_video
@@ -162,22 +163,7 @@ def test_the_script_knows_model_masking_and_target_from_the_file(video_file, tmp
 
 def test_sprites_and_a_file_without_a_sampler(tmp_path):
     torch.save(as_videomae(tiny_model().state_dict()), tmp_path / "videomae.pth")
-    sizes = [
-        "--img-size",
-        "32",
-        "32",
-        "--num-frames",
-        "8",
-        "--patch-size",
-        "8",
-        "--embed-dim",
-        "32",
-        "--depth",
-        "2",
-        "--num-heads",
-        "2",
-    ]
-    sizes += ["--decoder-embed-dim", "16", "--decoder-depth", "1", "--decoder-num-heads", "2", "--mask-ratios", "0.75"]
+    sizes = [*ENCODER, *DECODER, "--mask-ratios", "0.75"]
     common = ["--checkpoint", str(tmp_path / "videomae.pth"), "--video", "sprites:3:1", *sizes, "--animate", "none"]
     with pytest.raises(SystemExit, match="has no sampler, so it has no p to show; choose --masking random"):
         visualize_masks.main([*common, "--output", str(tmp_path / "a")])

@@ -1,19 +1,21 @@
-"""What the paper's runs take at full scale: steps, learning rate, and GPU-hours at the pace of measured training steps.
+"""Makes the tables of examples/README.md: what the paper's runs take at full scale, and the study of maskings.
 
-    python benchmarks/projection.py                    # into examples/README.md, between its "projection" markers
+    python benchmarks/report_examples.py            # between the file's "projection" and "downstream" markers
 
 Hours are clips / (clips per second of one device), training steps alone: data loading and waiting for other devices
 come on top. The pace is that of the rows in benchmarks/results; the paper's own is 168,913 clips of SSv2 in 9 min 11 s
-on 8 GPUs (supplement, Table 4), data loading included.
+on 8 GPUs (supplement, Table 4), data loading included. The study's tables are of the rows of downstream.py.
 """
 
 from __future__ import annotations
 
+import csv
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
+from downstream import downstream_table
 from report import insert
 from rows import OURS, RESULTS, Row, read_rows
 
@@ -22,7 +24,8 @@ from common.finetune_recipe import FinetuneRecipe
 from common.pretrain_recipe import PretrainRecipe
 from common.recipe import Recipe, Schedule, load_preset
 
-BEGIN, END = "<!-- projection: begin -->", "<!-- projection: end -->"
+PROJECTION = "<!-- projection: begin -->", "<!-- projection: end -->"
+DOWNSTREAM = "<!-- downstream: begin -->", "<!-- downstream: end -->"
 CLIPS = {"ssv2": 168_913, "k400": 240_436, "ucf101": 9_537, "hmdb51": 3_570}  # training videos; split 1 of the last two
 NAMES = {"ssv2": "SSv2", "k400": "Kinetics-400", "ucf101": "UCF101", "hmdb51": "HMDB51"}
 _PAPER_PACE = 168_913 / (9 * 60 + 11) / 8  # clips per second of a GPU
@@ -48,7 +51,7 @@ def fastest(results: Path, kind: type[Recipe]) -> Row | None:
     return max(on_gpu or mine, key=lambda row: row.clips_per_s or 0.0, default=None)
 
 
-def table(results: Path) -> str:
+def projection(results: Path) -> str:
     """A line for each data set and stage."""
     lines = [
         "| Run | steps | effective batch | learning rate | clips seen | hours of one device, measured pace | "
@@ -73,12 +76,32 @@ def table(results: Path) -> str:
     return "\n".join([*lines, "", f"Measured pace: {'; '.join(notes)}."])
 
 
+def study(results: Path) -> str:
+    """A table for each file of rows, under its settings; the first is the study itself."""
+    parts = []
+    for path in sorted(results.glob("downstream*.csv"), key=lambda path: (len(path.name), path.name)):
+        with path.open(newline="") as file:
+            rows = list(csv.DictReader(file))
+        first = rows[0]
+        target = "normalised" if first["normalize_target"] == "True" else "raw"
+        steps = max(int(row["pretrain_steps"]) for row in rows)
+        parts += [
+            f"{float(first['mask_ratio']):.0%} masked, {target} pixels, {steps} steps of pre-training, "
+            f"{first['finetune_steps']} of fine-tuning with {first['labels']} labels, {first['probe_labels']} for the "
+            f"probe; {len({row['seed'] for row in rows})} seeds",
+            downstream_table(rows),
+            f"`{path.name}`, {first['device']}, torch {first['torch']}, commit {first['commit']}.",
+        ]
+    return "\n\n".join(parts)
+
+
 def main(options: Options) -> None:
-    """Writes the table."""
+    """Writes the tables."""
     text = options.readme.read_text(encoding="utf-8")
-    text = insert(text, table(options.results), options.readme, (BEGIN, END))
+    text = insert(text, projection(options.results), options.readme, PROJECTION)
+    text = insert(text, study(options.results), options.readme, DOWNSTREAM)
     options.readme.write_text(text, encoding="utf-8")
-    print(table(options.results))
+    print(f"wrote {options.readme}")
 
 
 if __name__ == "__main__":
