@@ -250,12 +250,19 @@ def test_probing_starts_from_every_format(videos, tmp_path, capsys):
         image_size=32, patch_size=8, num_frames=8, hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
         intermediate_size=128, decoder_num_attention_heads=2, decoder_hidden_size=16, decoder_num_hidden_layers=1,
     )  # fmt: skip
-    transformers.VideoMAEForPreTraining(config).save_pretrained(tmp_path / "hf")
+    for name, pooling in (("norm", False), ("pooling", True)):  # for mean pooling, their default, there is no last norm
+        config.use_mean_pooling = pooling
+        transformers.VideoMAEForPreTraining(config).save_pretrained(tmp_path / name)
     encoder = len([name for name in tiny_model().state_dict() if name.startswith("encoder.")])
-    for checkpoint, sizes, name in (("official.pth", ENCODER, "official AdaMAE"), ("hf", (), "Hugging Face VideoMAE")):
-        arguments = probe_arguments(str(tmp_path / checkpoint), videos, tmp_path / name, *sizes, "--probe.epochs", 1)
+    for checkpoint, sizes, name, parameters in (
+        ("official.pth", ENCODER, "official AdaMAE", encoder),
+        ("norm", (), "Hugging Face VideoMAE", encoder),
+        ("pooling", (), "Hugging Face VideoMAE", encoder - 2),
+    ):
+        folder = tmp_path / f"probe of {checkpoint}"
+        arguments = probe_arguments(str(tmp_path / checkpoint), videos, folder, *sizes, "--probe.epochs", 1)
         linear_probe.main(arguments)
-        assert f"{name} checkpoint: {encoder} parameters loaded" in capsys.readouterr().out
+        assert f"{name} checkpoint: {parameters} parameters loaded" in capsys.readouterr().out
     weights = {name: each for name, each in tiny_model().state_dict().items() if name.startswith("decoder.")}
     torch.save(weights, tmp_path / "decoder.pth")
     for checkpoint, more, message in (

@@ -59,6 +59,15 @@ def stated_sizes(checkpoint: str) -> dict[str, Any]:
     return {name: tuple(value) if isinstance(value, list) else value for name, value in found.items()}
 
 
+def ends_with_norm(checkpoint: str) -> bool:
+    """Whether the encoder of a checkpoint has a LayerNorm of its own at its end. Those of classifiers and of Hugging
+    Face models for mean pooling (their default) have none; of other files it is taken for granted."""
+    config = Path(checkpoint) / "config.json"
+    if config.is_file():
+        return not json.loads(config.read_text(encoding="utf-8")).get("use_mean_pooling", True)
+    return "num_classes" not in stated_sizes(checkpoint)
+
+
 def stated_recipe(checkpoint: str) -> dict[str, Any]:
     """The settings of the run that wrote a file of these scripts; empty for other files."""
     recipe = _metadata(Path(checkpoint)).get("recipe") if checkpoint else None

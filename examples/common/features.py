@@ -19,7 +19,7 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from adamae_sampler.models import VideoClassifier, load_checkpoint
-from common.checkpoints import stated_sizes
+from common.checkpoints import ends_with_norm, stated_sizes
 from common.evaluation import map_views
 from common.recipe import EncoderSettings
 from common.sources import Labelled
@@ -57,8 +57,8 @@ class FeatureSettings(EncoderSettings):
 def frozen_encoder(settings: FeatureSettings, pool: Pool, accelerator: Accelerator) -> Callable[[Tensor], Tensor]:
     """A function from normalised clips [B, C, T, H, W] to features [B, D], or [B, N, D] for `pool` "none".
 
-    Of pre-trained weights: the encoder's tokens after its last norm, and their mean. Of a file of finetune.py, whose
-    encoder has no such norm: the tokens, and what its head gets.
+    Of pre-trained weights: the encoder's tokens after its last norm, if it has one, and their mean. Of a classifier:
+    the tokens, and what its head gets.
 
     Raises:
         FileNotFoundError, TypeError, ValueError: as `load_checkpoint`.
@@ -68,7 +68,7 @@ def frozen_encoder(settings: FeatureSettings, pool: Pool, accelerator: Accelerat
     if settings.model not in known:
         raise ValueError(f"no model {settings.model!r}; there are {', '.join(known)}.")
     model: VideoClassifier = timm.create_model(
-        settings.model, num_classes=0, encoder_norm=not fine_tuned, **settings.sizes()
+        settings.model, num_classes=0, encoder_norm=ends_with_norm(settings.checkpoint), **settings.sizes()
     )
     report = load_checkpoint(model, settings.checkpoint, only="" if fine_tuned else "encoder.")
     if accelerator.is_main_process:
