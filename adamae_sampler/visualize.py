@@ -270,7 +270,7 @@ def _every(row: _Row, step: int) -> _Row:
 def _draw_rows(rows: list[_Row]) -> Figure:
     columns = rows[0].images.shape[0]
     height, width = rows[0].images.shape[1:3]
-    spacing = ConstrainedLayoutEngine(w_pad=0.01, h_pad=0.01, wspace=0, hspace=0)
+    spacing = ConstrainedLayoutEngine(w_pad=0.04, h_pad=0.01, wspace=0, hspace=0)  # text is wider at a low dpi
     figure = Figure(figsize=(1.5 * columns + 1.2, 1.5 * len(rows) * height / width), layout=spacing)
     axes = figure.subplots(len(rows), columns, squeeze=False)
     for row, line in zip(rows, axes, strict=True):

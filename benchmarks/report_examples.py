@@ -86,7 +86,7 @@ def study(results: Path) -> str:
         target = "normalised" if first["normalize_target"] == "True" else "raw"
         steps = max(int(row["pretrain_steps"]) for row in rows)
         parts += [
-            f"{float(first['mask_ratio']):.0%} masked, {target} pixels, {steps} steps of pre-training, "
+            f"{100 * float(first['mask_ratio']):g}% masked, {target} pixels, {steps} steps of pre-training, "
             f"{first['finetune_steps']} of fine-tuning with {first['labels']} labels, {first['probe_labels']} for the "
             f"probe; {len({row['seed'] for row in rows})} seeds",
             downstream_table(rows),
