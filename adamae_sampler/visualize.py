@@ -228,7 +228,7 @@ def _rows(
     return [
         _Row("video", frames),
         _Row(_LABELS[statistics] if normalize else "prediction", shown[clip].permute(1, 2, 3, 0).cpu()),
-        _Row("error", error.view(grid).repeat_interleave(tubelet_size, 0), "magma"),
+        _Row(f"error\n0 to {float(error.max()):.2g}", error.view(grid).repeat_interleave(tubelet_size, 0), "magma"),
         *_probability_row(sample, clip, grid, tubelet_size),
         _Row("mask", _seen(frames, sample, clip, grid, patch_size, tubelet_size)),
     ]
@@ -245,7 +245,9 @@ def _probability_row(sample: MaskSample, clip: int, grid: tuple[int, int, int], 
     if sample.log_probs is None:
         return []
     probabilities = sample.log_probs[clip].detach().exp().view(grid).cpu()
-    return [_Row("p", probabilities.repeat_interleave(tubelet_size, 0), "jet")]
+    low, high = (float(each) * probabilities.numel() for each in probabilities.aminmax())
+    title = f"p\n{low:.2g} to {high:.2g} of\na uniform one"
+    return [_Row(title, probabilities.repeat_interleave(tubelet_size, 0), "jet")]
 
 
 def _seen(

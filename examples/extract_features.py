@@ -50,6 +50,8 @@ def run(options: Options) -> None:
     """Extracts and writes; raises ValueError, TypeError or FileNotFoundError for what cannot be run."""
     if options.output.suffix not in (".safetensors", ".npz"):
         raise ValueError(f"--output {options.output}: name a .safetensors or .npz file.")
+    if options.output.exists():
+        raise ValueError(f"--output {options.output} exists already; name another file, or delete it.")
     if not options.data:
         raise ValueError("--data is needed: a folder of videos or a list file.")
     if options.pool == "none" and options.clips * options.crops > 1:
@@ -78,7 +80,9 @@ def run(options: Options) -> None:
         safetensors.torch.save_file(tensors, options.output, metadata=metadata)
     shape = " x ".join(map(str, features.shape))
     print(f"wrote features {shape} of {len(paths)} videos to {options.output}")
-    report_left_out(options.output.parent, left_out, "could not be read and were left out")
+    report_left_out(
+        options.output.with_name(f"{options.output.name}.left_out.txt"), left_out, "could not be read and were left out"
+    )
 
 
 if __name__ == "__main__":

@@ -30,13 +30,15 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from adamae_sampler.models import VideoClassifier, load_checkpoint
-from common.checkpoints import save_weights, stated_sizes
+from common.checkpoints import DECODER_SIZES, save_weights, size_note, stated_sizes
 from common.cli import Run, parse_arguments
 from common.datasets import ClipSource
 from common.engine import (
     Loop,
     Normalise,
     check_output,
+    describe_clips,
+    describe_encoder,
     describe_precision,
     describe_training,
     format_lines,
@@ -48,7 +50,7 @@ from common.evaluation import Evaluation, evaluate, write_results
 from common.finetune_recipe import FinetuneRecipe
 from common.metrics import DeviceMetrics, RunLog
 from common.recipe import Schedule
-from common.sources import Labelled, check_apart
+from common.sources import Labelled, check_apart, describe_classes
 from common.state import load_state, restore_random_state, set_aside
 from common.transforms import seed_libraries
 from common.video import VideoError
@@ -79,6 +81,8 @@ def build(recipe: FinetuneRecipe, run: Run) -> Job:
         raise ValueError("--train is needed: a list of videos to train on, or 'sprites'.")
     if recipe.eval_only and not recipe.checkpoint:
         raise ValueError("--eval-only needs --checkpoint: the weights of a classifier.")
+    if recipe.eval_only and DECODER_SIZES[0] in stated_sizes(recipe.checkpoint):
+        raise ValueError(f"{recipe.checkpoint} has no head; --eval-only needs a classifier, a file of finetune.py.")
     accelerator = make_accelerator(recipe.precision)
     train = Labelled.find("" if recipe.eval_only else recipe.train, recipe)
     val = Labelled.find(recipe.val, recipe)
@@ -98,13 +102,13 @@ def build(recipe: FinetuneRecipe, run: Run) -> Job:
     model.set_grad_checkpointing(recipe.checkpoint_activations)
     state = load_state(run.resume, recipe, schedule, accelerator.num_processes) if run.resume else None
     if accelerator.is_main_process:
-        print(describe(recipe, schedule, model, accelerator, train, val))
+        print(describe(recipe, run.preset, schedule, model, accelerator, train, val))
         if state is not None:
             print(f"{'resumes':>13}  {run.resume} from step {state['step']}")
     if recipe.checkpoint and state is None:
         report = load_checkpoint(model, recipe.checkpoint, only="" if recipe.eval_only else "encoder.")
         if accelerator.is_main_process:
-            print(f"{'weights':>13}  {recipe.checkpoint}: {report}")
+            print(f"{'weights':>13}  {recipe.checkpoint}: {report}{size_note(recipe.checkpoint, recipe)}")
     model.to(accelerator.device)
     in_place = run.resume is not None and run.resume.resolve().parent == recipe.output.resolve()
     return Job(accelerator, model, val, clips, schedule, state, names, left_out, val_left_out, in_place)
@@ -221,11 +225,14 @@ def finish(recipe: FinetuneRecipe, job: Job) -> None:
         f"wrote {', '.join(str(recipe.output / name) for name in ('results.json', 'per_class.csv', 'predictions.csv'))}"
     )
     left_out = [*job.left_out, *result.left_out]
-    report_left_out(recipe.output, left_out, "could not be used; training took others, evaluation left them out")
+    report_left_out(
+        recipe.output / "left_out.txt", left_out, "could not be used; training took others, evaluation left them out"
+    )
 
 
 def describe(
     recipe: FinetuneRecipe,
+    preset: str,
     schedule: Schedule,
     model: VideoClassifier,
     accelerator: Accelerator,
@@ -233,15 +240,14 @@ def describe(
     val: Labelled,
 ) -> str:
     """The resolved recipe, for people."""
-    millions = sum(each.numel() for each in model.parameters()) / 1e6
-    frames = f"stride {recipe.stride}" if recipe.sampling == "dense" else "one of each segment"
     lines = {
+        "preset": preset,
         "train": f"{recipe.train or 'none given'}, {len(train)} videos",
         "val": f"{recipe.val or 'none given'}, {len(val)} videos, {recipe.test_clips} clips x {recipe.test_crops} "
         "crops",
-        "clips": f"{recipe.num_frames} frames, {recipe.sampling} ({frames}), {recipe.img_size[0]}x{recipe.img_size[1]}",
-        "model": f"{recipe.model}, {millions:.1f}M parameters, {model.num_classes} classes, "
-        + (recipe.checkpoint or "from scratch"),
+        "classes": f"{model.num_classes}; " + describe_classes(train, val),
+        "clips": describe_clips(recipe),
+        "model": f"{describe_encoder(recipe.model, model)}, {recipe.checkpoint or 'from scratch'}",
     }
     if recipe.eval_only:
         return format_lines(lines | {"device": f"{accelerator.device}, {describe_precision(accelerator)}"})

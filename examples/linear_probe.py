@@ -22,7 +22,7 @@ from common.engine import check_output, make_accelerator, report_left_out
 from common.evaluation import Evaluation, write_results
 from common.features import FeatureSettings, Pool, cached_features
 from common.probes import Probe, ProbeKind, ProbeRecipe, predict, train_probe
-from common.sources import Labelled, check_apart
+from common.sources import Labelled, check_apart, describe_classes
 from common.video import VideoError
 
 
@@ -67,6 +67,8 @@ def run(options: Options) -> float | None:
     left_out, val_left_out = train.drop_labels(num_classes), val.drop_labels(num_classes)
     names = val.class_names(num_classes)
     accelerator = make_accelerator(options.precision)
+    if accelerator.is_main_process:
+        print(f"{'classes':>13}  {num_classes}; {describe_classes(train, val)}")
     pool: Pool = "mean" if options.kind == "linear" else "none"
     features, test = (cached_features(options, data, pool, options.cache, accelerator) for data in (train, val))
     if not accelerator.is_main_process:
@@ -89,7 +91,7 @@ def run(options: Options) -> float | None:
     )
     left_out += [*features.left_out, *result.left_out]
     again = f"could not be used and were left out (delete the folder in {options.cache} to try them again)"
-    report_left_out(options.output, left_out, again)
+    report_left_out(options.output / "left_out.txt", left_out, again)
     return float(summary["top1"])
 
 

@@ -58,6 +58,7 @@ def ucf101(annotations: Path, videos: Path, output: Path, split: int = 1) -> Non
         output: folder for train.csv, val.csv, labels.txt, and missing.txt if videos are missing.
         split: which of the three official splits.
     """
+    check_split(split)
     write(read_ucf101(annotations, split), videos, output)
 
 
@@ -71,6 +72,7 @@ def hmdb51(annotations: Path, videos: Path, output: Path, split: int = 1) -> Non
         output: folder for train.csv, val.csv, labels.txt, and missing.txt if videos are missing.
         split: which of the three official splits.
     """
+    check_split(split)
     write(read_hmdb51(annotations, split), videos, output)
 
 
@@ -144,6 +146,12 @@ def examine(entry: VideoEntry) -> int | str:
     if entry.start >= frames:
         return f"its part begins at frame {entry.start} of {frames}"
     return frames
+
+
+def check_split(split: int) -> None:
+    """Raises ValueError unless it is one of the three official splits."""
+    if split not in (1, 2, 3):
+        raise ValueError(f"--split {split}: the official splits are 1, 2 and 3.")
 
 
 def main(arguments: list[str]) -> None:

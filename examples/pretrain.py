@@ -30,6 +30,8 @@ from common.engine import (
     Loop,
     Normalise,
     check_output,
+    describe_clips,
+    describe_encoder,
     describe_training,
     format_lines,
     load_clips,
@@ -70,7 +72,7 @@ def build(recipe: PretrainRecipe, run: Run) -> Job:
     model.set_grad_checkpointing(recipe.checkpoint_activations)
     state = load_state(run.resume, recipe, schedule, accelerator.num_processes) if run.resume else None
     if accelerator.is_main_process:
-        print(describe(recipe, schedule, model, accelerator, len(source)))
+        print(describe(recipe, run.preset, schedule, model, accelerator, len(source)))
         if state is not None:
             print(f"{'resumes':>13}  {run.resume} from step {state['step']}")
     in_place = run.resume is not None and run.resume.resolve().parent == recipe.output.resolve()
@@ -115,18 +117,20 @@ def train(recipe: PretrainRecipe, job: Job) -> None:
     left_out = loop.run(batches, first_step)
     if accelerator.is_main_process:
         finish(recipe, accelerator.unwrap_model(model), criterion, source, normalise)
-        report_left_out(recipe.output, left_out, "could not be read and were replaced by others")
+        report_left_out(recipe.output / "left_out.txt", left_out, "could not be read and were replaced by others")
     accelerator.end_training()
 
 
-def describe(recipe: PretrainRecipe, schedule: Schedule, model: AdaMAE, accelerator: Accelerator, clips: int) -> str:
+def describe(
+    recipe: PretrainRecipe, preset: str, schedule: Schedule, model: AdaMAE, accelerator: Accelerator, clips: int
+) -> str:
     """The resolved recipe, for people."""
     visible, tokens = model.sampler.num_visible, model.sampler.num_tokens
-    millions = sum(each.numel() for each in model.parameters()) / 1e6
     lines = {
-        "data": f"{recipe.data or 'none given'}, {clips} videos, {recipe.num_frames} frames at stride {recipe.stride}, "
-        f"{recipe.img_size[0]}x{recipe.img_size[1]}, {'flip' if recipe.flip else 'no flip'}",
-        "model": f"{recipe.model}, {millions:.1f}M parameters, grid {model.size.grid}",
+        "preset": preset,
+        "data": f"{recipe.data or 'none given'}, {clips} videos",
+        "clips": f"{describe_clips(recipe)}, {'flip' if recipe.flip else 'no flip'}",
+        "model": describe_encoder(recipe.model, model),
         "masking": f"{recipe.masking}, {visible} of {tokens} tokens visible ({1 - visible / tokens:.1%} masked)",
         "target": f"{'normalised' if recipe.normalize_target else 'raw'} pixels, {recipe.loss}, sampling weight "
         f"{recipe.sampling_weight:g}",

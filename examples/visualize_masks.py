@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from adamae_sampler import AdaMAELoss, MaskSample
+from adamae_sampler.mask import check_mask_ratio
 from adamae_sampler.models import AdaMAE, load_checkpoint
 from adamae_sampler.visualize import animation, mask_overview, overview, save_animation
 from common.checkpoints import DECODER_SIZES, stated_recipe, stated_sizes
@@ -85,6 +86,12 @@ def run(options: Options) -> None:
     check_output(options.output)
     if not options.checkpoint or not options.video:
         raise ValueError("--checkpoint and --video are needed.")
+    if "num_classes" in stated_sizes(options.checkpoint):
+        raise ValueError(
+            f"{options.checkpoint} is a classifier, without a decoder; pictures need a file of pretrain.py."
+        )
+    for ratio in options.mask_ratios:
+        check_mask_ratio(ratio)
     accelerator = make_accelerator(options.precision)
     if not accelerator.is_main_process:
         return

@@ -63,7 +63,7 @@ def run_of_three(data, pretrained, tmp_path_factory):
 def test_a_run_from_a_pretraining_file(run_of_three, data):
     folder, printed = run_of_three
     assert f"adamae_sampler checkpoint: {PARAMETERS} parameters loaded" in printed  # without being told the sizes
-    assert "3 classes" in printed
+    assert "classes  3; videos of 3 to train on, of 3 to evaluate on\n" in printed
     assert "0.0005 x 4 / 256" in printed
     lines = metrics(folder)
     trained = [line for line in lines if "loss" in line]
@@ -211,6 +211,26 @@ def test_what_is_known_to_be_wrong_is_refused_before_training(data, pretrained, 
         assert message in run.stderr
         assert "Traceback" not in run.stderr
         assert not (tmp_path / "out" / "metrics.jsonl").exists()
+
+
+def test_what_is_odd_but_possible_is_said(data, pretrained, tmp_path):
+    """Clips of another size than the checkpoint's, and a class that is never trained on."""
+    listed = [line for line in Path(data[1]).read_text(encoding="utf-8").splitlines() if not line.endswith(" 2")]
+    two = Path(data[1]).parent / "two.csv"
+    two.write_text("\n".join(listed) + "\n", encoding="utf-8")
+    arguments = [*TINY, "--train", two, *data[2:], "--checkpoint", pretrained, "--steps", 1, "--eval-every", 0]
+    printed = succeeded(run_finetune(*arguments, "--img-size", 48, 48, "--output", tmp_path))
+    assert "img_size (32, 32) there, (48, 48) here; position embeddings are computed anew" in printed
+    assert (
+        "videos of 2 to train on, of 3 to evaluate on; WARNING: 1 of val are never trained on, such as 2 (" in printed
+    )
+    assert "val.csv:3 (" in printed
+
+
+def test_eval_only_needs_a_head(data, pretrained, tmp_path):
+    run = run_finetune("--eval-only", "--checkpoint", pretrained, *data[2:], "--output", tmp_path)
+    assert run.returncode != 0
+    assert "has no head; --eval-only needs a classifier, a file of finetune.py" in run.stderr
 
 
 def test_presets_follow_the_supplements_table_7():

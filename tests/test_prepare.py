@@ -111,6 +111,8 @@ def test_hmdb51(tmp_path):
         lists_of("hmdb51", tmp_path)
     with pytest.raises(SystemExit, match=r"_test_split3.txt; give the folder of the official splits"):
         lists_of("hmdb51", tmp_path, "--split", "3")
+    with pytest.raises(SystemExit, match="--split 7: the official splits are 1, 2 and 3"):
+        lists_of("hmdb51", tmp_path, "--split", "7")
 
 
 def test_none_of_the_videos(tmp_path):

@@ -81,6 +81,14 @@ def test_extracted_features_are_the_encoders(suffix, pretrained, videos, tmp_pat
     assert "parameters loaded" in printed
 
 
+def test_an_earlier_file_is_not_written_over(pretrained, videos, tmp_path):
+    (tmp_path / "f.npz").write_text("mine")
+    arguments = ["--checkpoint", pretrained[1], "--data", str(videos), "--output", str(tmp_path / "f.npz")]
+    with pytest.raises(SystemExit, match=r"f.npz exists already; name another file"):
+        extract_features.main(arguments)
+    assert (tmp_path / "f.npz").read_text() == "mine"
+
+
 def test_a_folder_and_all_tokens(pretrained, videos, tmp_path):
     output = tmp_path / "features.npz"
     arguments = ["--checkpoint", pretrained[1], "--data", str(videos.parent), "--pool", "none", "--workers", "0"]

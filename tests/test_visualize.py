@@ -90,7 +90,12 @@ def test_rows_are_the_papers_and_say_where_contrast_is_from():
     assert "visible patches" in labels_of(leak_free)[1]
     assert labels_of(overview(video, prediction, sample, error, normalize=False, **SIZES))[1] == "prediction"
     fixed = step(masking="tube", channels=1)
-    assert labels_of(overview(*fixed, normalize=False, **SIZES)) == ["video", "prediction", "error", "mask"]
+    assert [row.split("\n")[0] for row in labels_of(overview(*fixed, normalize=False, **SIZES))] == [
+        "video", "prediction", "error", "mask"
+    ]  # fmt: skip
+    relative = sample.log_probs[0].exp() * 64
+    assert rows[3] == f"p\n{relative.min():.2g} to {relative.max():.2g} of\na uniform one"
+    assert rows[2] == f"error\n0 to {error[0].max():.2g}"
 
 
 def test_error_p_and_mask_are_drawn_where_they_belong():
@@ -111,7 +116,7 @@ def test_error_p_and_mask_are_drawn_where_they_belong():
 def test_masks_of_several_ratios():
     video, _, sample, _ = step()
     figure = mask_overview(video, {"75%": sample, "the same": sample}, **SIZES)
-    assert labels_of(figure) == ["video", "p", "75%", "the same"]
+    assert [row.split("\n")[0] for row in labels_of(figure)] == ["video", "p", "75%", "the same"]
 
 
 @pytest.mark.parametrize("suffix", ["gif", "mp4"])
@@ -173,8 +178,13 @@ def test_sprites_and_a_file_without_a_sampler(tmp_path):
 
 def test_what_cannot_be_shown(video_file, tmp_path):
     save_weights(tiny_classifier(), tmp_path / "tuned.safetensors", FinetuneRecipe())
-    with pytest.raises(SystemExit, match="It has no decoder: it is an encoder alone, or a classifier"):
+    with pytest.raises(SystemExit, match=r"is a classifier, without a decoder; pictures need a file of pretrain\.py"):
         visualize_masks.main(["--checkpoint", str(tmp_path / "tuned.safetensors"), "--video", video_file])
+    weights = {name: each for name, each in tiny_model().state_dict().items() if name.startswith("encoder.")}
+    torch.save(weights, tmp_path / "encoder.pth")
+    arguments = ["--checkpoint", str(tmp_path / "encoder.pth"), "--video", video_file, *ENCODER, *DECODER]
+    with pytest.raises(SystemExit, match="It has no decoder: it is an encoder alone, or a classifier"):
+        visualize_masks.main(arguments)
     save_weights(tiny_model(), tmp_path / "model.safetensors", PretrainRecipe())
     model = ["--checkpoint", str(tmp_path / "model.safetensors"), "--output", str(tmp_path / "out")]
     (tmp_path / "broken.mp4").write_bytes(b"nothing")

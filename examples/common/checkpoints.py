@@ -10,7 +10,7 @@ import safetensors
 import safetensors.torch
 
 from adamae_sampler.models import AdaMAE, VideoClassifier
-from common.recipe import Recipe
+from common.recipe import EncoderSettings, Recipe
 
 SIZES = ("img_size", "num_frames", "patch_size", "tubelet_size", "embed_dim", "depth", "num_heads")
 DECODER_SIZES = ("decoder_embed_dim", "decoder_depth", "decoder_num_heads")
@@ -57,6 +57,16 @@ def stated_sizes(checkpoint: str) -> dict[str, Any]:
     sizes = _metadata(path).get("model") if checkpoint else None
     found: dict[str, Any] = json.loads(sizes) if sizes else {}
     return {name: tuple(value) if isinstance(value, list) else value for name, value in found.items()}
+
+
+def size_note(checkpoint: str, settings: EncoderSettings) -> str:
+    """What to say of clips of another size than the checkpoint's: weights do not depend on it, positions do."""
+    sizes = stated_sizes(checkpoint)
+    other = [name for name in ("img_size", "num_frames") if name in sizes and sizes[name] != getattr(settings, name)]
+    notes = [f"{name} {sizes[name]} there, {getattr(settings, name)} here" for name in other]
+    return (
+        f"\n  other clips than the file's: {', '.join(notes)}; position embeddings are computed anew" if notes else ""
+    )
 
 
 def ends_with_norm(checkpoint: str) -> bool:

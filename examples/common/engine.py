@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from adamae_sampler.models import AdaMAE, VideoClassifier
 from common.datasets import ClipSource, ClipStream, collate_clips
 from common.metrics import DeviceMetrics, RunLog
-from common.recipe import Recipe, Schedule
+from common.recipe import EncoderSettings, Recipe, Schedule
 from common.state import save_state
 
 _SHOWN = {
@@ -187,6 +188,22 @@ def describe_training(recipe: Recipe, schedule: Schedule, accelerator: Accelerat
     }
 
 
+def describe_clips(settings: EncoderSettings) -> str:
+    """Which frames a clip takes, and its size."""
+    frames = f"stride {settings.stride}" if settings.sampling == "dense" else "one of each"
+    return (
+        f"{settings.num_frames} frames, {settings.sampling} ({frames}), {settings.img_size[0]}x{settings.img_size[1]}"
+    )
+
+
+def describe_encoder(name: str, model: AdaMAE | VideoClassifier) -> str:
+    """Name and size of a model."""
+    size, blocks = model.size, model.encoder.blocks
+    millions = sum(each.numel() for each in model.parameters()) / 1e6
+    width = model.encoder.pos_embed.shape[-1]
+    return f"{name}, {millions:.3g}M parameters, width {width}, {len(blocks)} blocks, grid {size.grid}"
+
+
 def describe_precision(accelerator: Accelerator) -> str:
     """'fp32' or 'bf16'."""
     return "fp32" if accelerator.mixed_precision == "no" else str(accelerator.mixed_precision)
@@ -205,11 +222,12 @@ def check_output(output: Path, *new: str) -> None:
         raise ValueError(f"--output {output} has {', '.join(there)} already; name another folder, or delete it.")
 
 
-def report_left_out(output: Path, left_out: list[str], what: str) -> None:
-    """Prints which videos could not be used and what became of them, and writes it to left_out.txt."""
+def report_left_out(report: Path, left_out: list[str], what: str) -> None:
+    """Prints and writes which videos could not be used and what became of them; removes an earlier file."""
+    report.unlink(missing_ok=True)
     if not left_out:
         return
-    print(f"{len(left_out)} videos {what} (also in {output / 'left_out.txt'}):")
+    print(f"{len(left_out)} videos {what} (also in {report}):")
     print("\n".join(f"  {message}" for message in left_out))
-    output.mkdir(parents=True, exist_ok=True)
-    (output / "left_out.txt").write_text("\n".join(left_out) + "\n", encoding="utf-8")
+    report.parent.mkdir(parents=True, exist_ok=True)
+    report.write_text("\n".join(left_out) + "\n", encoding="utf-8")

@@ -19,7 +19,8 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from adamae_sampler.models import VideoClassifier, load_checkpoint
-from common.checkpoints import ends_with_norm, stated_sizes
+from common.checkpoints import ends_with_norm, size_note, stated_sizes
+from common.engine import describe_clips
 from common.evaluation import map_views
 from common.recipe import EncoderSettings
 from common.sources import Labelled
@@ -72,7 +73,9 @@ def frozen_encoder(settings: FeatureSettings, pool: Pool, accelerator: Accelerat
     )
     report = load_checkpoint(model, settings.checkpoint, only="" if fine_tuned else "encoder.")
     if accelerator.is_main_process:
-        print(f"{'weights':>13}  {settings.checkpoint}: {report}")
+        views = f"{settings.clips} clips x {settings.crops} crops of a video"
+        print(f"{'clips':>13}  {describe_clips(settings)}, {views}")
+        print(f"{'weights':>13}  {settings.checkpoint}: {report}{size_note(settings.checkpoint, settings)}")
     model.to(accelerator.device).eval()
 
     def features(views: Tensor) -> Tensor:

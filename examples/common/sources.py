@@ -74,6 +74,10 @@ class Labelled:
         """One more than the largest label."""
         return Sprites.num_classes if self.sprites is not None else max((e.label for e in self.entries), default=-1) + 1
 
+    def labels(self) -> set[int]:
+        """The labels that there is a video of."""
+        return set(range(Sprites.num_classes)) if self.sprites is not None else {entry.label for entry in self.entries}
+
     def drop_labels(self, num_classes: int) -> list[str]:
         """Leaves out the videos whose label is not one of so many classes, and returns a message for each.
 
@@ -127,6 +131,16 @@ class Labelled:
         return VideoViews(
             self.entries, settings.num_frames, settings.stride, settings.img_size, settings.sampling, clips, crops
         )
+
+
+def describe_classes(train: Labelled, val: Labelled) -> str:
+    """How many classes the lists have videos of, and which classes of val are never trained on."""
+    known, unknown = train.labels(), sorted(val.labels() - train.labels())
+    text = f"videos of {len(known)} to train on, of {len(val.labels())} to evaluate on"
+    if not unknown or not known:
+        return text
+    first = next((entry.where for entry in val.entries if entry.label == unknown[0]), val.name)
+    return f"{text}; WARNING: {len(unknown)} of val are never trained on, such as {unknown[0]} ({first})"
 
 
 def check_apart(train: Labelled, val: Labelled) -> None:
