@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from accelerate.utils import extract_model_from_parallel
 from conftest import tiny_model
 from hosts import CASES, checkout, import_from, make_hf_videomae, make_hf_vit_mae, structured
@@ -18,6 +19,13 @@ each_host = pytest.mark.parametrize(
     [(make_hf_videomae, (8, 3, 32, 32), "bool_masked_pos"), (make_hf_vit_mae, (3, 32, 32), "mask")],
     ids=["videomae", "vit_mae"],
 )
+
+
+@pytest.fixture(autouse=True)
+def _leave_no_precision_behind():
+    """A Trainer sets accelerate's precision for the process, where scripts under test choose their own."""
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def train_a_little(model, shape):
