@@ -54,7 +54,7 @@ class MHAScoreNetwork(nn.Module):
             for _ in range(depth)
         )
         self.head = nn.Linear(width, 1)
-        _init_linear(self)
+        init_linear_layers(self)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """[B, N, D] -> [B, N] fp32."""
@@ -80,7 +80,7 @@ class MLPScoreNetwork(nn.Module):
         self.hidden = nn.Linear(embed_dim, embed_dim)
         self.act = act_layer()
         self.head = nn.Linear(embed_dim, 1)
-        _init_linear(self)
+        init_linear_layers(self)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """[B, N, D] -> [B, N] fp32."""
@@ -98,7 +98,8 @@ def _score(head: nn.Linear, x: Tensor) -> Tensor:
         return F.linear(x.float(), head.weight.float(), head.bias.float()).squeeze(-1)
 
 
-def _init_linear(network: nn.Module) -> None:
+def init_linear_layers(network: nn.Module) -> None:
+    """Xavier-uniform weights and zero biases, as VideoMAE and AdaMAE initialise."""
     for module in network.modules():
         if isinstance(module, nn.Linear):
             nn.init.xavier_uniform_(module.weight)

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from adamae_sampler.mask import MaskSample
 from adamae_sampler.models.build import build_variant
-from adamae_sampler.models.encoder import Encoder, VideoSize, fill_constants, init_linear_layers
+from adamae_sampler.models.encoder import Encoder, VideoSize, fill_constants
 from adamae_sampler.models.layers import LayerNorm, Transformer, sinusoid_table
+from adamae_sampler.networks import init_linear_layers
 from adamae_sampler.ops import assemble_tokens
 from adamae_sampler.ops.patches import PatchSize
 from adamae_sampler.sampler import (

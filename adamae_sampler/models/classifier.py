@@ -10,8 +10,9 @@ from timm.models import register_model
 from torch import Tensor, nn
 
 from adamae_sampler.models.build import build_variant
-from adamae_sampler.models.encoder import Encoder, VideoSize, fill_constants, init_linear_layers
+from adamae_sampler.models.encoder import Encoder, VideoSize, fill_constants
 from adamae_sampler.models.layers import LayerNorm
+from adamae_sampler.networks import init_linear_layers
 from adamae_sampler.ops.patches import PatchSize
 
 

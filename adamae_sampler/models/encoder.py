@@ -101,12 +101,3 @@ def fill_constants(model: nn.Module) -> None:
             module.pos_embed.copy_(sinusoid_table(*module.pos_embed.shape[1:]))
         if isinstance(module, EvaAttention):
             module.k_bias.zero_()
-
-
-def init_linear_layers(model: nn.Module) -> None:
-    """Xavier-uniform weights and zero biases, as VideoMAE and AdaMAE initialise."""
-    for module in model.modules():
-        if isinstance(module, nn.Linear):
-            nn.init.xavier_uniform_(module.weight)
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
