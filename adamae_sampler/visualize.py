@@ -121,7 +121,7 @@ def overview(
         clip: which of the B clips.
     """
     rows = _rows(video, prediction, sample, token_error, normalize, statistics, patch_size, tubelet_size, clip)
-    return _draw_rows([_every(row, tubelet_size) for row in rows])
+    return _draw_rows(rows, tubelet_size)
 
 
 def mask_overview(
@@ -147,7 +147,7 @@ def mask_overview(
     rows += [
         _Row(title, _seen(frames, sample, clip, grid, patch_size, tubelet_size)) for title, sample in samples.items()
     ]
-    return _draw_rows([_every(row, tubelet_size) for row in rows])
+    return _draw_rows(rows, tubelet_size)
 
 
 def animation(
@@ -230,7 +230,10 @@ def _rows(
         _Row(_LABELS[statistics] if normalize else "prediction", shown[clip].permute(1, 2, 3, 0).cpu()),
         _Row(f"error\n0 to {float(error.max()):.2g}", error.view(grid).repeat_interleave(tubelet_size, 0), "magma"),
         *_probability_row(sample, clip, grid, tubelet_size),
-        _Row("mask", _seen(frames, sample, clip, grid, patch_size, tubelet_size)),
+        _Row(
+            f"mask\n{sample.num_tokens - sample.num_visible} of {sample.num_tokens}\ntokens masked",
+            _seen(frames, sample, clip, grid, patch_size, tubelet_size),
+        ),
     ]
 
 
@@ -265,23 +268,23 @@ def _seen(
     return torch.where(pixels[..., None], (frames.float() * 0.15).to(torch.uint8), frames)
 
 
-def _every(row: _Row, step: int) -> _Row:
-    return _Row(row.title, row.images[::step], row.colours)
-
-
-def _draw_rows(rows: list[_Row]) -> Figure:
-    columns = rows[0].images.shape[0]
+def _draw_rows(rows: list[_Row], tubelet_size: int) -> Figure:
+    """A column for the first frame of each tubelet."""
+    shown = range(0, rows[0].images.shape[0], tubelet_size)
+    columns = len(shown)
     height, width = rows[0].images.shape[1:3]
     spacing = ConstrainedLayoutEngine(w_pad=0.04, h_pad=0.01, wspace=0, hspace=0)  # text is wider at a low dpi
     figure = Figure(figsize=(1.5 * columns + 1.2, 1.5 * len(rows) * height / width), layout=spacing)
     axes = figure.subplots(len(rows), columns, squeeze=False)
     for row, line in zip(rows, axes, strict=True):
         show = _colour_map(row)
-        for image, cell in zip(row.images, line, strict=True):
-            show(cell, image)
+        for frame, cell in zip(shown, line, strict=True):
+            show(cell, row.images[frame])
             cell.set_xticks([])
             cell.set_yticks([])
         line[0].set_ylabel(row.title, rotation=0, ha="right", va="center", fontsize=9)
+    for frame, cell in zip(shown, axes[0], strict=True):
+        cell.set_title(f"frame {frame}", fontsize=8)
     return figure
 
 

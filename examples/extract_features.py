@@ -3,8 +3,8 @@
     python examples/extract_features.py --checkpoint model.safetensors --data videos/ --output features.safetensors
     python examples/extract_features.py --checkpoint videomae/ --data list.csv --output features.npz --pool none
 
-The file has `features` ([V, D], or [V, N, D] for --pool none), `label` ([V], -1 where there is none) and the paths of
-the videos: as `path` in .npz, as JSON in the metadata of .safetensors.
+The file has `features` ([V, D], or [V, N, D] for --pool none), `label` ([V], -1 where there is none), the paths of the
+videos and the settings of the extraction: as `path` and `settings` in .npz, as JSON in the metadata of .safetensors.
 """
 
 from __future__ import annotations
@@ -13,16 +13,18 @@ import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import safetensors.torch
 import torch
 from accelerate.utils import gather_object
 
 from common.cli import parse_settings
-from common.engine import make_accelerator, report_left_out
+from common.devices import make_accelerator
 from common.evaluation import map_views
 from common.features import FeatureSettings, Pool, frozen_encoder
+from common.files import replacing, write_tensors
+from common.report import report_left_out
 from common.sources import Labelled
 
 
@@ -71,13 +73,14 @@ def run(options: Options) -> None:
     index, label, features = (torch.cat([part[column] for part in read]) for column in range(3))
     order = index.argsort()
     paths = [data.describe(number) for number in index[order].tolist()]
-    options.output.parent.mkdir(parents=True, exist_ok=True)
+    tensors, settings = {"features": features[order], "label": label[order]}, json.dumps(options.plain())
     if options.output.suffix == ".npz":
-        np.savez(options.output, features=features[order].numpy(), label=label[order].numpy(), path=np.array(paths))
+        arrays: dict[str, Any] = {name: tensor.numpy() for name, tensor in tensors.items()}
+        with replacing(options.output) as aside, aside.open("wb") as file:
+            np.savez(file, path=np.array(paths), settings=np.array(settings), **arrays)
     else:
-        tensors = {"features": features[order].contiguous(), "label": label[order]}
-        metadata = {"format": "pt", "path": json.dumps(paths, ensure_ascii=False)}
-        safetensors.torch.save_file(tensors, options.output, metadata=metadata)
+        about = {"path": json.dumps(paths, ensure_ascii=False), "settings": settings}
+        write_tensors(options.output, tensors, about)
     shape = " x ".join(map(str, features.shape))
     print(f"wrote features {shape} of {len(paths)} videos to {options.output}")
     report_left_out(

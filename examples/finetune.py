@@ -6,8 +6,9 @@
     python examples/finetune.py --preset sprites --checkpoint runs/sprites/model.safetensors    generated clips
 
 --checkpoint takes files of pretrain.py, official AdaMAE and VideoMAE files, and folders or files of a Hugging Face
-VideoMAE; without it the model starts from scratch. Writes metrics.jsonl, TensorBoard files, state.pt (for --resume),
-model.safetensors, and results.json, per_class.csv and predictions.csv of the evaluation at the end.
+VideoMAE; without it the model starts from scratch. Writes recipe.yaml, metrics.jsonl, TensorBoard files, checkpoints/
+(for --resume; "auto" is the newest in --output), model.safetensors, and results.json, per_class.csv and predictions.csv
+of the evaluation at the end.
 """
 
 from __future__ import annotations
@@ -32,28 +33,24 @@ from torch.nn.functional import cross_entropy
 from adamae_sampler.models import VideoClassifier, load_checkpoint
 from common.checkpoints import DECODER_SIZES, save_weights, size_note, stated_sizes
 from common.cli import Run, parse_arguments
+from common.costs import forward_flops
 from common.datasets import ClipSource
-from common.engine import (
-    Loop,
-    Normalise,
+from common.devices import Normalise, describe_precision, make_accelerator
+from common.engine import Loop, Resumed, run_to_the_end
+from common.evaluation import Evaluation, evaluate, write_results
+from common.finetune_recipe import FinetuneRecipe
+from common.metrics import DeviceMetrics
+from common.recipe import Schedule
+from common.report import (
     check_output,
     describe_clips,
     describe_encoder,
-    describe_precision,
     describe_training,
     format_lines,
-    load_clips,
-    make_accelerator,
     report_left_out,
 )
-from common.evaluation import Evaluation, evaluate, write_results
-from common.finetune_recipe import FinetuneRecipe
-from common.metrics import DeviceMetrics, RunLog
-from common.recipe import Schedule
 from common.sources import Labelled, check_apart, describe_classes
-from common.state import load_state, restore_random_state, set_aside
 from common.transforms import seed_libraries
-from common.video import VideoError
 
 
 @dataclass
@@ -65,11 +62,10 @@ class Job:
     val: Labelled
     clips: ClipSource
     schedule: Schedule
-    state: dict[str, Any] | None
+    resumed: Resumed | None
     names: list[str]  # of the classes
     left_out: list[str]  # messages about videos of train
     val_left_out: list[str]  # and of val, whose labels are out of range
-    continues_in_place: bool
 
 
 def build(recipe: FinetuneRecipe, run: Run) -> Job:
@@ -100,18 +96,17 @@ def build(recipe: FinetuneRecipe, run: Run) -> Job:
         raise ValueError(f"no model {recipe.model!r}; there are {', '.join(known)}.")
     model: VideoClassifier = timm.create_model(recipe.model, **recipe.model_args(num_classes))
     model.set_grad_checkpointing(recipe.checkpoint_activations)
-    state = load_state(run.resume, recipe, schedule, accelerator.num_processes) if run.resume else None
+    resumed = Resumed.load(run.resume, recipe, schedule, clips)
     if accelerator.is_main_process:
         print(describe(recipe, run.preset, schedule, model, accelerator, train, val))
-        if state is not None:
-            print(f"{'resumes':>13}  {run.resume} from step {state['step']}")
-    if recipe.checkpoint and state is None:
+        if resumed:
+            print(resumed.describe(accelerator, recipe))
+    if recipe.checkpoint and resumed is None:
         report = load_checkpoint(model, recipe.checkpoint, only="" if recipe.eval_only else "encoder.")
         if accelerator.is_main_process:
             print(f"{'weights':>13}  {recipe.checkpoint}: {report}{size_note(recipe.checkpoint, recipe)}")
     model.to(accelerator.device)
-    in_place = run.resume is not None and run.resume.resolve().parent == recipe.output.resolve()
-    return Job(accelerator, model, val, clips, schedule, state, names, left_out, val_left_out, in_place)
+    return Job(accelerator, model, val, clips, schedule, resumed, names, left_out, val_left_out)
 
 
 class Criterion:
@@ -156,29 +151,18 @@ class Criterion:
 
 def train(recipe: FinetuneRecipe, job: Job) -> None:
     """Trains, with an evaluation by one view every few epochs; weights are written at the end."""
-    accelerator, schedule, model, state = job.accelerator, job.schedule, job.model, job.state
+    accelerator, schedule, model, resumed = job.accelerator, job.schedule, job.model, job.resumed
     groups = param_groups_layer_decay(
         model, recipe.weight_decay, model.no_weight_decay(), layer_decay=recipe.layer_decay
     )
     optimizer = torch.optim.AdamW(groups, lr=schedule.lr, betas=recipe.betas, fused=True)
-    first_step = 0
-    if state is not None:
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        first_step = state["step"]
-    batches = load_clips(recipe, schedule, job.clips, first_step)
-    wrapped, optimizer, batches = accelerator.prepare(model, optimizer, batches)
+    better = ("val_top1", 1)
+    loop = Loop.begin(recipe, schedule, accelerator, model, optimizer, job.clips, resumed, better)
     average = ModelEmaV3(model, decay=recipe.ema) if recipe.ema else None
-    if average is not None and state is not None:
-        average.load_state_dict(state["extra"]["ema"])
-    set_seed(recipe.seed, device_specific=True)  # from here on, other dropout on every process
-    if state is not None:
-        restore_random_state(state, accelerator)
-    if accelerator.is_main_process and not job.continues_in_place and (earlier := set_aside(recipe.output)):
-        print(f"{'set aside':>13}  the earlier run is now {earlier}")
-
+    if average is not None and resumed:
+        average.load_state_dict(resumed.state["extra"]["ema"])
     metrics = DeviceMetrics(accelerator.device)
-    criterion = Criterion(recipe, wrapped, model.num_classes, accelerator)
+    criterion = Criterion(recipe, loop.model, model.num_classes, accelerator)
     steps_between = round(recipe.eval_every * schedule.clips / schedule.effective_batch) or 1
 
     def forward(batch: dict[str, Any], number: int) -> Tensor:
@@ -186,22 +170,25 @@ def train(recipe: FinetuneRecipe, job: Job) -> None:
         metrics.add_loss("loss", loss)
         return loss
 
-    def after_step(done: int, log: RunLog) -> None:
+    def evaluate_now(done: int) -> dict[str, float]:
         if average is not None:
             average.update(model)
-        if recipe.eval_every and done % steps_between == 0 and done < schedule.steps:
-            result = run_evaluation(recipe, job, average.module if average else model, clips=1, crops=1)
-            log.write(done, {"val_top1": 100 * result.top(1), "val_top5": 100 * result.top(5)})
+        if not recipe.eval_every or done % steps_between or done == schedule.steps:
+            return {}
+        result = run_evaluation(recipe, job, average.module if average else model, clips=1, crops=1)
+        return {"val_top1": 100 * result.top(1), "val_top5": 100 * result.top(5)}
 
     def extra() -> Mapping[str, Any]:
         return {"ema": average.state_dict()} if average is not None else {}
 
-    loop = Loop(recipe, schedule, accelerator, wrapped, optimizer, metrics, forward, after_step, extra)
-    job.left_out += loop.run(batches, first_step)
+    one_clip = torch.zeros(1, 3, recipe.num_frames, *recipe.img_size, device=accelerator.device)
+    flops = forward_flops(lambda: model(one_clip), accelerator.device)
+    loop.run(forward, metrics, flops, evaluate_now, extra)
     if average is not None:
         model.load_state_dict(average.module.state_dict())
     if accelerator.is_main_process:
         save_weights(model, recipe.output / "model.safetensors", recipe)
+        loop.quarantine.report()
 
 
 def run_evaluation(recipe: FinetuneRecipe, job: Job, model: nn.Module, clips: int, crops: int) -> Evaluation:
@@ -225,9 +212,7 @@ def finish(recipe: FinetuneRecipe, job: Job) -> None:
         f"wrote {', '.join(str(recipe.output / name) for name in ('results.json', 'per_class.csv', 'predictions.csv'))}"
     )
     left_out = [*job.left_out, *result.left_out]
-    report_left_out(
-        recipe.output / "left_out.txt", left_out, "could not be used; training took others, evaluation left them out"
-    )
+    report_left_out(recipe.output / "left_out.txt", left_out, "could not be used and were left out")
 
 
 def describe(
@@ -272,12 +257,13 @@ def main(arguments: list[str]) -> None:
         sys.exit(f"error: {error}")
     if run.dry_run:
         return
-    try:
+
+    def all_of_it() -> None:
         if not recipe.eval_only:
             train(recipe, job)
         finish(recipe, job)
-    except VideoError as error:  # nothing left to train on; a worker puts its traceback before the message
-        sys.exit(f"error: {str(error).rpartition('VideoError: ')[2].strip()}")
+
+    run_to_the_end(all_of_it)
     job.accelerator.end_training()
 
 

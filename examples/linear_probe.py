@@ -10,18 +10,20 @@ Writes results.json, per_class.csv, predictions.csv and probe.safetensors.
 
 from __future__ import annotations
 
+import json
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import safetensors.torch
 from accelerate.utils import set_seed
 
 from common.cli import parse_settings
-from common.engine import check_output, make_accelerator, report_left_out
+from common.devices import make_accelerator
 from common.evaluation import Evaluation, write_results
 from common.features import FeatureSettings, Pool, cached_features
+from common.files import write_tensors
 from common.probes import Probe, ProbeKind, ProbeRecipe, predict, train_probe
+from common.report import check_output, report_left_out
 from common.sources import Labelled, check_apart, describe_classes
 from common.video import VideoError
 
@@ -82,8 +84,7 @@ def run(options: Options) -> float | None:
     )
     settings = {"kind": options.kind, "checkpoint": options.checkpoint, "train": options.train, "val": options.val}
     write_results(options.output, result, names, val.describe, {**settings, "seed": options.seed, "train_loss": loss})
-    weights = {name: tensor.cpu().contiguous() for name, tensor in probe.state_dict().items()}
-    safetensors.torch.save_file(weights, options.output / "probe.safetensors")
+    write_tensors(options.output / "probe.safetensors", probe.state_dict(), {"settings": json.dumps(options.plain())})
     summary = result.summary()
     print(
         f"{options.kind} probe: top-1 {summary['top1']:.2f}%, top-5 {summary['top5']:.2f}% of {summary['videos']} "

@@ -5,21 +5,28 @@ python examples/prepare_data.py k400 --annotations annotations --videos k400 --o
 python examples/prepare_data.py ucf101 --annotations ucfTrainTestlist --videos UCF-101 --output lists/ucf101
 python examples/prepare_data.py hmdb51 --annotations testTrainMulti_7030_splits --videos hmdb51 --output lists/hmdb51
 python examples/prepare_data.py check --data lists/k400/train.csv --workers 16
+python examples/prepare_data.py pack --data lists/k400/train.csv --output shards/k400 --workers 16
+python examples/prepare_data.py index --shards shards/from-elsewhere
 """
 
 from __future__ import annotations
 
+import shutil
 import sys
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 from tqdm import tqdm
+from tyro.conf import OmitArgPrefixes
 from tyro.extras import SubcommandApp
 
 from common.annotations import Annotations, read_hmdb51, read_k400, read_ssv2, read_ucf101
-from common.lists import LABELS, VIDEO_SUFFIXES, VideoEntry, list_videos, write_list
-from common.video import Video, VideoError
+from common.lists import LABELS, VideoEntry, list_videos, write_list
+from common.packing import Packing
+from common.packing import pack as packed
+from common.shards import index_shard, write_index
+from common.video import VIDEO_SUFFIXES, VideoError
 
 app = SubcommandApp()
 
@@ -116,6 +123,8 @@ def check(data: Path, workers: int = 4, write_good: Path | None = None) -> None:
         write_good: a list to write of the videos that are whole.
     """
     entries = list_videos(data)
+    if write_good and any(entry.span for entry in entries):
+        raise ValueError("--write-good: a list names files, and these videos are in shards.")
     with ProcessPoolExecutor(workers) as pool:
         found = list(tqdm(pool.map(examine, entries, chunksize=4), total=len(entries), unit="video", file=sys.stdout))
     broken = [f"{entry.where}: {cause}" for entry, cause in zip(entries, found, strict=True) if isinstance(cause, str)]
@@ -136,10 +145,54 @@ def check(data: Path, workers: int = 4, write_good: Path | None = None) -> None:
         raise SystemExit(f"{len(broken)} of {len(entries)} videos are broken; also in {report}")
 
 
+@app.command
+def pack(data: Path, output: Path, packing: OmitArgPrefixes[Packing], workers: int = 4) -> None:
+    """Packs videos into WebDataset shards, a short side of so many pixels each, with an index. Going on after an
+    interruption: the same command.
+
+    Args:
+        data: list file or folder of videos.
+        output: folder for shard-000000.tar and so on, index.json, and left_out.txt if videos cannot be used.
+        packing: how videos are stored.
+        workers: processes that decode and encode.
+    """
+    entries = list_videos(data)
+    report, videos, size, left_out = output / "left_out.txt", 0, 0, 0
+    with tqdm(total=len(entries), unit="video", file=sys.stdout) as progress:
+        for messages, count, stored in packed(entries, output, packing, workers):
+            if messages:
+                with report.open("a", encoding="utf-8") as file:
+                    file.writelines(f"{message}\n" for message in messages)
+            videos, size, left_out = videos + count, size + stored, left_out + len(messages)
+            progress.update(count + len(messages))
+    if not videos:
+        raise ValueError(f"none of the {len(entries)} videos of {data} can be used; see {report}.")
+    if (names := data.parent / LABELS).is_file():
+        shutil.copyfile(names, output / LABELS)
+    print(f"{videos} videos, {size / 2**30:.2f} GiB, in {output}; train with --data {output}")
+    if left_out:
+        print(f"{left_out} videos cannot be used and are not in it; see {report}")
+
+
+@app.command
+def index(shards: Path) -> None:
+    """Writes the index.json of WebDataset shards that were made elsewhere.
+
+    Args:
+        shards: folder of .tar files, uncompressed, whose samples are a video and a .cls (the number of its class) or a
+            .json file with "label".
+    """
+    paths = sorted(shards.glob("*.tar"))
+    if not paths:
+        raise FileNotFoundError(f"--shards {shards} has no .tar file.")
+    found = [index_shard(path) for path in tqdm(paths, unit="shard", file=sys.stdout)]
+    print(f"wrote {write_index(shards, found)}: {sum(len(shard['videos']) for shard in found)} videos")
+
+
 def examine(entry: VideoEntry) -> int | str:
     """The number of frames of a video, or why it cannot be used."""
     try:
-        with Video(entry.path) as video:
+        with entry.open() as video:
             frames = video.read_all()
     except VideoError as error:
         return str(error)

@@ -5,7 +5,8 @@
     python examples/pretrain.py --preset k400 --data train.csv        the paper's recipe (k400, ssv2, ucf101, hmdb51)
     accelerate launch examples/pretrain.py --preset ssv2 --data DIR   on all GPUs of a machine
 
-Writes metrics.jsonl, TensorBoard files, state.pt (for --resume), model.safetensors and overview.png.
+Writes recipe.yaml, metrics.jsonl, TensorBoard files, checkpoints/ (for --resume), model.safetensors and overview.png.
+--resume auto goes on from the newest checkpoint in --output, or begins where there is none.
 """
 
 from __future__ import annotations
@@ -25,25 +26,15 @@ from adamae_sampler.models import AdaMAE
 from adamae_sampler.visualize import overview
 from common.checkpoints import save_weights
 from common.cli import Run, parse_arguments
+from common.costs import forward_flops
 from common.datasets import ClipSource, ClipStream
-from common.engine import (
-    Loop,
-    Normalise,
-    check_output,
-    describe_clips,
-    describe_encoder,
-    describe_training,
-    format_lines,
-    load_clips,
-    make_accelerator,
-    report_left_out,
-)
+from common.devices import Normalise, make_accelerator
+from common.engine import Loop, Resumed, run_to_the_end
 from common.metrics import PretrainMetrics
 from common.pretrain_recipe import PretrainRecipe
 from common.recipe import Schedule
+from common.report import check_output, describe_clips, describe_encoder, describe_training, format_lines
 from common.sources import pretrain_source
-from common.state import load_state, restore_random_state, set_aside
-from common.video import VideoError
 
 
 class Job(NamedTuple):
@@ -53,8 +44,7 @@ class Job(NamedTuple):
     source: ClipSource
     schedule: Schedule
     model: AdaMAE
-    state: dict[str, Any] | None
-    continues_in_place: bool  # a resumed run that stays in its folder
+    resumed: Resumed | None
 
 
 def build(recipe: PretrainRecipe, run: Run) -> Job:
@@ -70,25 +60,19 @@ def build(recipe: PretrainRecipe, run: Run) -> Job:
         raise ValueError(f"no model {recipe.model!r}; there are {', '.join(timm.list_models('pretrain_adamae*'))}.")
     model: AdaMAE = timm.create_model(recipe.model, **recipe.model_args())
     model.set_grad_checkpointing(recipe.checkpoint_activations)
-    state = load_state(run.resume, recipe, schedule, accelerator.num_processes) if run.resume else None
+    resumed = Resumed.load(run.resume, recipe, schedule, source)
     if accelerator.is_main_process:
         print(describe(recipe, run.preset, schedule, model, accelerator, len(source)))
-        if state is not None:
-            print(f"{'resumes':>13}  {run.resume} from step {state['step']}")
-    in_place = run.resume is not None and run.resume.resolve().parent == recipe.output.resolve()
-    return Job(accelerator, source, schedule, model, state, in_place)
+        if resumed:
+            print(resumed.describe(accelerator, recipe))
+    return Job(accelerator, source, schedule, model, resumed)
 
 
 def train(recipe: PretrainRecipe, job: Job) -> None:
     """Trains, and writes weights and pictures at the end."""
-    accelerator, source, schedule, model, state, _ = job
+    accelerator, source, schedule, model, resumed = job
     groups = param_groups_weight_decay(model, recipe.weight_decay, no_weight_decay_list=model.no_weight_decay())
     optimizer = torch.optim.AdamW(groups, lr=schedule.lr, betas=recipe.betas, fused=True)
-    first_step = 0
-    if state is not None:
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        first_step = state["step"]
     criterion = AdaMAELoss(
         recipe.sampling_weight,
         kind=recipe.loss,
@@ -96,28 +80,22 @@ def train(recipe: PretrainRecipe, job: Job) -> None:
         patch_size=recipe.patch_size,
         tubelet_size=recipe.tubelet_size,
     )
-    batches = load_clips(recipe, schedule, source, first_step)
-    model, optimizer, batches = accelerator.prepare(model, optimizer, batches)
-    set_seed(recipe.seed, device_specific=True)  # from here on, other masks on every process
-    if state is not None:
-        restore_random_state(state, accelerator)
-    if accelerator.is_main_process and not job.continues_in_place and (earlier := set_aside(recipe.output)):
-        print(f"{'set aside':>13}  the earlier run is now {earlier}")
-
+    better = ("reconstruction", -1)
+    loop = Loop.begin(recipe, schedule, accelerator, model, optimizer, source, resumed, better)
     normalise = Normalise(accelerator.device)
-    metrics = PretrainMetrics(accelerator.unwrap_model(model).sampler.num_tokens, accelerator.device)
+    metrics = PretrainMetrics(model.sampler.num_tokens, accelerator.device)
 
     def forward(batch: dict[str, Any], _: int) -> Tensor:
-        prediction, sample = model(normalise(batch["video"]))
+        prediction, sample = loop.model(normalise(batch["video"]))
         out = criterion(prediction, batch["video"], sample)
         metrics.add_forward(out, sample)
         return out.loss
 
-    loop = Loop(recipe, schedule, accelerator, model, optimizer, metrics, forward)
-    left_out = loop.run(batches, first_step)
+    one_clip = torch.zeros(1, 3, recipe.num_frames, *recipe.img_size, device=accelerator.device)
+    loop.run(forward, metrics, forward_flops(lambda: model(one_clip), accelerator.device))
     if accelerator.is_main_process:
-        finish(recipe, accelerator.unwrap_model(model), criterion, source, normalise)
-        report_left_out(recipe.output / "left_out.txt", left_out, "could not be read and were replaced by others")
+        finish(recipe, accelerator.unwrap_model(loop.model), criterion, source, normalise)
+        loop.quarantine.report()
     accelerator.end_training()
 
 
@@ -158,7 +136,7 @@ def finish(
         tubelet_size=recipe.tubelet_size,
     )
     figure.savefig(recipe.output / "overview.png", dpi=110)
-    print(f"wrote {', '.join(str(recipe.output / name) for name in ('model.safetensors', 'state.pt', 'overview.png'))}")
+    print(f"wrote {', '.join(str(recipe.output / name) for name in ('model.safetensors', 'overview.png'))}")
 
 
 def main(arguments: list[str]) -> None:
@@ -168,12 +146,8 @@ def main(arguments: list[str]) -> None:
         job = build(recipe, run)
     except (ValueError, FileNotFoundError) as error:
         sys.exit(f"error: {error}")
-    if run.dry_run:
-        return
-    try:
-        train(recipe, job)
-    except VideoError as error:  # nothing left to train on; a worker puts its traceback before the message
-        sys.exit(f"error: {str(error).rpartition('VideoError: ')[2].strip()}")
+    if not run.dry_run:
+        run_to_the_end(lambda: train(recipe, job))
 
 
 if __name__ == "__main__":

@@ -26,9 +26,10 @@ from adamae_sampler.visualize import animation, mask_overview, overview, save_an
 from common.checkpoints import DECODER_SIZES, stated_recipe, stated_sizes
 from common.cli import checkpoint_of, parse_settings
 from common.datasets import VideoViews
-from common.engine import Normalise, check_output, make_accelerator
+from common.devices import Normalise, make_accelerator
 from common.lists import VideoEntry
 from common.recipe import EncoderSettings
+from common.report import check_output
 from common.sources import find_sprites
 from common.video import VideoError
 

@@ -10,7 +10,7 @@ import pytest
 import report
 import report_examples
 import torch
-from downstream import downstream_table
+from downstream import accuracies, downstream_table
 from finetune_step import FinetuneStep
 from op_cases import DrawMask, GatherTokens, ReconstructionError
 
@@ -115,16 +115,27 @@ def test_tables_of_the_examples_are_of_presets_and_rows(tmp_path):
 
 
 def test_the_studys_table_has_mean_and_deviation():
+    columns = ["probe_top1", "probe_direction", "probe_shape", "finetune_top1", "finetune_direction", "finetune_shape"]
     rows = [
-        {"start": start, "probe_top1": probe, "finetune_top1": tuned, "reconstruction": loss}
-        for start, probe, tuned, loss in (
-            ("adaptive", "10", "30", "0.5"),
-            ("scratch", "5", "8", ""),
-            ("adaptive", "14", "30", "0.7"),
-        )
+        {"start": start, "reconstruction": loss, **dict.fromkeys(columns, "50"), "probe_top1": probe}
+        for start, probe, loss in (("adaptive", "10", "0.5"), ("scratch", "5", ""), ("adaptive", "14", "0.7"))
     ]
     lines = downstream_table(rows).splitlines()
-    assert lines[2:] == ["| adaptive | 12.0 ± 2.8 | 30.0 ± 0.0 | 0.6000 |", "| scratch | 5.0 | 8.0 |  |"]
+    assert lines[2:] == [
+        "| adaptive | 12.0 ± 2.8" + " | 50.0 ± 0.0" * 5 + " | 0.6000 |",
+        "| scratch | 5.0" + " | 50.0" * 5 + " |  |",
+    ]
+
+
+def test_accuracies_of_class_direction_and_shape(tmp_path):
+    (tmp_path / "predictions.csv").write_text(
+        "video,label,rank,first five classes,their probabilities\n"
+        "a,6,1,6 5 0 1 2,\n"  # right
+        "b,6,2,2 6 0 1 3,\n"  # the direction (6 % 4)
+        "c,6,3,7 5 6 1 2,\n"  # the shape (6 // 4)
+        "d,6,9,0 5 1 2 3,\n"
+    )
+    assert accuracies(tmp_path / "predictions.csv") == (25, 50, 50)
 
 
 def test_the_step_of_fine_tuning_is_a_step():

@@ -188,10 +188,62 @@ def test_broken_videos_are_replaced_and_reported_with_their_line(tmp_path):
     batch = next(iter(DataLoader(stream_of(source, stop=6), batch_size=6, collate_fn=collate_clips)))
     assert batch["label"].tolist() == [1] * 6
     assert batch["video"].shape == (6, 3, 4, 16, 16)
-    messages = sorted(set(batch["left_out"]))
-    assert len(messages) == 2
-    assert "list.csv:2 (broken.mp4): it cannot be opened as a video" in messages[0]
-    assert "list.csv:3 (missing.mp4): there is no such file" in messages[1]
+    assert set(batch["left_out"]) == {str(tmp_path / "broken.mp4"), str(tmp_path / "missing.mp4")}
+    assert "list.csv:2 (broken.mp4): it cannot be opened as a video" in batch["left_out"][str(tmp_path / "broken.mp4")]
+    assert "list.csv:3 (missing.mp4): there is no such file" in batch["left_out"][str(tmp_path / "missing.mp4")]
+
+
+class Flaky:
+    """A source whose videos fail a few times, after they have drawn something."""
+
+    def __init__(self, failures):
+        self.failures = dict(failures)
+        self.tried = []
+
+    def __len__(self):
+        return 8
+
+    def name(self, index):
+        return f"video {index}"
+
+    def clips(self, index, generator):
+        self.tried.append(index)
+        drawn = torch.rand((), generator=generator)
+        if self.failures.get(index, 0):
+            self.failures[index] -= 1
+            raise VideoError(f"video {index} has a bad moment")
+        return {"video": drawn, "label": index}
+
+
+@pytest.fixture
+def no_pauses(monkeypatch):
+    monkeypatch.setattr("common.datasets._PAUSES", (0, 0))
+
+
+@pytest.mark.usefixtures("no_pauses")
+def test_a_video_is_tried_three_times_and_draws_as_if_once():
+    whole, flaky = stream_of(Flaky({})), stream_of(Flaky({2: 2}))
+    for position in range(8):
+        assert flaky[position] == whole[position]
+    assert flaky.source.tried.count(2) == 3
+
+
+@pytest.mark.usefixtures("no_pauses")
+def test_what_is_known_to_be_broken_is_replaced_alike_and_not_tried():
+    found = stream_of(Flaky({2: 99, 5: 99}), stop=24)
+    items = [found[position] for position in range(24)]
+    assert {name for item in items for name in item["left_out"]} == {"video 2", "video 5"}
+    assert found.source.tried.count(2) == 3  # once found, never again
+    known = ClipStream(Flaky({2: 99, 5: 99}), 0, 24, 0, ["video 2", "video 5"])
+    for position, item in enumerate(items):
+        assert known[position] == {**item, "left_out": {}}
+    assert not {2, 5} & set(known.source.tried)
+
+
+def test_names_of_the_videos_of_a_step():
+    stream = stream_of(Flaky({}), stop=24)
+    labels = [stream[position]["label"] for position in range(24)]
+    assert stream.names(4, 20) == [f"video {label}" for label in labels[4:20]]
 
 
 def test_a_run_without_any_readable_video_stops(tmp_path):

@@ -13,7 +13,7 @@ from test_classifier import tiny_classifier
 from videos import write_video
 
 from common.datasets import SpriteClips, VideoViews
-from common.engine import Normalise, make_accelerator
+from common.devices import Normalise, make_accelerator
 from common.evaluation import Evaluation, evaluate, write_results
 from common.lists import list_videos
 from common.sprites import Sprites
@@ -130,7 +130,7 @@ from pathlib import Path
 from scripts import two_processes
 from test_classifier import tiny_classifier
 from test_evaluation import views_of
-from common.engine import make_accelerator
+from common.devices import make_accelerator
 from common.evaluation import evaluate
 from common.lists import list_videos
 torch.manual_seed(0)

@@ -12,14 +12,14 @@ import pytest
 import safetensors.torch
 import torch
 from conftest import tiny_model
-from scripts import ENCODER, EXAMPLES, metrics, run_script, succeeded, two_processes
+from scripts import ENCODER, EXAMPLES, metrics, newest_checkpoint, run_script, succeeded, two_processes
 from test_checkpoint import renamed_as_official
 from test_classifier import tiny_classifier
 from torch.nn.functional import cross_entropy, log_softmax
 from videos import write_video
 
 from common.checkpoints import save_weights
-from common.engine import Normalise, make_accelerator
+from common.devices import Normalise, make_accelerator
 from common.finetune_recipe import FinetuneRecipe
 from common.pretrain_recipe import PretrainRecipe
 from common.recipe import load_preset
@@ -131,7 +131,7 @@ m.RunLog.write = write
 finetune.main({[str(each) for each in [*common, "--steps", 4, "--output", tmp_path / "parts"]]!r})
 """
     assert subprocess.run([sys.executable, "-c", script], capture_output=True, check=False).returncode == 3
-    assert "from step 2" in succeeded(run_finetune("--resume", tmp_path / "parts" / "state.pt"))
+    assert "from step 2" in succeeded(run_finetune("--resume", newest_checkpoint(tmp_path / "parts")))
     for name in ("loss", "lr", "grad_norm"):
         runs = [metrics(tmp_path / run) for run in ("whole", "parts")]
         values = [[line[name] for line in lines if name in line] for lines in runs]
@@ -161,16 +161,20 @@ def test_bad_input_is_named_with_its_line_and_the_rest_is_done(tmp_path):
     for name in ("train", "val"):
         (tmp_path / f"{name}.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
     arguments = [*TINY, *ENCODER, "--train", tmp_path / "train.csv", "--val", tmp_path / "val.csv", "--num-classes", 2]
-    printed = succeeded(run_finetune(*arguments, "--steps", 3, "--eval-every", 0, "--output", tmp_path / "out"))
+    arguments += ["--max-broken", 0.9, "--steps", 3, "--eval-every", 0]
+    printed = succeeded(run_finetune(*arguments, "--output", tmp_path / "out"))
     assert json.loads((tmp_path / "out" / "results.json").read_text())["videos"] == 4
-    listed = (tmp_path / "out" / "left_out.txt").read_text(encoding="utf-8")
-    for name in ("train", "val"):
-        assert f"{name}.csv:7 (good.mp4): label 7 is not in 0..1" in listed
-        assert f"{name}.csv:8 (good.mp4): label -1 is not in 0..1" in listed
-        assert f"{name}.csv:5 (broken.mp4): it cannot be opened as a video" in listed
-        assert f"{name}.csv:9 (missing.mp4): there is no such file" in listed
-        assert f"{name}.csv:6 (empty.mp4): it cannot be opened as a video" in listed
-    assert "10 videos could not be used" in printed
+    left_out, quarantine = (
+        (tmp_path / "out" / name).read_text(encoding="utf-8") for name in ("left_out.txt", "quarantine.txt")
+    )
+    for name, broken in (("train", quarantine), ("val", left_out)):
+        assert f"{name}.csv:7 (good.mp4): label 7 is not in 0..1" in left_out
+        assert f"{name}.csv:8 (good.mp4): label -1 is not in 0..1" in left_out
+        assert f"{name}.csv:5 (broken.mp4): it cannot be opened as a video" in broken
+        assert f"{name}.csv:9 (missing.mp4): there is no such file" in broken
+        assert f"{name}.csv:6 (empty.mp4): it cannot be opened as a video" in broken
+    assert "3 videos could not be used and others took their place" in printed
+    assert "7 videos could not be used and were left out" in printed
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from adamae_sampler.models import VideoClassifier
 from common.checkpoints import save_weights, stated_recipe, stated_sizes
 from common.cli import parse_settings
 from common.datasets import VideoViews
-from common.engine import Normalise
+from common.devices import Normalise
 from common.features import Features
 from common.finetune_recipe import FinetuneRecipe
 from common.lists import VideoEntry, list_videos

@@ -96,6 +96,9 @@ def test_rows_are_the_papers_and_say_where_contrast_is_from():
     relative = sample.log_probs[0].exp() * 64
     assert rows[3] == f"p\n{relative.min():.2g} to {relative.max():.2g} of\na uniform one"
     assert rows[2] == f"error\n0 to {error[0].max():.2g}"
+    assert rows[4] == f"mask\n{len(sample.masked_idx[0])} of 64\ntokens masked"
+    columns = [axes.get_title() for axes in leak_free.axes if axes.get_title()]
+    assert columns == ["frame 0", "frame 2", "frame 4", "frame 6"]
 
 
 def test_error_p_and_mask_are_drawn_where_they_belong():

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import safetensors
-import safetensors.torch
 
 from adamae_sampler.models import AdaMAE, VideoClassifier
+from common.files import write_tensors
 from common.recipe import EncoderSettings, Recipe
 
 SIZES = ("img_size", "num_frames", "patch_size", "tubelet_size", "embed_dim", "depth", "num_heads")
@@ -18,10 +18,8 @@ DECODER_SIZES = ("decoder_embed_dim", "decoder_depth", "decoder_num_heads")
 
 def save_weights(model: AdaMAE | VideoClassifier, path: Path, recipe: Recipe) -> None:
     """Writes a model's weights with its sizes and the recipe that trained it."""
-    weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    metadata = {"format": "pt", "model": json.dumps(_sizes(model)), "recipe": json.dumps(recipe.plain())}
-    safetensors.torch.save_file(weights, path, metadata=metadata)
+    metadata = {"model": json.dumps(_sizes(model)), "recipe": json.dumps(recipe.plain())}
+    write_tensors(path, model.state_dict(), metadata)
 
 
 def _sizes(model: AdaMAE | VideoClassifier) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,7 +13,7 @@ import tyro
 
 from common.checkpoints import SIZES, stated_recipe, stated_sizes
 from common.recipe import AnyRecipe, EncoderSettings, load_preset
-from common.state import recipe_of_state
+from common.state import CHECKPOINTS, Checkpoints, recipe_of_state
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,8 @@ class Run:
     preset: str
     """Recipe to start from, a file of examples/presets."""
     resume: Path | None = None
-    """A state.pt to go on from, with the settings and in the folder of its run."""
+    """A checkpoint to go on from, with the settings and in the folder of its run; 'auto': the newest whole one in
+    --output, if there is one."""
     dry_run: bool = False
     """Print the resolved recipe and exit."""
 
@@ -52,11 +54,13 @@ def parse_arguments(
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--preset", default=preset)
     first.add_argument("--resume", type=Path)
+    first.add_argument("--output", type=Path)
     known = first.parse_known_args(arguments)[0]
-    if known.resume is None:
-        start = of_checkpoint(load_preset(kind, known.preset), arguments, taken)
-    else:
-        start = recipe_of_state(kind, known.resume)
+    preset_recipe = load_preset(kind, known.preset)
+    resume = known.resume
+    if resume == Path("auto"):
+        resume = _newest(known.output or preset_recipe.output, kind)
+    start = recipe_of_state(kind, resume) if resume else of_checkpoint(preset_recipe, arguments, taken)
     default = _Arguments(start, Run(known.preset))
     found = tyro.cli(_Arguments[kind], args=arguments, default=default, description=description)  # type: ignore[valid-type]
     for given, wins in (("epochs", "steps"), ("warmup_epochs", "warmup_steps")):
@@ -64,7 +68,18 @@ def parse_arguments(
         if getattr(found.recipe, given) != getattr(start, given) and value is not None:
             option = "--" + wins.replace("_", "-")
             raise ValueError(f"{given} has no effect while {wins} is {value}; add {option} None to go by epochs.")
-    return found.recipe, found.run
+    return found.recipe, replace(found.run, resume=resume)
+
+
+def _newest(output: Path, kind: type[AnyRecipe]) -> Path | None:
+    """What --resume auto means; says which files were passed over, and that there is none."""
+    newest, passed_over = Checkpoints(output / CHECKPOINTS).newest(kind.kind)
+    speaks = os.environ.get("RANK", "0") == "0"  # of torchrun's processes the first
+    for message in passed_over if speaks else ():
+        print(f"passed over: {message}")
+    if newest is None and speaks:
+        print(f"--resume auto: no checkpoint in {output / CHECKPOINTS}, a new run begins")
+    return newest
 
 
 Settings = TypeVar("Settings", bound=EncoderSettings)

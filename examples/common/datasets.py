@@ -8,7 +8,11 @@ of workers, and resumes by its position.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import hashlib
+import os
+import time
+from collections.abc import Callable, Iterable, Sequence
+from functools import cached_property
 from typing import Any, Protocol
 
 import torch
@@ -22,6 +26,7 @@ from common.transforms import fixed_crops
 from common.video import Video, VideoError
 
 _REPLACEMENTS = 20  # how many other clips stand in for one that cannot be read before the run gives up
+_PAUSES = (0.1, 0.4)  # seconds before trying a video once more, and again: file systems over a network have bad moments
 _KEPT_BYTES = 2**29  # of sprites
 
 Transform = Callable[[Tensor, torch.Generator], Tensor]
@@ -34,6 +39,10 @@ class ClipSource(Protocol):
 
     def clips(self, index: int, generator: torch.Generator) -> dict[str, Any]:
         """{"video": [R, C, T, H, W] uint8, "label": [R] int64}; raises VideoError if it cannot be read."""
+        ...
+
+    def name(self, index: int) -> str:
+        """What to call a video in reports and in the quarantine file."""
         ...
 
 
@@ -78,11 +87,15 @@ class VideoClips:
     def __len__(self) -> int:
         return len(self.entries)
 
+    def name(self, index: int) -> str:
+        """The video's path."""
+        return str(self.entries[index].path)
+
     def clips(self, index: int, generator: torch.Generator) -> dict[str, Any]:
         """R random clips of video `index`: {"video": [R, C, T, H, W] uint8, "label": [R]}."""
         entry = self.entries[index]
         try:
-            with Video(entry.path) as video:
+            with entry.open() as video:
                 places = random_clip(self.sampling, _available(video, entry), self.num_frames, self.stride, generator)
                 frames = video.read([entry.start + place for place in places])  # [T, C, H, W]
         except VideoError as error:
@@ -129,7 +142,7 @@ class VideoViews:
         """All views of video `index`, clip by clip: {"video": [V, C, T, H, W] uint8, "label": int}."""
         entry = self.entries[index]
         try:
-            with Video(entry.path) as video:
+            with entry.open() as video:
                 available = _available(video, entry)
                 clips = fixed_clips(self.sampling, available, self.num_frames, self.stride, self.num_clips)
                 wanted = sorted({place for clip in clips for place in clip})
@@ -168,6 +181,10 @@ class SpriteClips:
     def __len__(self) -> int:
         return len(self.sprites)
 
+    def name(self, index: int) -> str:
+        """Its number, length and seed of its data set."""
+        return f"sprites:{len(self)}:{self.sprites.seed}[{index}]"
+
     def clips(self, index: int, generator: torch.Generator) -> dict[str, Any]:
         """Clip `index`, R times, without any randomness."""
         clip = self._clip(index)
@@ -186,24 +203,33 @@ class SpriteClips:
         return clip
 
 
+def digest(source: ClipSource) -> str:
+    """Tells data sets apart by the names of their videos' files, in their order, wherever they are."""
+    names = "\n".join(os.path.basename(source.name(index)) for index in range(len(source)))
+    return hashlib.sha256(names.encode()).hexdigest()
+
+
 class ClipStream(Dataset[dict[str, Any]]):
     """Positions `start` .. `stop` of an endless run over a source: epoch after epoch, each in its own order.
 
-    A video that cannot be read is replaced by another one, chosen by position too, and reported in the item's
-    `left_out`.
+    A video that cannot be read is tried again, then replaced by another one, chosen by position too, and reported in
+    the item's `left_out`; from then on its name is enough. A run is therefore the same whether a video was found broken
+    in it or before it.
 
     Args:
         source: the clips.
         start: first position, a resumed run's number of videos so far.
         stop: one past the last position.
         seed: of the order and of every random choice within clips.
+        broken: names of videos that are not to be tried.
     """
 
-    def __init__(self, source: ClipSource, start: int, stop: int, seed: int) -> None:
+    def __init__(self, source: ClipSource, start: int, stop: int, seed: int, broken: Iterable[str] = ()) -> None:
         self.source = source
         self.start = start
         self.stop = stop
         self.seed = seed
+        self.broken = set(broken)
         self._order: tuple[int, list[int]] = (-1, [])
 
     def __len__(self) -> int:
@@ -213,16 +239,40 @@ class ClipStream(Dataset[dict[str, Any]]):
         position = self.start + item
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + position)
         index = self._index(position)
-        left_out: list[str] = []
+        left_out: dict[str, str] = {}
         for _ in range(_REPLACEMENTS):
+            name = self.source.name(index)
+            if name not in self.broken:
+                clips = self._read(index, generator)
+                if not isinstance(clips, str):
+                    return {**clips, "left_out": left_out}
+                left_out[name] = clips
+                self.broken.add(name)
+            index = int(torch.randint(len(self.source), (), generator=generator))
+        causes = [*left_out.values()] or sorted(self.broken)
+        raise VideoError(f"{_REPLACEMENTS} videos in a row could not be read:\n  " + "\n  ".join(causes[:8]))
+
+    @cached_property
+    def digest(self) -> str:
+        """See `digest`."""
+        return digest(self.source)
+
+    def names(self, start: int, stop: int) -> list[str]:
+        """The videos at positions of the run, before any replacement."""
+        return [self.source.name(self._index(position)) for position in range(start, stop)]
+
+    def _read(self, index: int, generator: torch.Generator) -> dict[str, Any] | str:
+        """The clips of a video, or why it cannot be read; then the generator is as before."""
+        before = generator.get_state()
+        for pause in (*_PAUSES, None):
             try:
-                return {**self.source.clips(index, generator), "left_out": left_out}
+                return self.source.clips(index, generator)
             except VideoError as error:
-                left_out.append(str(error))
-                index = int(torch.randint(len(self.source), (), generator=generator))
-        raise VideoError(
-            f"{_REPLACEMENTS} videos in a row could not be read:\n  " + "\n  ".join(dict.fromkeys(left_out))
-        )
+                generator.set_state(before)
+                why = str(error)
+            if pause is not None:
+                time.sleep(pause)
+        return why
 
     def _index(self, position: int) -> int:
         epoch, place = divmod(position, len(self.source))
@@ -249,11 +299,11 @@ class ViewSet(Dataset[dict[str, Any]]):
 
 
 def collate_clips(items: list[dict[str, Any]]) -> dict[str, Any]:
-    """Joins the clips of several videos: {"video": [B R, C, T, H, W], "label": [B R], "left_out": messages}."""
+    """Joins the clips of several videos: {"video": [B R, C, T, H, W], "label": [B R], "left_out": {name: why}}."""
     return {
         "video": torch.cat([item["video"] for item in items]),
         "label": torch.cat([item["label"] for item in items]),
-        "left_out": [message for item in items for message in item["left_out"]],
+        "left_out": {name: why for item in items for name, why in item["left_out"].items()},
     }
 
 

@@ -1,28 +1,41 @@
-"""The training loop that pre-training and fine-tuning share, and what belongs to it."""
+"""The training loop that pre-training and fine-tuning share: steps, metrics, checkpoints, and what ends it early."""
 
 from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+import yaml
 from accelerate import Accelerator
-from accelerate.utils import DataLoaderConfiguration, DistributedDataParallelKwargs, gather_object
-from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from accelerate.utils import set_seed
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from adamae_sampler.models import AdaMAE, VideoClassifier
-from common.datasets import ClipSource, ClipStream, collate_clips
+from common.costs import memory_gib, utilisation
+from common.datasets import ClipSource, ClipStream, collate_clips, digest
+from common.files import replacing
+from common.interrupts import Interrupted, Interrupts, Readers, Request
 from common.metrics import DeviceMetrics, RunLog
-from common.recipe import EncoderSettings, Recipe, Schedule
-from common.state import save_state
+from common.quarantine import Quarantine
+from common.recipe import Recipe, Schedule
+from common.state import (
+    CHECKPOINTS,
+    Checkpoints,
+    describe_resumption,
+    load_state,
+    make_state,
+    restore,
+    restore_random_state,
+    set_aside,
+)
+from common.video import VideoError
 
 _SHOWN = {
     "loss": "loss",
@@ -34,47 +47,24 @@ _SHOWN = {
 }  # fmt: skip - metrics on the progress bar
 
 
-def make_accelerator(precision: str) -> Accelerator:
-    """Accelerate's handle on devices and processes; precision is 'auto', 'fp32' or 'bf16'."""
-    # Said outright, since torchrun without a GPU would otherwise start processes that do not know of each other.
-    on_cpu = not torch.accelerator.is_available()
-    if precision == "auto":
-        good = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
-        precision = "bf16" if good else "fp32"
-    return Accelerator(
-        cpu=on_cpu,
-        mixed_precision={"fp32": "no", "bf16": "bf16"}[precision],
-        dataloader_config=DataLoaderConfiguration(non_blocking=True),
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],  # they are constants
-    )
+class TrainingError(RuntimeError):
+    """A run that cannot go on; the message says why, and from where it can be resumed."""
 
 
-class Normalise:
-    """uint8 pixels -> floating point with ImageNet's mean and deviation, on the device, which holds the constants."""
+class Resumed(NamedTuple):
+    """What a run goes on from."""
 
-    def __init__(self, device: torch.device) -> None:
-        self.mean, self.std = (
-            255 * torch.tensor(each, device=device).view(3, 1, 1, 1)
-            for each in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
-        )
+    path: Path
+    state: dict[str, Any]
 
-    def __call__(self, video: Tensor) -> Tensor:
-        """[..., 3, T, H, W] uint8 -> fp32 of the same shape."""
-        return (video - self.mean) / self.std
+    @classmethod
+    def load(cls, path: Path | None, recipe: Recipe, schedule: Schedule, source: ClipSource) -> Resumed | None:
+        """What --resume names; raises ValueError or FileNotFoundError if this run cannot go on from it."""
+        return None if path is None else cls(path, load_state(path, recipe, schedule, digest(source)))
 
-
-def load_clips(recipe: Recipe, schedule: Schedule, source: ClipSource, first_step: int) -> DataLoader:
-    """Batches of the clips from `first_step` to the end, in order of their position."""
-    batch = schedule.effective_batch
-    stream = ClipStream(source, first_step * batch, schedule.steps * batch, recipe.seed)
-    return DataLoader(
-        stream,
-        batch_size=recipe.batch_size,
-        num_workers=recipe.workers,
-        collate_fn=collate_clips,
-        pin_memory=torch.cuda.is_available(),
-        generator=torch.Generator(),  # its own, so that starting to read spends none of the masks' randomness
-    )
+    def describe(self, accelerator: Accelerator, recipe: Recipe) -> str:
+        """A line for people."""
+        return f"{'resumes':>13}  {describe_resumption(self.path, self.state, accelerator, recipe.batch_size)}"
 
 
 @dataclass
@@ -87,10 +77,12 @@ class Loop:
         accelerator: devices and processes.
         model: prepared.
         optimizer: a fused AdamW, prepared; a group's learning rate is scaled by its `lr_scale`, if it has one.
-        metrics: what the forward pass adds to.
-        forward: from a batch and its number in the run on this process to the loss.
-        after_step: called with the number of steps done, after each.
-        extra: what the script wants in a checkpoint.
+        stream: the clips of the run from its first step on.
+        batches: of them, prepared.
+        first_step: how many steps were done before.
+        quarantine: videos that cannot be used.
+        better: name of the metric by which a checkpoint is the best, and 1 if a larger one is better, else -1.
+        resumed: what the run goes on from.
     """
 
     recipe: Recipe
@@ -98,63 +90,282 @@ class Loop:
     accelerator: Accelerator
     model: nn.Module
     optimizer: Any
-    metrics: DeviceMetrics
-    forward: Callable[[dict[str, Any], int], Tensor]
-    after_step: Callable[[int, RunLog], None] = lambda _step, _log: None
-    extra: Callable[[], Mapping[str, Any]] = dict
+    stream: ClipStream
+    batches: DataLoader
+    first_step: int
+    quarantine: Quarantine
+    better: tuple[str, int]
+    resumed: Resumed | None
 
-    def run(self, batches: DataLoader, first_step: int) -> list[str]:
-        """Trains from `first_step` to the end; returns messages about videos that could not be read."""
-        recipe, schedule, accelerator = self.recipe, self.schedule, self.accelerator
+    @classmethod
+    def begin(
+        cls,
+        recipe: Recipe,
+        schedule: Schedule,
+        accelerator: Accelerator,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        source: ClipSource,
+        resumed: Resumed | None,
+        better: tuple[str, int],
+    ) -> Loop:
+        """Makes the folder ready, the data start where they should, and model and optimiser what they were."""
+        if accelerator.is_main_process:
+            in_place = resumed is not None and resumed.path.resolve().parents[1] == recipe.output.resolve()
+            if not in_place and (earlier := set_aside(recipe.output)):
+                print(f"{'set aside':>13}  the earlier run is now {earlier}")
+            with replacing(recipe.output / "recipe.yaml") as aside:
+                aside.write_text(yaml.safe_dump(recipe.plain(), sort_keys=False, allow_unicode=True), encoding="utf-8")
+        accelerator.wait_for_everyone()
         is_main = accelerator.is_main_process
-        left_out: dict[str, None] = {}  # an ordered set of messages
-        progress = tqdm(total=schedule.steps, initial=first_step, disable=not is_main, unit="step", file=sys.stdout)
-        with RunLog(recipe.output, first_step, enabled=is_main) as log, progress:
-            self.model.train()
-            feed = iter(batches)
-            data_time, logged_at, logged_step = 0.0, time.perf_counter(), first_step
-            for step in range(first_step, schedule.steps):
-                for group in self.optimizer.param_groups:
-                    group["lr"] = schedule.lr_at(step) * group.get("lr_scale", 1.0)
-                for part in range(schedule.accumulation):
-                    waited = time.perf_counter()
-                    batch = next(feed)
-                    data_time += time.perf_counter() - waited
-                    left_out |= dict.fromkeys(batch["left_out"])
-                    is_last = part == schedule.accumulation - 1
-                    with nullcontext() if is_last else accelerator.no_sync(self.model):  # gradients travel once a step
-                        loss = self.forward(batch, step * schedule.accumulation + part)
-                        accelerator.backward(loss / schedule.accumulation)
-                grad_norm = accelerator.clip_grad_norm_(self.model.parameters(), recipe.clip_grad or torch.inf)
-                # Where this is 1 the fused kernel leaves the weights alone: a bad step is skipped without a wait.
-                self.optimizer.optimizer.found_inf = (~grad_norm.isfinite()).float()
-                self.optimizer.step()
-                self.optimizer.zero_grad()
-                self.metrics.add_update(grad_norm, accelerator)
-                progress.update()
+        quarantine = Quarantine(recipe.output / "quarantine.txt", len(source), recipe.max_broken, writes=is_main)
+        first_step = resumed.state["step"] if resumed else 0
+        videos = schedule.effective_batch
+        stream = ClipStream(source, first_step * videos, schedule.steps * videos, recipe.seed, quarantine.known)
+        model, prepared, batches = accelerator.prepare(model, optimizer, _loader(stream, recipe))
+        if resumed:
+            restore(resumed.state, model, optimizer)
+        set_seed(recipe.seed, device_specific=True)  # from here on, other masks and dropout on every process
+        if resumed:
+            restore_random_state(resumed.state, accelerator)
+        return cls(
+            recipe, schedule, accelerator, model, prepared, stream, batches, first_step, quarantine, better, resumed
+        )
 
+    def run(
+        self,
+        forward: Callable[[dict[str, Any], int], Tensor],
+        metrics: DeviceMetrics,
+        flops_of_clip: float,
+        evaluate: Callable[[int], dict[str, float]] = lambda _: {},
+        extra: Callable[[], Mapping[str, Any]] = dict,
+    ) -> None:
+        """Trains to the end.
+
+        Args:
+            forward: from a batch and its number in the run on this process to the loss.
+            metrics: what the forward pass adds to.
+            flops_of_clip: floating-point operations of a forward pass of one clip.
+            evaluate: called with the number of steps done, after each; what it returns is logged.
+            extra: what the script wants in a checkpoint.
+
+        Raises:
+            Interrupted: the run was told to stop, and is saved.
+            TrainingError: it cannot go on.
+            VideoError: too many videos cannot be used.
+        """
+        recipe, schedule, accelerator = self.recipe, self.schedule, self.accelerator
+        is_main, first = accelerator.is_main_process, self.first_step
+        progress = tqdm(total=schedule.steps, initial=first, disable=not is_main, unit="step", file=sys.stdout)
+        clock = _Clock(schedule, recipe.repeats, first)
+        latest: dict[str, float | None] = {}
+        found: dict[str, str] = {}  # broken videos since the last line of metrics
+
+        def save(done: int, must: bool) -> Path | None:
+            path = self._save(done, latest.get(self.better[0]), metrics, extra(), must)
+            self.quarantine.add(found)
+            found.clear()
+            return path
+
+        with (
+            Interrupts(recipe.save_minutes) as interrupts,
+            RunLog(recipe.output, first, enabled=is_main) as log,
+            closing(_feed(self.batches)) as feed,
+            _profiler(recipe, is_main) as profiler,
+            progress,
+        ):
+            self.model.train()
+            if self.resumed:
+                metrics.restore(self.resumed.state["metrics"], accelerator)
+            for step in range(first, schedule.steps):
+                self._step(step, feed, forward, metrics, clock, found)
+                progress.update()
+                if profiler is not None:
+                    profiler.step()
                 done = step + 1
-                if done % recipe.log_every == 0 or done == schedule.steps:
-                    values = self.metrics.read(accelerator)
-                    now, steps = time.perf_counter(), done - logged_step
-                    values |= {
-                        "lr": schedule.lr_at(step),
-                        "epoch": done * schedule.effective_batch / schedule.clips,
-                        "step_time": (now - logged_at) / steps,
-                        "data_time": data_time / steps,
-                        "clips_per_second": steps * schedule.effective_batch * recipe.repeats / (now - logged_at),
-                    }
+                last = done == schedule.steps
+                if done % recipe.log_every == 0 or last:
+                    values = metrics.read(accelerator)
+                    values |= {"lr": schedule.lr_at(step), "epoch": done * schedule.effective_batch / schedule.clips}
+                    values |= self._costs(clock.read(done), flops_of_clip)
                     log.write(done, values)
+                    latest |= values
                     progress.set_postfix(_summary(values))
                     _warn_about_nonfinite(done, values)
-                    data_time, logged_at, logged_step = 0.0, now, done
-                between = time.perf_counter()
-                self.after_step(done, log)
-                if done % recipe.save_every == 0 or done == schedule.steps:
-                    path = recipe.output / "state.pt"
-                    save_state(path, accelerator, self.model, self.optimizer, recipe, schedule, done, self.extra())
-                logged_at += time.perf_counter() - between  # evaluations and checkpoints are no training
-        return list(dict.fromkeys(gather_object(list(left_out))))
+                    self.quarantine.add(found)
+                    found.clear()
+                    self._check_finite(done, values, save)
+                with clock.paused():
+                    evaluated = evaluate(done)
+                    if evaluated:
+                        log.write(done, evaluated)
+                        latest |= evaluated
+                    request = interrupts.after_step()
+                    if done % recipe.save_every == 0 or last or request is not Request.NONE:
+                        saved = save(done, last or request is Request.STOP)
+                        interrupts.saved()
+                if last and is_main:
+                    log.summarise(recipe.output / "summary.txt")
+                if request is Request.STOP and not last:
+                    tqdm.write(f"stopped after step {done}, as the signal asked; go on with --resume {saved or 'auto'}")
+                    raise Interrupted
+
+    def _step(
+        self,
+        step: int,
+        feed: Iterator[dict[str, Any]],
+        forward: Callable[[dict[str, Any], int], Tensor],
+        metrics: DeviceMetrics,
+        clock: _Clock,
+        found: dict[str, str],
+    ) -> None:
+        """One optimiser step, which a gradient that is not finite leaves without effect."""
+        schedule, accelerator = self.schedule, self.accelerator
+        for group in self.optimizer.param_groups:
+            group["lr"] = schedule.lr_at(step) * group.get("lr_scale", 1.0)
+        for part in range(schedule.accumulation):
+            with clock.waiting_for_data():
+                batch = next(feed)
+            found |= batch["left_out"]
+            is_last = part == schedule.accumulation - 1
+            with nullcontext() if is_last else accelerator.no_sync(self.model):  # gradients travel once a step
+                loss = forward(batch, step * schedule.accumulation + part)
+                accelerator.backward(loss / schedule.accumulation)
+        grad_norm = accelerator.clip_grad_norm_(self.model.parameters(), self.recipe.clip_grad or torch.inf)
+        # Where this is 1 the fused kernel leaves the weights alone: a bad step is skipped without a wait.
+        self.optimizer.optimizer.found_inf = (~grad_norm.isfinite()).float()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        metrics.add_update(grad_norm, accelerator)
+
+    def _costs(self, pace: dict[str, float | None], flops_of_clip: float) -> dict[str, float | None]:
+        """Pace, use of the device, and the memory of this process's device."""
+        accelerator = self.accelerator
+        clips_per_second = pace["clips_per_second"] or 0.0
+        used = utilisation(flops_of_clip, clips_per_second, accelerator.num_processes, accelerator.device)
+        return {**pace, **used, "memory_gib": memory_gib(accelerator.device)}
+
+    def _save(
+        self, done: int, value: float | None, metrics: DeviceMetrics, extra: Mapping[str, Any], must: bool
+    ) -> Path | None:
+        """Writes a checkpoint; where it cannot be written, that is said, and an error if it `must` be."""
+        more = {
+            "step": done,
+            "score": None if value is None else self.better[1] * value,
+            "videos": self.stream.digest,
+            "metrics": metrics.state(self.accelerator),
+            "extra": dict(extra),
+        }
+        bare = self.optimizer.optimizer
+        state = make_state(self.accelerator, self.model, bare, self.recipe, self.schedule, more)
+        path = None
+        if state is not None:
+            checkpoints = Checkpoints(self.recipe.output / CHECKPOINTS, self.recipe.keep_checkpoints)
+            try:
+                path = checkpoints.save(state)
+            except OSError as error:
+                newest, _ = checkpoints.newest(self.recipe.kind)
+                problem = f"step {done} could not be saved ({error}); the newest checkpoint is {newest}"
+                if must:
+                    raise TrainingError(problem) from error
+                tqdm.write(f"{problem}. Training goes on.")
+        self.accelerator.wait_for_everyone()
+        return path
+
+    def _check_finite(
+        self, done: int, values: Mapping[str, float | None], save: Callable[[int, bool], Path | None]
+    ) -> None:
+        """Ends a run whose last steps were all skipped."""
+        in_a_row = round(values["nonfinite_in_a_row"] or 0)
+        if in_a_row < self.recipe.stop_after_nonfinite:
+            return
+        report, first = self.recipe.output / "nonfinite.txt", done - in_a_row
+        if self.accelerator.is_main_process:
+            videos = self.schedule.effective_batch
+            lines = [
+                f"step {step + 1}: {', '.join(self.stream.names(step * videos, (step + 1) * videos))}"
+                for step in range(first, done)
+            ]
+            terms = ", ".join(f"{name} {value:g}" for name, value in values.items() if "nonfinite" in name and value)
+            with replacing(report) as aside:
+                aside.write_text("\n".join([terms, *lines]) + "\n", encoding="utf-8")
+        saved = save(done, True)
+        raise TrainingError(
+            f"the last {in_a_row} steps had a loss or gradient that is not finite and were skipped, and "
+            f"stop_after_nonfinite={self.recipe.stop_after_nonfinite}. Their videos are in {report}, the state is "
+            f"{saved}. Try a lower --base-lr, --precision fp32 or --clip-grad."
+        )
+
+
+class _Clock:
+    """Seconds of steps and of waiting for data since the last reading."""
+
+    def __init__(self, schedule: Schedule, repeats: int, first_step: int) -> None:
+        self._clips = schedule.effective_batch * repeats
+        self._step = first_step
+        self._data = 0.0
+        self._since = time.perf_counter()
+
+    @contextmanager
+    def waiting_for_data(self) -> Iterator[None]:
+        """Times the wait for a batch."""
+        began = time.perf_counter()
+        yield
+        self._data += time.perf_counter() - began
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """What happens within is no training: evaluations and checkpoints."""
+        began = time.perf_counter()
+        yield
+        self._since += time.perf_counter() - began
+
+    def read(self, done: int) -> dict[str, float | None]:
+        """Means over the steps since the last reading."""
+        now, steps = time.perf_counter(), done - self._step
+        seconds, data = now - self._since, self._data
+        self._since, self._step, self._data = now, done, 0.0
+        return {
+            "step_time": seconds / steps,
+            "data_time": data / steps,
+            "clips_per_second": steps * self._clips / seconds,
+        }
+
+
+def _loader(stream: ClipStream, recipe: Recipe) -> DataLoader:
+    """Batches of the clips, in order of their position."""
+    return DataLoader(
+        stream,
+        batch_size=recipe.batch_size,
+        num_workers=recipe.workers,
+        collate_fn=collate_clips,
+        pin_memory=torch.cuda.is_available(),
+        worker_init_fn=Readers(),
+        generator=torch.Generator(),  # its own, so that starting to read spends none of the masks' randomness
+    )
+
+
+def _feed(batches: DataLoader) -> Generator[dict[str, Any], None, None]:
+    """The batches; a generator, so that closing it ends the processes that read."""
+    try:
+        yield from batches
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker"):  # its words for a process that is gone
+            raise
+        raise TrainingError(
+            f"a process that reads videos died ({error}) It may have run out of memory: try fewer --workers."
+        ) from error
+
+
+def _profiler(recipe: Recipe, is_main: bool) -> AbstractContextManager[Any]:
+    """With --profile, a trace of three steps of the main process after three others, for TensorBoard and Perfetto."""
+    if not (recipe.profile and is_main):
+        return nullcontext()
+    return torch.profiler.profile(
+        schedule=torch.profiler.schedule(skip_first=2, wait=0, warmup=1, active=3, repeat=1),
+        on_trace_ready=torch.profiler.tensorboard_trace_handler(str(recipe.output / "profile")),
+        record_shapes=True,
+    )
 
 
 def _summary(values: Mapping[str, float | None]) -> dict[str, str]:
@@ -169,65 +380,14 @@ def _warn_about_nonfinite(step: int, values: Mapping[str, float | None]) -> None
         tqdm.write(f"step {step}: " + ", ".join(f"{name} {values[name]:g}" for name in names))
 
 
-def describe_training(recipe: Recipe, schedule: Schedule, accelerator: Accelerator, videos: int) -> dict[str, str]:
-    """The lines of the resolved recipe that every training has."""
-    warmup = f"{schedule.warmup_steps} of warm-up" + (" (shortened to half the run)" if schedule.shortened else "")
-    steps = f"{schedule.steps}, {warmup}, {schedule.steps * schedule.effective_batch / max(videos, 1):.1f} epochs"
-    if not videos:
-        steps = f"{recipe.epochs:g} epochs, {recipe.warmup_epochs:g} of warm-up; steps follow from the data"
-    clip = f"clip {recipe.clip_grad:g}" if recipe.clip_grad else "no clipping"
-    return {
-        "batch": f"{recipe.batch_size} videos x {accelerator.num_processes} devices x {schedule.accumulation} "
-        f"accumulated = {schedule.effective_batch}, {recipe.repeats} clips of each",
-        "steps": steps,
-        "learning rate": f"{recipe.base_lr:g} x {schedule.effective_batch} / 256 = {schedule.lr:.3g}, cosine to "
-        f"{schedule.min_lr:.3g}",
-        "optimizer": f"AdamW, betas {recipe.betas}, weight decay {recipe.weight_decay:g}, {clip}",
-        "device": f"{accelerator.device}, {describe_precision(accelerator)}",
-        "output": str(recipe.output),
-    }
+def run_to_the_end(train: Callable[[], None]) -> None:
+    """Runs what a script is for; what ends it early is one line, without a traceback, and an exit code.
 
-
-def describe_clips(settings: EncoderSettings) -> str:
-    """Which frames a clip takes, and its size."""
-    frames = f"stride {settings.stride}" if settings.sampling == "dense" else "one of each"
-    return (
-        f"{settings.num_frames} frames, {settings.sampling} ({frames}), {settings.img_size[0]}x{settings.img_size[1]}"
-    )
-
-
-def describe_encoder(name: str, model: AdaMAE | VideoClassifier) -> str:
-    """Name and size of a model."""
-    size, blocks = model.size, model.encoder.blocks
-    millions = sum(each.numel() for each in model.parameters()) / 1e6
-    width = model.encoder.pos_embed.shape[-1]
-    return f"{name}, {millions:.3g}M parameters, width {width}, {len(blocks)} blocks, grid {size.grid}"
-
-
-def describe_precision(accelerator: Accelerator) -> str:
-    """'fp32' or 'bf16'."""
-    return "fp32" if accelerator.mixed_precision == "no" else str(accelerator.mixed_precision)
-
-
-def format_lines(lines: Mapping[str, str]) -> str:
-    """Names and values in two columns."""
-    return "\n".join(f"{name:>13}  {value}" for name, value in lines.items())
-
-
-def check_output(output: Path, *new: str) -> None:
-    """Raises ValueError if the output folder is a file, or has one of the files that are about to be written."""
-    if output.exists() and not output.is_dir():
-        raise ValueError(f"--output {output} is a file; name a folder.")
-    if there := [name for name in new if (output / name).exists()]:
-        raise ValueError(f"--output {output} has {', '.join(there)} already; name another folder, or delete it.")
-
-
-def report_left_out(report: Path, left_out: list[str], what: str) -> None:
-    """Prints and writes which videos could not be used and what became of them; removes an earlier file."""
-    report.unlink(missing_ok=True)
-    if not left_out:
-        return
-    print(f"{len(left_out)} videos {what} (also in {report}):")
-    print("\n".join(f"  {message}" for message in left_out))
-    report.parent.mkdir(parents=True, exist_ok=True)
-    report.write_text("\n".join(left_out) + "\n", encoding="utf-8")
+    128 + 15 is what a shell gives for SIGTERM, after which a scheduler may start the job again.
+    """
+    try:
+        train()
+    except Interrupted:
+        sys.exit(128 + 15)
+    except (TrainingError, VideoError) as error:  # a process that reads puts its traceback before the message
+        sys.exit(f"error: {str(error).rpartition('VideoError: ')[2].strip()}")

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from common.datasets import ViewSet, ViewSource, collate_views
-from common.engine import Normalise
+from common.devices import Normalise
 from common.video import VideoError
 
 

@@ -20,9 +20,9 @@ from torch import Tensor
 
 from adamae_sampler.models import VideoClassifier, load_checkpoint
 from common.checkpoints import ends_with_norm, size_note, stated_sizes
-from common.engine import describe_clips
 from common.evaluation import map_views
 from common.recipe import EncoderSettings
+from common.report import describe_clips
 from common.sources import Labelled
 from common.video import VideoError
 

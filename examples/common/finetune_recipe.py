@@ -17,7 +17,7 @@ class FinetuneRecipe(Recipe):
     data_settings: ClassVar[tuple[str, ...]] = ("train", "val")
 
     train: str = ""
-    """List of training videos (`path label` or `path start frames label`), or 'sprites[:LENGTH[:SEED]]'."""
+    """List of training videos (`path label` or `path start frames label`), shards, or 'sprites[:LENGTH[:SEED]]'."""
     val: str = ""
     """List of videos for evaluation, or 'sprites[:LENGTH[:SEED]]'."""
     checkpoint: str = ""

@@ -7,31 +7,62 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-VIDEO_SUFFIXES = (".mp4", ".webm", ".avi", ".mkv", ".mov", ".mpg", ".mpeg", ".m4v")
+from common.shards import Span, is_index, read_index
+from common.video import VIDEO_SUFFIXES, Video, VideoError
+
 LABELS = "labels.txt"  # the names of the classes, one a line, beside the lists
 
 
 @dataclass(frozen=True)
 class VideoEntry:
-    """One video of a list. `frames` is None for all from `start` on; `where` names it in messages."""
+    """One video of a list. `frames` is None for all from `start` on; `where` names it in messages; `span` is where its
+    bytes are if it is in a shard, which `path` then only names."""
 
     path: Path
     label: int = -1
     start: int = 0
     frames: int | None = None
     where: str = ""
+    span: Span | None = None
+
+    def open(self) -> Video:
+        """The video, open for reading; raises VideoError."""
+        return Video(self.path if self.span is None else self.span.read())
+
+    def read(self) -> bytes:
+        """The bytes of its file; raises VideoError."""
+        if self.span is not None:
+            return self.span.read()
+        try:
+            return self.path.read_bytes()
+        except OSError as error:
+            raise VideoError(f"it cannot be read ({error})") from error
+
+    def fingerprint(self) -> str:
+        """Tells this video and this state of its file from others, by path, part, label, size and time."""
+        stat = self.path.stat() if self.span is None and self.path.exists() else None
+        file = self.span or (stat and (stat.st_size, stat.st_mtime_ns))
+        return repr(((str(self.path), self.label, self.start, self.frames), file))
 
 
-def list_videos(data: Path) -> list[VideoEntry]:
-    """The videos of a folder (searched through, sorted) or of a list file.
+def list_videos(data: str | Path) -> list[VideoEntry]:
+    """The videos of a folder (searched through, sorted), of a list file, or of shards: a folder with an index.json, or
+    an index.json, also by its URL.
 
     A line of a list is `path label` or `path start frames label`, as VideoMAE's; `frames` below 1 means to the end. A
     relative path is relative to the list's folder. Empty lines and lines that start with # are passed over.
 
     Raises:
         FileNotFoundError: there is nothing at the path.
-        ValueError: a line of another form, named with its number, or no video at all.
+        ValueError: a line of another form, named with its number; an index that cannot be; or no video at all.
     """
+    if is_index(str(data)):
+        shards = read_index(str(data))
+        entries = [VideoEntry(Path(each.name), each.label, where=each.name, span=each.span) for each in shards]
+        if not entries:
+            raise ValueError(f"{data} names no video.")
+        return entries
+    data = Path(data)
     if data.is_dir():
         found = sorted(path for path in data.rglob("*") if path.suffix.lower() in VIDEO_SUFFIXES)
         entries = [VideoEntry(path, where=str(path)) for path in found]
@@ -71,11 +102,13 @@ def write_list(path: Path, entries: Iterable[VideoEntry]) -> None:
     """Writes a list; paths within the list's folder are written relative to it.
 
     Raises:
-        ValueError: a path that no line can hold (a line break, a space or # at its beginning).
+        ValueError: a path that no line can hold (a line break, a space or # at its beginning), or a video in a shard.
     """
     folder = path.parent.resolve()
     lines = []
     for entry in entries:
+        if entry.span is not None:
+            raise ValueError(f"{entry.path} is in a shard; a list names files.")
         video = entry.path.resolve()
         name = str(video.relative_to(folder) if video.is_relative_to(folder) else video)
         if name != name.strip() or name.startswith("#") or len(name.splitlines()) != 1:
@@ -89,12 +122,12 @@ def write_list(path: Path, entries: Iterable[VideoEntry]) -> None:
 
 
 def class_names(data: Path, num_classes: int) -> list[str]:
-    """The names in labels.txt beside a list, or the numbers of the classes where there is none.
+    """The names in labels.txt, beside a list or in a folder of shards, or numbers where there is none.
 
     Raises:
         ValueError: the file has fewer names than there are classes.
     """
-    path = data.parent / LABELS
+    path = (data if data.is_dir() else data.parent) / LABELS
     if not path.is_file():
         return [str(label) for label in range(num_classes)]
     names = path.read_text(encoding="utf-8").splitlines()

@@ -5,7 +5,8 @@ from __future__ import annotations
 import itertools
 import json
 import math
-from collections.abc import Iterator
+import statistics
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -15,6 +16,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
 
 from adamae_sampler import MaskSample
 from adamae_sampler.losses import LossOutput
@@ -29,6 +31,7 @@ class DeviceMetrics:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
+        self._in_a_row = torch.zeros((), device=device)  # steps that were skipped, up to the last
         self._reset()
 
     def _reset(self) -> None:
@@ -58,13 +61,17 @@ class DeviceMetrics:
     def add_update(self, grad_norm: Tensor, accelerator: Accelerator) -> None:
         """Counts one optimiser step, which is skipped if the norm of its gradient is not finite."""
         self.mean("grad_norm", grad_norm)
-        if accelerator.is_main_process:  # the norm is the same on every process
-            self.count("skipped_steps", ~grad_norm.isfinite())
-        else:
-            self.count("skipped_steps", torch.zeros_like(grad_norm))
+        skipped = ~grad_norm.isfinite()
+        self._in_a_row = torch.where(skipped, self._in_a_row + 1, 0)
+        # The norm is the same on every process: the main one counts for all.
+        self.count("skipped_steps", skipped if accelerator.is_main_process else torch.zeros_like(skipped))
 
     def read(self, accelerator: Accelerator) -> dict[str, float | None]:
-        """Means and counts since the last reading, over all processes; None for a mean that is not finite."""
+        """Means and counts since the last reading, over all processes; None for a mean that is not finite.
+
+        `nonfinite_in_a_row` is how many steps up to the last were skipped, however long ago that began.
+        """
+        self.count("nonfinite_in_a_row", self._in_a_row * accelerator.is_main_process)
         sums = [*itertools.chain.from_iterable(self._means.values()), *self._counts.values()]
         totals = accelerator.reduce(torch.stack(sums), "sum").tolist()
         values: dict[str, float | None] = {}
@@ -75,6 +82,24 @@ class DeviceMetrics:
         values |= {name: round(total) for name, total in zip(self._counts, totals[2 * len(self._means) :], strict=True)}
         self._reset()
         return values
+
+    def state(self, accelerator: Accelerator) -> dict[str, Tensor]:
+        """What was added since the last reading, over all processes, for a checkpoint; all have to call this."""
+        sums = {f"mean {name}": torch.stack(entry) for name, entry in self._means.items()}
+        sums |= {f"count {name}": total.clone() for name, total in self._counts.items()}
+        sums["in a row"] = self._in_a_row * accelerator.is_main_process
+        return {name: accelerator.reduce(total, "sum") for name, total in sums.items()}
+
+    def restore(self, state: Mapping[str, Tensor], accelerator: Accelerator) -> None:
+        """Puts back what was added; the main process has it for all."""
+        mine = {name: total.to(self.device) * accelerator.is_main_process for name, total in state.items()}
+        self._in_a_row = state["in a row"].to(self.device)
+        for name, total in mine.items():
+            kind, _, name = name.partition(" ")
+            if kind == "mean":
+                self._means[name] = list(total.unbind())
+            elif kind == "count":
+                self._counts[name] = total
 
 
 class PretrainMetrics(DeviceMetrics):
@@ -114,6 +139,15 @@ class PretrainMetrics(DeviceMetrics):
         self.seen.zero_()
         return values
 
+    def state(self, accelerator: Accelerator) -> dict[str, Tensor]:
+        """As `DeviceMetrics.state`."""
+        return {**super().state(accelerator), "seen": accelerator.reduce(self.seen.clone(), "sum")}
+
+    def restore(self, state: Mapping[str, Tensor], accelerator: Accelerator) -> None:
+        """As `DeviceMetrics.restore`."""
+        super().restore(state, accelerator)
+        self.seen = state["seen"].to(self.device) * accelerator.is_main_process
+
 
 class RunLog:
     """metrics.jsonl and TensorBoard files in a folder; nothing where `enabled` is False (other ranks).
@@ -148,6 +182,28 @@ class RunLog:
         for name, value in values.items():
             if value is not None:
                 self.board.add_scalar(name, value, step)
+
+    def summarise(self, path: Path) -> None:
+        """Writes and prints the run in a few lines: first and last losses, pace, skipped steps."""
+        lines = [line for line in self._lines() if "step_time" in line]
+        first, last = lines[0], lines[-1]
+        middle = {
+            name: statistics.median(values)
+            for name in ("step_time", "data_time", "clips_per_second", "tflops", "mfu")
+            if (values := [line[name] for line in lines if line.get(name) is not None])
+        }
+        losses = ("loss", "reconstruction", "sampling", "entropy")
+        text = [f"{last['step']} steps, {last['epoch']:.1f} epochs"]
+        text += [
+            f"{name}: {first[name]:.4g} at step {first['step']}, {last[name]:.4g} at the end"
+            for name in losses
+            if first.get(name) is not None and last.get(name) is not None
+        ]
+        text += [f"{name}: {value:.4g} (median)" for name, value in middle.items()]
+        text += [f"memory: {max(line['memory_gib'] for line in lines):.3g} GiB at most"]
+        text += [f"skipped steps: {sum(line['skipped_steps'] for line in lines)}"]
+        path.write_text("\n".join(text) + "\n")
+        tqdm.write("\n".join(f"  {line}" for line in text))
 
     def __enter__(self) -> RunLog:
         return self

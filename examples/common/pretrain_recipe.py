@@ -17,7 +17,8 @@ class PretrainRecipe(Recipe):
     data_settings: ClassVar[tuple[str, ...]] = ("data",)
 
     data: str = ""
-    """Folder of videos, list file (`path label` or `path start frames label`), or 'sprites'."""
+    """Folder of videos, list file (`path label` or `path start frames label`), shards (their folder, or the path or URL
+    of their index.json), or 'sprites'."""
     output: Path = Path("runs/pretrain")
     """Folder for metrics, checkpoints and pictures."""
 

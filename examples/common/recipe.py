@@ -120,13 +120,25 @@ class Recipe(EncoderSettings):
     log_every: int = 20
     """Steps between two lines of metrics."""
     save_every: int = 1000
-    """Steps between two checkpoints; one is written at the end in any case."""
+    """Steps between two checkpoints; one is written at the end in any case, and on SIGTERM (then the run ends) and
+    SIGUSR1."""
+    save_minutes: float = 30
+    """Minutes between two checkpoints, where steps are slow."""
+    keep_checkpoints: int = 2
+    """The latest checkpoints that are kept, besides the best one."""
+    stop_after_nonfinite: int = 20
+    """A step whose gradient is not finite is skipped; so many in a row end the run."""
+    max_broken: float = 0.1
+    """Largest share of the videos that may be broken; they are replaced by others, more end the run."""
+    profile: bool = False
+    """Write a trace of a few steps to output/profile, for TensorBoard or Perfetto."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check_least(
             repeats=1, batch_size=1, log_every=1, save_every=1, clip_grad=0, base_lr=0, weight_decay=0, epochs=0,
-            warmup_epochs=0, min_base_lr=0, steps=1, effective_batch=1, warmup_steps=0,
+            warmup_epochs=0, min_base_lr=0, steps=1, effective_batch=1, warmup_steps=0, save_minutes=0,
+            keep_checkpoints=1, stop_after_nonfinite=1, max_broken=0,
         )  # fmt: skip
 
     def accumulation(self, devices: int) -> int:

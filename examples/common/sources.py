@@ -41,7 +41,7 @@ def pretrain_source(recipe: PretrainRecipe) -> ClipSource:
     sprites = find_sprites(recipe.data, recipe)
     if sprites is not None:
         return SpriteClips(sprites, recipe.repeats)
-    entries = list_videos(Path(recipe.data)) if recipe.data else []
+    entries = list_videos(recipe.data) if recipe.data else []
     transform = PretrainTransform(recipe.img_size, recipe.flip)
     return VideoClips(entries, recipe.num_frames, recipe.stride, transform, recipe.sampling, recipe.repeats)
 
@@ -64,7 +64,7 @@ class Labelled:
     def find(cls, name: str, settings: EncoderSettings) -> Labelled:
         """What the name says; nothing for an empty one."""
         sprites = find_sprites(name, settings)
-        return cls(name, sprites, list_videos(Path(name)) if name and sprites is None else [])
+        return cls(name, sprites, list_videos(name) if name and sprites is None else [])
 
     def __len__(self) -> int:
         return len(self.entries) if self.sprites is None else len(self.sprites)
@@ -112,9 +112,7 @@ class Labelled:
             return repr(sorted(vars(self.sprites).items()))
         digest = hashlib.sha256()
         for entry in self.entries:
-            stat = entry.path.stat() if entry.path.exists() else None
-            about = (str(entry.path), entry.label, entry.start, entry.frames)
-            digest.update(repr((about, stat and (stat.st_size, stat.st_mtime_ns))).encode())
+            digest.update(entry.fingerprint().encode())
         return digest.hexdigest()
 
     def clips(self, recipe: FinetuneRecipe) -> ClipSource:

@@ -1,122 +1,291 @@
-"""The state of a run on disk: written whole or not at all, read without pickle."""
+"""Checkpoints: everything that a run needs to go on, in safetensors files that are whole or not there.
+
+A file holds tensors and, as JSON, the numbers and strings between them; nothing is ever unpickled. Weights and
+optimiser are stored by the names of the parameters, for any number of processes and any wrapper (DDP, FSDP2, compiled).
+"""
 
 from __future__ import annotations
 
 import itertools
+import json
 import os
+import platform
+import random
+import shutil
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import accelerate
+import numpy as np
+import safetensors
+import safetensors.torch
+import timm
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import gather_object, set_seed
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
+from common.files import write_tensors
 from common.recipe import AnyRecipe, Recipe, Schedule, recipe_from
 
-_FORMAT = "adamae_sampler training state 2"
+CHECKPOINTS = "checkpoints"  # the folder of a run that has them
+BEST = "best.safetensors"
+_FORMAT = "adamae_sampler training state 3"
+_TENSOR = "$tensor"  # marks a tensor's place in the JSON
 # Settings that may differ between a run and its resumption; any other makes it another run.
-_FREE = {"output", "steps", "epochs", "workers", "log_every", "save_every", "batch_size", "checkpoint_activations"}
+_FREE = {"output", "steps", "epochs", "workers", "log_every", "batch_size", "checkpoint_activations"}
+_FREE |= {"save_every", "save_minutes", "keep_checkpoints", "stop_after_nonfinite", "max_broken", "profile"}
 _FREE |= {"eval_every", "eval_batch_size", "test_clips", "test_crops"}
+_FREE |= {"effective_batch", "data", "train", "val"}  # compared by what they come to
 
 
-def save_state(
-    path: Path,
+@dataclass(frozen=True)
+class Checkpoints:
+    """The checkpoints of a run.
+
+    Attributes:
+        folder: where they are, step_00001000.safetensors and so on, and best.safetensors.
+        keep: how many of the latest are kept.
+    """
+
+    folder: Path
+    keep: int = 2
+
+    def save(self, state: Mapping[str, Any]) -> Path:
+        """Writes a state, then removes older ones; the best by "score" is kept besides.
+
+        Raises:
+            OSError: it cannot be written; those that there are stay.
+        """
+        tensors: dict[str, Tensor] = {}
+        tree = _take_tensors(state, "", tensors)
+        path = self.folder / f"step_{state['step']:08d}.safetensors"
+        write_tensors(path, tensors, {"state": json.dumps(tree)})
+        best = self.folder / BEST
+        score, highest = state.get("score"), _score(best)
+        if score is not None and (highest is None or score >= highest):
+            aside = best.with_name(f".{BEST}.partial")
+            aside.unlink(missing_ok=True)
+            try:
+                os.link(path, aside)
+            except OSError:  # a file system without hard links
+                shutil.copyfile(path, aside)
+            os.replace(aside, best)
+        for old in self._all()[self.keep :]:
+            old.unlink()
+        return path
+
+    def newest(self, kind: str) -> tuple[Path | None, list[str]]:
+        """The newest whole checkpoint of a script, or None; and why each newer file was passed over."""
+        passed_over: list[str] = []
+        for path in self._all():
+            try:
+                _read(path, kind)
+                return path, passed_over
+            except ValueError as error:
+                passed_over.append(str(error))
+        return None, passed_over
+
+    def _all(self) -> list[Path]:
+        """All files, the newest first."""
+        return sorted(self.folder.glob("step_*.safetensors"), reverse=True)
+
+
+def _take_tensors(tree: Any, name: str, tensors: dict[str, Tensor]) -> Any:
+    """The tree with a mark in place of each tensor, which is put into `tensors` by its path."""
+    if isinstance(tree, Tensor):
+        tensors[name] = tree
+        return {_TENSOR: name}
+    if isinstance(tree, Mapping):
+        return {str(key): _take_tensors(value, f"{name}/{key}", tensors) for key, value in tree.items()}
+    if isinstance(tree, list | tuple):
+        return [_take_tensors(value, f"{name}/{number}", tensors) for number, value in enumerate(tree)]
+    if tree is None or isinstance(tree, bool | int | float | str):
+        return tree
+    raise TypeError(f"{name} is a {type(tree).__name__}; a checkpoint holds tensors, numbers, strings and containers.")
+
+
+def _put_tensors(tree: Any, tensors: Mapping[str, Tensor]) -> Any:
+    """The inverse of `_take_tensors`."""
+    if isinstance(tree, dict):
+        if set(tree) == {_TENSOR}:
+            return tensors[tree[_TENSOR]]
+        return {key: _put_tensors(value, tensors) for key, value in tree.items()}
+    return [_put_tensors(value, tensors) for value in tree] if isinstance(tree, list) else tree
+
+
+def _header(path: Path) -> dict[str, Any]:
+    """The JSON of a checkpoint; raises FileNotFoundError, or ValueError for a file that is not a whole one."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; a run writes {CHECKPOINTS}/ into its output folder.")
+    try:
+        with safetensors.safe_open(path, "pt") as file:  # checks the lengths that the file states
+            tree = json.loads((file.metadata() or {}).get("state", "{}"))
+    except (safetensors.SafetensorError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is truncated or no checkpoint ({error}).") from error
+    if not isinstance(tree, dict) or tree.get("format") != _FORMAT:
+        raise ValueError(
+            f"{path} is not a training state of these scripts. To start from weights alone, load them with "
+            "adamae_sampler.models.load_checkpoint."
+        )
+    return tree
+
+
+def _score(path: Path) -> float | None:
+    """The score of a checkpoint; None if it has none, is not there, or is damaged."""
+    try:
+        score: float | None = _header(path).get("score")
+        return score
+    except (FileNotFoundError, ValueError):
+        return None
+
+
+def _read(path: Path, kind: str) -> dict[str, Any]:
+    """A checkpoint without its tensors, of the script of this kind."""
+    tree = _header(path)
+    if tree["kind"] != kind:
+        raise ValueError(f"{path}: a state of {tree['kind']}.py, which {kind}.py cannot go on from.")
+    return tree
+
+
+def make_state(
     accelerator: Accelerator,
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     recipe: Recipe,
     schedule: Schedule,
-    step: int,
-    extra: Mapping[str, Any],
-) -> None:
-    """Writes everything that a resumed run needs: weights, optimiser, step, recipe, random states of all processes.
+    more: Mapping[str, Any],
+) -> dict[str, Any] | None:
+    """Everything that a resumed run needs, on the main process; None on the others, which have to call this too.
 
-    `extra` has what the script adds, as tensors, numbers, strings and containers of them.
+    Args:
+        accelerator: devices and processes.
+        model: prepared.
+        optimizer: the bare one.
+        recipe: the settings.
+        schedule: what follows from them.
+        more: what the loop adds, tensors, numbers, strings and containers of them: "step", how many are done, from
+            which the position in the data follows; "score", how good the model is, or None; and so on.
     """
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    weights, optimizer_state = get_state_dict(model, optimizer, options=options)
     random_states = gather_object([_random_state(accelerator.device)])
-    if accelerator.is_main_process:
-        state = {
-            "format": _FORMAT,
-            "kind": recipe.kind,
-            "model": accelerator.unwrap_model(model).state_dict(),
-            "optimizer": optimizer.state_dict(),
-            "step": step,
-            "recipe": recipe.plain(),
-            "clips": schedule.clips,
-            "effective_batch": schedule.effective_batch,
-            "random_states": random_states,
-            "extra": dict(extra),
-        }
-        path.parent.mkdir(parents=True, exist_ok=True)
-        aside = path.with_suffix(".tmp")
-        with aside.open("wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        aside.replace(path)  # atomic, so that a run killed here leaves the previous file whole
-    accelerator.wait_for_everyone()
+    if not accelerator.is_main_process:
+        return None
+    return {
+        "format": _FORMAT,
+        "kind": recipe.kind,
+        "recipe": recipe.plain(),
+        "clips": schedule.clips,
+        "effective_batch": schedule.effective_batch,
+        "versions": versions(),
+        "random_states": random_states,
+        "model": weights,
+        "optimizer": optimizer_state,
+        **more,
+    }
 
 
-def load_state(path: Path, recipe: Recipe, schedule: Schedule, processes: int) -> dict[str, Any]:
-    """Reads a state and checks that this run continues it.
+def load_state(path: Path, recipe: Recipe, schedule: Schedule, videos: str) -> dict[str, Any]:
+    """Reads a checkpoint and checks that this run continues it.
+
+    Args:
+        path: the file.
+        recipe: the settings of this run.
+        schedule: what follows from them.
+        videos: what tells its data set from others.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: it is not a training state (weights alone cannot be resumed); or its recipe, number of videos,
-            effective batch or number of processes is another; or the run was longer than this one shall be.
+        ValueError: it is not a whole training state (weights alone cannot be resumed); or its recipe, its videos or its
+            effective batch are others; or the run was longer than this one shall be.
     """
-    state = _read(path, recipe.kind)
-    saved, now = state["recipe"], recipe.plain()
+    tree = _read(path, recipe.kind)
+    saved, now = tree["recipe"], recipe.plain()
     changed = [f"{name}: {saved.get(name)} -> {now[name]}" for name in now if saved.get(name) != now[name]]
     forbidden = [change for change in changed if change.partition(":")[0] not in _FREE]
     for name, then, today in (
-        ("number of videos", state["clips"], schedule.clips),
-        ("effective batch", state["effective_batch"], schedule.effective_batch),
-        ("processes", len(state["random_states"]), processes),
+        ("number of videos", tree["clips"], schedule.clips),
+        ("effective batch", tree["effective_batch"], schedule.effective_batch),
     ):
         if then != today:
             forbidden.append(f"{name}: {then} -> {today}")
+    if tree["videos"] != videos and tree["clips"] == schedule.clips:
+        forbidden.append("videos: as many, with other names or in another order")
     if forbidden:
         raise ValueError(
-            f"--resume {path}: that run had other settings:\n  " + "\n  ".join(forbidden) + "\nPass the same ones, or "
+            f"{path}: that run had other settings:\n  " + "\n  ".join(forbidden) + "\nPass the same ones, or "
             "start a new run."
         )
-    if state["step"] > schedule.steps:
-        raise ValueError(f"--resume {path}: it is at step {state['step']}, this run ends at {schedule.steps}.")
+    if tree["step"] > schedule.steps:
+        raise ValueError(f"{path}: it is at step {tree['step']}, this run ends at {schedule.steps}.")
+    state: dict[str, Any] = _put_tensors(tree, safetensors.torch.load_file(path))
     return state
 
 
 def recipe_of_state(kind: type[AnyRecipe], path: Path) -> AnyRecipe:
-    """The recipe of a saved run, with the folder it is in now as its output.
+    """The recipe of a saved run, with the folder it is in now as its output and its effective batch, for any devices.
 
     Raises:
         FileNotFoundError, ValueError: as `load_state`.
     """
-    return recipe_from(kind, {**_read(path, kind.kind)["recipe"], "output": str(path.parent)})
+    tree = _read(path, kind.kind)
+    now = {"output": str(path.resolve().parent.parent), "effective_batch": tree["effective_batch"]}
+    return recipe_from(kind, tree["recipe"] | now)
 
 
-def _read(path: Path, kind: str) -> dict[str, Any]:
-    if not path.is_file():
-        raise FileNotFoundError(f"--resume {path}: no such file; a run writes state.pt into its output folder.")
-    state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    if state.get("format") != _FORMAT:
-        raise ValueError(
-            f"--resume {path}: not a training state of this script. To start from weights alone, load them with "
-            "adamae_sampler.models.load_checkpoint."
-        )
-    if state["kind"] != kind:
-        raise ValueError(f"--resume {path}: a state of {state['kind']}.py, which {kind}.py cannot go on from.")
-    return state
+def restore(state: Mapping[str, Any], model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Puts weights and optimiser back; the model is prepared, the optimiser the bare one."""
+    set_state_dict(
+        model,
+        optimizer,
+        model_state_dict=state["model"],
+        optim_state_dict=state["optimizer"],
+        options=StateDictOptions(full_state_dict=True),
+    )
 
 
-def restore_random_state(state: dict[str, Any], accelerator: Accelerator) -> None:
-    """Sets this process's random states to those saved."""
-    mine: dict[str, Tensor] = state["random_states"][accelerator.process_index]
+def restore_random_state(state: Mapping[str, Any], accelerator: Accelerator) -> None:
+    """Sets this process's random states to those saved; anew, by seed, step and process, for another number of them."""
+    if len(state["random_states"]) != accelerator.num_processes:
+        set_seed(state["recipe"]["seed"] * 1_000_003 + state["step"], device_specific=True)
+        return
+    mine = state["random_states"][accelerator.process_index]
+    random.setstate((mine["python"][0], tuple(mine["python"][1]), mine["python"][2]))
+    key = mine["numpy_key"].numpy().astype(np.uint32)
+    np.random.set_state({**mine["numpy"], "state": {**mine["numpy"]["state"], "key": key}})  # noqa: NPY002
     torch.set_rng_state(mine["cpu"])
     if "cuda" in mine:
         torch.cuda.set_rng_state(mine["cuda"], accelerator.device)
+
+
+def describe_resumption(path: Path, state: Mapping[str, Any], accelerator: Accelerator, batch_size: int) -> str:
+    """Where a run goes on, and what is not exactly as it would have been without the interruption."""
+    then, now = len(state["random_states"]), accelerator.num_processes
+    notes = [f"{path} from step {state['step']}"]
+    if then != now:
+        notes.append(f"{then} processes there, {now} here: the same videos in each step, other masks and dropout")
+    elif state["recipe"]["batch_size"] != batch_size:
+        notes.append("another batch_size: the same videos in each step, other masks and dropout")
+    notes += [
+        f"{name} {state['versions'].get(name)} there, {version} here: results may differ"
+        for name, version in versions().items()
+        if state["versions"].get(name) != version
+    ]
+    return "; ".join(notes)
+
+
+def versions() -> dict[str, str]:
+    """Versions of what a run's numbers depend on."""
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "timm": timm.__version__,
+        "accelerate": accelerate.__version__,
+    }
 
 
 def set_aside(folder: Path) -> Path | None:
@@ -127,8 +296,15 @@ def set_aside(folder: Path) -> Path | None:
     return folder.rename(folder.with_name(f"{folder.name}-{number}"))
 
 
-def _random_state(device: torch.device) -> dict[str, Tensor]:
-    state = {"cpu": torch.get_rng_state()}
+def _random_state(device: torch.device) -> dict[str, Any]:
+    python, numpy = random.getstate(), np.random.get_state(legacy=False)  # noqa: NPY002 - timm's Mixup draws from it
+    key = numpy["state"].pop("key")
+    state: dict[str, Any] = {
+        "python": [python[0], list(python[1]), python[2]],
+        "numpy": numpy,
+        "numpy_key": torch.from_numpy(key.astype(np.int64)),  # torch cannot send uint32 between processes
+        "cpu": torch.get_rng_state(),
+    }
     if device.type == "cuda":
         state["cuda"] = torch.cuda.get_rng_state(device)
     return state

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import os
 from collections.abc import Iterator, Sequence
+from fractions import Fraction
 
 import av
 import torch
 from torch import Tensor
 
+VIDEO_SUFFIXES = (".mp4", ".webm", ".avi", ".mkv", ".mov", ".mpg", ".mpeg", ".m4v")
 # Containers often count a frame or two more than their stream decodes to; more missing than that is a broken file.
 _MISSING_AT_END = 2
 _SHORTEST = 0.9  # of the stated duration, which may be that of a longer sound track
@@ -20,20 +23,20 @@ class VideoError(RuntimeError):
 
 
 class Video:
-    """A video file, open for reading; use it as a context.
+    """A video, open for reading; use it as a context.
 
     Args:
-        path: the file.
+        source: its file, or its bytes.
 
     Raises:
         VideoError: there is no such file, or it is not a video.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        if not os.path.isfile(path):
+    def __init__(self, source: str | os.PathLike[str] | bytes) -> None:
+        if not isinstance(source, bytes) and not os.path.isfile(source):
             raise VideoError("there is no such file")
         try:
-            self._container = av.open(os.fspath(path))
+            self._container = av.open(io.BytesIO(source) if isinstance(source, bytes) else os.fspath(source))
         except (av.FFmpegError, ValueError) as error:
             raise VideoError(f"it cannot be opened as a video ({error})") from error
         if not self._container.streams.video:
@@ -46,6 +49,16 @@ class Video:
 
     def __exit__(self, *_: object) -> None:
         self._container.close()
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width in pixels."""
+        return self._stream.height, self._stream.width
+
+    @property
+    def rate(self) -> Fraction:
+        """Frames per second, 25 where the stream does not say."""
+        return Fraction(self._stream.average_rate or 25)
 
     def count(self) -> int:
         """Frames of the video, from its header where that says, else by reading its packets."""
@@ -87,12 +100,21 @@ class Video:
         """Decodes every frame and returns their number, the test of whether a file is whole.
 
         Raises:
+            VideoError: as `decode_all`.
+        """
+        return sum(1 for _ in self.decode_all())
+
+    def decode_all(self) -> Iterator[av.VideoFrame]:
+        """Every frame, in order.
+
+        Raises:
             VideoError: a frame cannot be decoded, there is none, or the file ends before its header says.
         """
         stated, found = int(self._stream.frames), 0
         try:
             self._container.seek(0)
-            for _ in self._container.decode(self._stream):
+            for frame in self._container.decode(self._stream):
+                yield frame
                 found += 1
         except (av.FFmpegError, ValueError) as error:
             raise VideoError(f"its frame {found} cannot be decoded ({error})") from error
@@ -104,7 +126,6 @@ class Video:
             seconds, long = found / self._stream.average_rate, self._container.duration / av.time_base
             if seconds < _SHORTEST * long:
                 raise VideoError(f"it ends after {float(seconds):.1f} of {long:.1f} seconds; it is broken or truncated")
-        return found
 
     def _origin(self) -> int | None:
         """Time stamp of the first frame, which headers do not always say right; None if frames have none (AVI)."""

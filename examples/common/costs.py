@@ -1,0 +1,74 @@
+"""What a step costs: floating-point operations, memory, and how much of a device's peak is used."""
+
+from __future__ import annotations
+
+import resource
+import sys
+from collections.abc import Callable
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+# Dense bf16 matrix products, in FLOP/s, from the makers' data sheets; by a part of the name that the driver reports.
+PEAKS = {
+    "A100": 312e12,
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "H200": 989e12,
+    "H20": 148e12,
+    "GH200": 989e12,
+    "B200": 2250e12,
+    "A10G": 70e12,
+    "A40": 150e12,
+    "L40S": 362e12,
+    "L4": 121e12,
+    "4090": 165e12,
+    "V100": 125e12,  # fp16
+}
+
+
+def peak_of(name: str) -> float | None:
+    """Peak of a device by its name, FLOP/s; None for one that is not in the table. The longest match counts."""
+    found = [known for known in PEAKS if known in name]
+    return PEAKS[max(found, key=len)] if found else None
+
+
+def forward_flops(forward: Callable[[], object], device: torch.device) -> float:
+    """Floating-point operations of the matrix products and attention of a forward pass, which is left without effect on
+    gradients and random states."""
+    devices = [device] if device.type == "cuda" else []
+    with (
+        torch.no_grad(),
+        torch.random.fork_rng(devices),
+        sdpa_kernel(SDPBackend.MATH),  # made of products; the counter does not know every fused attention
+        FlopCounterMode(display=False) as counter,
+    ):
+        forward()
+    return float(counter.get_total_flops())
+
+
+def memory_gib(device: torch.device) -> float:
+    """The most memory that was held since the last call: of the device, or of this process where that is the CPU."""
+    if device.type == "cuda":
+        most = torch.cuda.max_memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        return most / 2**30
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+def utilisation(flops_of_clip: float, clips_per_second: float, devices: int, device: torch.device) -> dict[str, float]:
+    """`tflops`, what each device does in training (three times the forward pass; what is recomputed does not count),
+    and `mfu`, that as a share of its peak, where the peak is known.
+
+    Args:
+        flops_of_clip: of a forward pass.
+        clips_per_second: over all devices.
+        devices: how many.
+        device: one of them.
+    """
+    rate = 3 * flops_of_clip * clips_per_second / devices
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    peak = peak_of(name)
+    return {"tflops": rate / 1e12} | ({"mfu": rate / peak} if peak else {})

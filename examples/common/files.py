@@ -1,0 +1,59 @@
+"""Files that are written whole or not at all."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import safetensors.torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A path to write to, which takes the place of `path` at the end, once it is on the disk.
+
+    Whoever reads `path` finds the previous file or the new one, also if this process is killed or the disk is full; the
+    folder is made where there is none.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.partial")
+    try:
+        yield aside
+        with aside.open("rb") as file:
+            os.fsync(file.fileno())
+        os.chmod(aside, 0o666 & ~_umask())  # safetensors gives its files to their owner alone
+        os.replace(aside, path)
+    except BaseException:
+        aside.unlink(missing_ok=True)
+        raise
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)  # the new name too
+    finally:
+        os.close(folder)
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Writes a safetensors file, whole or not at all.
+
+    Raises:
+        OSError: it cannot be written, for example because the disk is full.
+    """
+    with replacing(path) as aside:
+        try:
+            safetensors.torch.save_file(
+                {name: tensor.contiguous() for name, tensor in tensors.items()}, aside, {"format": "pt", **metadata}
+            )
+        except SafetensorError as error:  # its name for any failure of writing
+            raise OSError(str(error)) from error
+
+
+def _umask() -> int:
+    """The process's mask for new files, which can only be read by setting it."""
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask

@@ -1,0 +1,52 @@
+"""What a step costs, against numbers from elsewhere."""
+
+import pytest
+import timm
+import torch
+
+import adamae_sampler.models  # noqa: F401 - registers them with timm
+from common.costs import forward_flops, memory_gib, peak_of, utilisation
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    ("masking", "ratio", "gmacs"),
+    [("adaptive", 0.95, 43.0), ("random", 0.95, 28.1), ("tube", 0.9, 35.4)],
+)
+def test_operations_of_vit_b_are_those_counted_by_hand(masking, ratio, gmacs):
+    """Multiplications of the tokenizer, the sampler's block, the encoder, the decoder and the head, from their sizes."""
+    model = timm.create_model("pretrain_adamae_vit_base_patch16_224", masking=masking, mask_ratio=ratio)
+    clip = torch.zeros(1, 3, 16, 224, 224)
+    assert forward_flops(lambda: model(clip), CPU) / 2e9 == pytest.approx(gmacs, rel=0.005)
+
+
+def test_counting_has_no_effect():
+    model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Dropout())
+    torch.manual_seed(3)
+    assert forward_flops(lambda: model(torch.zeros(2, 4)), CPU) == 2 * 2 * 4 * 8
+    drawn = torch.rand(3)
+    torch.manual_seed(3)
+    assert torch.equal(drawn, torch.rand(3))
+    assert model[0].weight.grad is None
+
+
+def test_peaks_by_the_longest_name():
+    assert peak_of("NVIDIA H100 80GB HBM3") == 989e12
+    assert peak_of("NVIDIA H100 PCIe") == 756e12
+    assert peak_of("NVIDIA H200") == 989e12
+    assert peak_of("NVIDIA H20") == 148e12
+    assert peak_of("NVIDIA A100-SXM4-80GB") == 312e12
+    assert peak_of("") is None
+
+
+def test_utilisation():
+    # 100 clips a second of 1 TFLOP forward, 3 for a step, over two devices.
+    assert utilisation(1e12, 100, 2, CPU) == {"tflops": 150}
+
+
+def test_memory_of_this_process():
+    before = memory_gib(CPU)
+    held = torch.ones(2**28)  # 1 GiB
+    assert memory_gib(CPU) > max(before, 1.0)
+    assert held.sum() > 0

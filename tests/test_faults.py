@@ -1,0 +1,165 @@
+"""What happens to real runs: broken videos, steps that are not finite, processes that die. A run goes on or says why."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from functools import partial
+
+import av
+import pytest
+from scripts import (
+    EXAMPLES,
+    TINY_PRETRAIN,
+    metrics,
+    newest_checkpoint,
+    run_script,
+    start_script,
+    succeeded,
+    two_processes,
+)
+from test_resume import children, wait_for_step
+from videos import write_video
+
+from common.quarantine import Quarantine, read_quarantine
+from common.video import VideoError
+
+pretrain = partial(run_script, "pretrain.py")
+
+
+def folder_with_broken_videos(folder):
+    """95 whole videos, and one broken in each of five ways."""
+    folder.mkdir()
+    good = write_video(folder / "good 00.mp4")
+    for number in range(1, 95):
+        shutil.copy(good, folder / f"good {number:02d}.mp4")
+    whole = good.read_bytes()
+    (folder / "truncated.mp4").write_bytes(whole[: len(whole) // 2])
+    (folder / "empty.mp4").touch()
+    (folder / "a text.mp4").write_text("not a video\n" * 100)
+    with av.open(str(folder / "no frames.mkv"), "w") as container:
+        stream = container.add_stream("libx264", rate=25)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        container.start_encoding()  # a header, and nothing after it
+    # The size of its first box says that the header is 4 GiB long.
+    (folder / "huge header.mp4").write_bytes(b"\xff\xff\xff\xf0" + whole[4:])
+    return {"truncated.mp4", "empty.mp4", "a text.mp4", "no frames.mkv", "huge header.mp4"}
+
+
+@pytest.mark.parametrize("launcher", [(), two_processes(29571)], ids=["one process", "two"])
+def test_a_folder_with_broken_videos_trains_to_the_end_and_lists_exactly_those(launcher, tmp_path):
+    broken = folder_with_broken_videos(tmp_path / "videos")
+    assert len(list((tmp_path / "videos").iterdir())) == 100
+    arguments = [*TINY_PRETRAIN, "--data", tmp_path / "videos", "--steps", 52, "--workers", 1, "--stride", 1]
+    printed = succeeded(pretrain(*arguments, "--output", tmp_path / "run", launcher=launcher))
+    listed = read_quarantine(
+        tmp_path / "run" / "quarantine.txt"
+    )  # after two epochs of 25 steps or one of two processes
+    assert set(listed) == {str(tmp_path / "videos" / name) for name in broken}
+    assert all(listed.values())
+    assert "5 videos could not be used and others took their place" in printed
+    assert len(metrics(tmp_path / "run")) == 52
+
+
+def test_a_broken_video_is_not_opened_again_by_a_resumed_run(tmp_path):
+    shutil.copy(EXAMPLES / "clips" / "bigbuckbunny.mp4", tmp_path / "good.mp4")
+    (tmp_path / "list.csv").write_text("good.mp4 0\nlater.mp4 1\n")
+    arguments = [*TINY_PRETRAIN, "--data", tmp_path / "list.csv", "--output", tmp_path / "run", "--max-broken", 0.5]
+    succeeded(pretrain(*arguments, "--steps", 2))
+    quarantine = tmp_path / "run" / "quarantine.txt"
+    assert (
+        quarantine.read_text()
+        == f"{tmp_path / 'later.mp4'}\t{tmp_path / 'list.csv'}:2 (later.mp4): there is no such file\n"
+    )
+    shutil.copy(tmp_path / "good.mp4", tmp_path / "later.mp4")
+    succeeded(pretrain("--resume", "auto", *arguments, "--steps", 4))
+    assert len(read_quarantine(quarantine)) == 1
+
+
+def test_more_broken_videos_than_allowed_end_a_run(tmp_path):
+    shutil.copy(EXAMPLES / "clips" / "bigbuckbunny.mp4", tmp_path / "good.mp4")
+    (tmp_path / "list.csv").write_text("good.mp4 0\nmissing.mp4 1\n")
+    run = pretrain(*TINY_PRETRAIN, "--data", tmp_path / "list.csv", "--steps", 4, "--output", tmp_path / "run")
+    assert run.returncode != 0
+    assert "error: 1 of 2 videos cannot be used, more than max_broken=0.1 of them" in run.stderr
+    assert "list.csv:2 (missing.mp4): there is no such file" in run.stderr
+    assert "allow more with --max-broken" in run.stderr
+    assert "Traceback" not in run.stderr
+
+
+def test_the_quarantine_file(tmp_path):
+    path = tmp_path / "run" / "quarantine.txt"
+    quarantine = Quarantine(path, 10, 0.25, writes=True)
+    quarantine.add({"a ü.mp4": "broken\nin two lines"})
+    quarantine.add({"a ü.mp4": "again", "b.mp4": "gone"})
+    assert path.read_text(encoding="utf-8") == "a ü.mp4\tbroken in two lines\nb.mp4\tgone\n"
+    with path.open("a") as file:
+        file.write("c.mp")  # as a kill may leave it
+    again = Quarantine(path, 10, 0.25, writes=False)
+    assert set(again.known) == {"a ü.mp4", "b.mp4"}
+    with pytest.raises(VideoError, match=r"3 of 10 videos cannot be used, more than max_broken=0\.25"):
+        again.add({"d.mp4": "gone"})
+
+
+def nonfinite_run(first, last, *arguments):
+    """A run whose losses are not finite in steps first .. last."""
+    script = f"""
+import sys
+sys.path.insert(0, {str(EXAMPLES)!r})
+import torch, pretrain
+from adamae_sampler import AdaMAELoss
+calls, real = [], AdaMAELoss.forward
+def forward(self, prediction, video, sample):
+    out = real(self, prediction, video, sample)
+    calls.append(1)
+    return out._replace(loss=out.loss * torch.nan) if {first} <= len(calls) <= {last} else out
+AdaMAELoss.forward = forward
+pretrain.main({[str(each) for each in arguments]!r})
+"""
+    return subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+
+
+def test_so_many_bad_steps_in_a_row_end_a_run_that_is_saved(tmp_path):
+    common = [*TINY_PRETRAIN, "--data", "sprites:8:3", "--steps", 9, "--output", tmp_path, "--log-every", 2]
+    common += ["--stop-after-nonfinite", 3]
+    run = nonfinite_run(4, 8, *common)
+    assert run.returncode != 0
+    assert "error: the last 3 steps had a loss or gradient that is not finite and were skipped" in run.stderr
+    assert "Traceback" not in run.stderr
+    lines = (tmp_path / "nonfinite.txt").read_text().splitlines()
+    assert "nonfinite_in_a_row 3" in lines[0]
+    assert [line.split(":")[0] for line in lines[1:]] == ["step 4", "step 5", "step 6"]
+    # Two steps are an epoch of the eight clips, so two in a row that begin one name each clip once.
+    named = [name for line in lines[2:4] for name in line.partition(": ")[2].split(", ")]
+    assert sorted(named) == [f"sprites:8:3[{number}]" for number in range(8)]
+    assert newest_checkpoint(tmp_path).name == "step_00000006.safetensors"
+    assert "from step 6" in succeeded(pretrain("--resume", newest_checkpoint(tmp_path)))
+
+
+def test_fewer_bad_steps_in_a_row_do_not(tmp_path):
+    common = [*TINY_PRETRAIN, "--data", "sprites:8:3", "--steps", 8, "--output", tmp_path]
+    run = nonfinite_run(4, 5, *common, "--stop-after-nonfinite", 3)
+    assert run.returncode == 0, run.stderr
+    assert [line["nonfinite_in_a_row"] for line in metrics(tmp_path)] == [0, 0, 0, 1, 2, 0, 0, 0]
+    assert [line["skipped_steps"] for line in metrics(tmp_path)] == [0, 0, 0, 1, 1, 0, 0, 0]
+
+
+@pytest.mark.parametrize("victim", ["reader", "rank"])
+def test_a_process_that_dies_ends_the_job_at_once_with_a_clear_line(victim, tmp_path):
+    launcher = two_processes(29575) if victim == "rank" else ()
+    arguments = [*TINY_PRETRAIN, "--data", "sprites:64", "--steps", 100_000, "--workers", 2, "--output", tmp_path]
+    process = start_script("pretrain.py", *arguments, launcher=launcher)
+    wait_for_step(tmp_path, 3, process)
+    began = time.monotonic()
+    os.kill(children(process.pid)[-1], signal.SIGKILL)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert time.monotonic() - began < 30
+    if victim == "reader":
+        assert "error: a process that reads videos died (DataLoader worker (pid" in errors
+        assert "fewer --workers" in errors
+        assert "Traceback" not in errors
+    else:
+        assert "Signal 9 (SIGKILL) received by PID" in errors

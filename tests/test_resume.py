@@ -1,0 +1,312 @@
+"""Checkpoints: what is in them, when they are written, and that a run goes on from them as if nothing had happened."""
+
+import itertools
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from functools import partial
+
+import pytest
+import safetensors.torch
+import torch
+from scripts import (
+    EXAMPLES,
+    TINY_PRETRAIN,
+    metrics,
+    newest_checkpoint,
+    run_script,
+    start_script,
+    succeeded,
+    two_processes,
+)
+from videos import write_video
+
+from common.state import BEST, Checkpoints, _put_tensors, _take_tensors
+
+pretrain = partial(run_script, "pretrain.py")
+SPRITES = [*TINY_PRETRAIN, "--data", "sprites:64"]
+EXACT = ("loss", "reconstruction", "sampling", "entropy", "grad_norm", "coverage", "lr")
+
+
+def same_numbers(one, two):
+    one, two = metrics(one), metrics(two)
+    assert [line["step"] for line in one] == [line["step"] for line in two]
+    for name in EXACT:
+        assert [line[name] for line in one] == [line[name] for line in two], name
+
+
+def same_weights(one, two):
+    one, two = (safetensors.torch.load_file(folder / "model.safetensors") for folder in (one, two))
+    assert one.keys() == two.keys()
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def run_until(folder, steps, *arguments):
+    """A run that ends at once, without any handler, when the metrics of a step have been written."""
+    script = f"""
+import os, sys
+sys.path.insert(0, {str(EXAMPLES)!r})
+import pretrain, common.metrics as m
+real = m.RunLog.write
+def write(self, step, values):
+    real(self, step, values)
+    if step == {steps}: os._exit(3)
+m.RunLog.write = write
+pretrain.main({[str(each) for each in [*arguments, "--output", folder]]!r})
+"""
+    assert subprocess.run([sys.executable, "-c", script], capture_output=True, check=False).returncode == 3
+
+
+@pytest.mark.parametrize("log_every", [1, 3])
+def test_a_resumed_run_equals_an_uninterrupted_one(log_every, tmp_path):
+    """Bit for bit: weights, order of data, augmentation, masks, dropout, optimiser, learning rate, and the means that
+    were being taken when the checkpoint was written."""
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    common = [*TINY_PRETRAIN, "--log-every", log_every, "--save-every", 2, "--steps", 6]
+    succeeded(pretrain(*common, "--output", whole))
+    run_until(parts, 3, *common)
+    with (parts / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 5, "lo')  # as a kill may leave it
+    printed = succeeded(pretrain("--resume", newest_checkpoint(parts)))  # its settings and its folder are the run's
+    assert "from step 2" in printed
+    same_numbers(whole, parts)
+    same_weights(whole, parts)
+
+
+def test_what_is_another_run_is_refused(tmp_path):
+    succeeded(pretrain(*SPRITES, "--steps", 2, "--output", tmp_path / "run"))
+    checkpoint = newest_checkpoint(tmp_path / "run")
+    for change, message in (
+        (["--base-lr", 1], "base_lr: 0.032 -> 1.0"),
+        (["--effective-batch", 8], "effective batch: 4 -> 8"),
+        (["--steps", 1], "it is at step 2, this run ends at 1"),
+        (["--data", "sprites:32"], "number of videos: 64 -> 32"),
+        (["--data", "sprites:64:1"], "videos: as many, with other names or in another order"),
+    ):
+        refused = pretrain("--resume", checkpoint, *change)
+        assert refused.returncode != 0
+        assert message in refused.stderr
+        assert "Traceback" not in refused.stderr
+    # Going on in the folder of another run sets that one aside.
+    succeeded(pretrain(*SPRITES, "--steps", 1, "--output", tmp_path / "other"))
+    printed = succeeded(pretrain("--resume", checkpoint, "--steps", 3, "--output", tmp_path / "other"))
+    assert f"the earlier run is now {tmp_path / 'other-1'}" in printed
+    assert [line["step"] for line in metrics(tmp_path / "other")] == [3]
+
+
+def test_data_that_moved_is_the_same_data(tmp_path):
+    for place in ("here", "there"):
+        (tmp_path / place).mkdir()
+        for name in ("a.mp4", "b.mp4"):
+            write_video(tmp_path / place / name)
+    arguments = [*TINY_PRETRAIN, "--stride", 1, "--output", tmp_path / "run", "--resume", "auto"]
+    succeeded(pretrain(*arguments, "--data", tmp_path / "here", "--steps", 1))
+    assert "from step 1" in succeeded(pretrain(*arguments, "--data", tmp_path / "there", "--steps", 2))
+    (tmp_path / "there" / "b.mp4").rename(tmp_path / "there" / "c.mp4")
+    refused = pretrain(*arguments, "--data", tmp_path / "there", "--steps", 3)
+    assert "videos: as many, with other names or in another order" in refused.stderr
+
+
+def test_auto_begins_goes_on_and_passes_over_what_is_not_whole(tmp_path):
+    common = [*SPRITES, "--save-every", 1, "--keep-checkpoints", 9, "--output", tmp_path / "run", "--resume", "auto"]
+    assert "a new run begins" in succeeded(pretrain(*common, "--steps", 3))
+    folder = tmp_path / "run" / "checkpoints"
+    truncated = folder / "step_00000003.safetensors"
+    truncated.write_bytes(truncated.read_bytes()[:-100])
+    safetensors.torch.save_file({"a": torch.zeros(1)}, folder / "step_00000004.safetensors")
+    torch.save({"step": 5}, folder / "step_00000005.safetensors")
+    foreign = json.loads(safetensors.safe_open(folder / "step_00000002.safetensors", "pt").metadata()["state"])
+    safetensors.torch.save_file(
+        {"a": torch.zeros(1)}, folder / "step_00000006.safetensors", {"state": json.dumps({**foreign, "kind": "x"})}
+    )
+    printed = succeeded(pretrain(*common, "--steps", 4))
+    assert "step_00000003.safetensors is truncated or no checkpoint" in printed
+    assert "step_00000004.safetensors is not a training state of these scripts" in printed
+    assert "step_00000005.safetensors is truncated or no checkpoint" in printed
+    assert "step_00000006.safetensors: a state of x.py, which pretrain.py cannot go on from" in printed
+    assert "step_00000002.safetensors from step 2" in printed
+    assert [line["step"] for line in metrics(tmp_path / "run")] == [1, 2, 3, 4]
+    assert not (tmp_path / "run-1").exists()
+
+
+def test_the_latest_and_the_best_are_kept(tmp_path):
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    for step, score in enumerate([-3.0, -1.0, -2.0, None], start=1):
+        state = {"format": "adamae_sampler training state 3", "kind": "pretrain", "step": step, "score": score}
+        checkpoints.save({**state, "model": {"w": torch.full((3,), step)}})
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "best.safetensors", "step_00000003.safetensors", "step_00000004.safetensors"
+    ]  # fmt: skip
+    assert safetensors.torch.load_file(tmp_path / BEST)["/model/w"].tolist() == [2, 2, 2]
+
+
+def test_trees_of_tensors_come_back():
+    tree = {"a": [torch.arange(3), 1, None, "x"], "b": {"c": torch.tensor(2.5), "d": [0.1, float("inf"), True]}}
+    tensors = {}
+    marked = json.loads(json.dumps(_take_tensors(tree, "", tensors)))
+    assert set(tensors) == {"/a/0", "/b/c"}
+    back = _put_tensors(marked, tensors)
+    assert torch.equal(back["a"][0], torch.arange(3))
+    assert back["b"]["c"] == 2.5
+    assert (back["a"][1:], back["b"]["d"]) == ([1, None, "x"], [0.1, float("inf"), True])
+    with pytest.raises(TypeError, match=r"/a is a set; a checkpoint holds tensors"):
+        _take_tensors({"a": {1}}, "", {})
+
+
+class Bomb:
+    def __reduce__(self):
+        return (os.system, ("touch pickle_was_loaded",))
+
+
+def test_nothing_is_unpickled(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save(Bomb(), tmp_path / "step_00000001.safetensors")
+    for option in ("--resume", "--checkpoint"):
+        script = "pretrain.py" if option == "--resume" else "linear_probe.py"
+        data = [] if option == "--resume" else ["--train", "sprites:4:1", "--val", "sprites:4:2"]
+        for name in ("step_00000001.safetensors", "weights.pth"):
+            (tmp_path / "weights.pth").write_bytes((tmp_path / "step_00000001.safetensors").read_bytes())
+            refused = run_script(script, option, tmp_path / name, *data)
+            assert refused.returncode != 0
+            assert "error: " in refused.stderr
+            assert "Traceback" not in refused.stderr
+    assert not (tmp_path / "pickle_was_loaded").exists()
+
+
+# ---- what happens to runs ----
+
+
+def wait_for_step(folder, step, process, timeout=120):
+    """Until the metrics of a step have been written."""
+    path, until = folder / "metrics.jsonl", time.monotonic() + timeout
+    while time.monotonic() < until:
+        assert process.poll() is None, process.communicate()
+        lines = path.read_text().splitlines() if path.exists() else []
+        if any(line.endswith("}") and json.loads(line)["step"] >= step for line in lines):
+            return
+        time.sleep(0.01)
+    raise TimeoutError(f"step {step} was not reached in {timeout} s")
+
+
+def test_killed_at_random_moments_a_run_loses_nothing(tmp_path):
+    """ADAMAE_SAMPLER_KILLS=20 for more of them; a third of the time is spent on writing checkpoints."""
+    kills = int(os.environ.get("ADAMAE_SAMPLER_KILLS", "3"))
+    common = [*SPRITES, "--save-every", 1, "--steps", 25 * kills]
+    succeeded(pretrain(*common, "--output", tmp_path / "whole"))
+    parts, moments = tmp_path / "parts", random.Random(0)
+    reached, while_writing = 0, 0
+    for _ in range(kills):
+        process = start_script("pretrain.py", *common, "--output", parts, "--resume", "auto")
+        wait_for_step(parts, reached + 1, process)
+        time.sleep(moments.uniform(0, 0.5))
+        process.kill()
+        process.communicate()
+        while_writing += any((parts / "checkpoints").glob(".*.partial"))
+        reached = metrics_so_far(parts)
+        assert reached < 25 * kills, "it ended before it was killed"
+        for path in (parts / "checkpoints").glob("*.safetensors"):
+            assert safetensors.torch.load_file(path)
+    succeeded(pretrain(*common, "--output", parts, "--resume", "auto"))
+    print(f"{kills} kills, {while_writing} of them while a checkpoint was written")
+    same_numbers(tmp_path / "whole", parts)
+    same_weights(tmp_path / "whole", parts)
+
+
+def metrics_so_far(folder):
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return max(json.loads(line)["step"] for line in lines if line.endswith("}"))
+
+
+def test_killed_in_the_middle_of_writing(tmp_path):
+    common = [*SPRITES, "--save-every", 2, "--steps", 6]
+    script = f"""
+import os, signal, sys
+sys.path.insert(0, {str(EXAMPLES)!r})
+import pretrain, safetensors.torch, common.files
+real, calls = safetensors.torch.save_file, []
+def save_file(tensors, path, metadata):
+    real(tensors, path, metadata)
+    calls.append(path)
+    if len(calls) == 2:
+        os.truncate(path, os.path.getsize(path) // 2)
+        os.kill(os.getpid(), signal.SIGKILL)
+safetensors.torch.save_file = save_file
+pretrain.main({[*map(str, common), "--output", str(tmp_path / "parts")]!r})
+"""
+    assert subprocess.run([sys.executable, "-c", script], capture_output=True, check=False).returncode == -9
+    succeeded(pretrain(*common, "--output", tmp_path / "whole"))
+    printed = succeeded(pretrain(*common, "--output", tmp_path / "parts", "--resume", "auto"))
+    assert "step_00000002.safetensors from step 2" in printed
+    same_numbers(tmp_path / "whole", tmp_path / "parts")
+
+
+@pytest.mark.parametrize("launcher", [(), two_processes(29561)], ids=["one process", "two"])
+def test_sigusr1_saves_and_sigterm_saves_and_stops(launcher, tmp_path):
+    folder = tmp_path / "run"
+    arguments = [*SPRITES, "--steps", 100_000, "--effective-batch", 8, "--save-every", 100_000, "--workers", 2]
+    process = start_script("pretrain.py", *arguments, "--output", folder, launcher=launcher)
+    wait_for_step(folder, 3, process)
+    everyone = children(process.pid) if launcher else [process.pid]
+    for pid in everyone:
+        os.kill(pid, signal.SIGUSR1)
+    wait_for_step(folder, metrics_so_far(folder) + 20, process)
+    first = newest_checkpoint(folder)  # saved, and went on
+    for pid in [*everyone, *itertools.chain(*map(children, everyone))]:  # a scheduler signals those that read data too
+        os.kill(pid, signal.SIGTERM)
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode == (143 if not launcher else 1), errors  # torchrun's own code is 1
+    last = newest_checkpoint(folder)
+    assert last > first
+    step = int(last.stem.removeprefix("step_"))
+    assert f"stopped after step {step}, as the signal asked; go on with --resume {last}" in output
+    assert metrics_so_far(folder) == step  # every step that was done is saved
+    printed = succeeded(pretrain("--resume", last, "--steps", step + 2, "--workers", 0, launcher=launcher))
+    assert f"from step {step}" in printed
+
+
+def children(pid):
+    return [int(child) for child in open(f"/proc/{pid}/task/{pid}/children").read().split()]
+
+
+def test_another_number_of_processes_goes_on_with_the_same_videos(tmp_path):
+    common = [*SPRITES, "--masking", "tube", "--save-every", 2]
+    succeeded(pretrain(*common, "--steps", 2, "--output", tmp_path / "run"))
+    arguments = ["--resume", newest_checkpoint(tmp_path / "run"), "--steps", 4, "--batch-size", 2]
+    printed = succeeded(pretrain(*arguments, launcher=two_processes(29563)))
+    assert "1 processes there, 2 here: the same videos in each step, other masks and dropout" in printed
+    assert "2 videos x 2 devices x 1 accumulated = 4" in printed
+    assert [line["step"] for line in metrics(tmp_path / "run")] == [1, 2, 3, 4]
+
+
+def test_a_full_disk_keeps_the_previous_checkpoint(tmp_path):
+    """The largest file that a process may write stands for the disk."""
+    common = [*SPRITES, "--save-every", 1, "--steps", 4, "--output", tmp_path / "run"]
+    script = f"""
+import resource, signal, sys
+sys.path.insert(0, {str(EXAMPLES)!r})
+import pretrain, common.metrics as m
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+real = m.RunLog.write
+def write(self, step, values):
+    real(self, step, values)
+    if step == 2: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+m.RunLog.write = write
+pretrain.main({[*map(str, common)]!r})
+"""
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert run.returncode != 0
+    assert "step 2 could not be saved" in run.stdout
+    assert (
+        f"the newest checkpoint is {tmp_path / 'run'}/checkpoints/step_00000001.safetensors. Training goes on"
+        in run.stdout
+    )
+    assert "error: step 4 could not be saved" in run.stderr
+    assert "Traceback" not in run.stderr
+    names = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
+    assert names == ["best.safetensors", "step_00000001.safetensors"]  # no half-written file besides
+    assert "from step 1" in succeeded(pretrain(*common, "--resume", "auto"))
+    assert [line["step"] for line in metrics(tmp_path / "run")] == [1, 2, 3, 4]
