@@ -157,21 +157,20 @@ def pack(data: Path, output: Path, packing: OmitArgPrefixes[Packing], workers: i
         workers: processes that decode and encode.
     """
     entries = list_videos(data)
-    report, videos, size, left_out = output / "left_out.txt", 0, 0, 0
+    report, videos, size, left_out = output / "left_out.txt", 0, 0, list[str]()
     with tqdm(total=len(entries), unit="video", file=sys.stdout) as progress:
         for messages, count, stored in packed(entries, output, packing, workers):
-            if messages:
-                with report.open("a", encoding="utf-8") as file:
-                    file.writelines(f"{message}\n" for message in messages)
-            videos, size, left_out = videos + count, size + stored, left_out + len(messages)
+            videos, size = videos + count, size + stored
+            left_out += messages
             progress.update(count + len(messages))
+    report.write_text("".join(f"{message}\n" for message in left_out), encoding="utf-8")
     if not videos:
         raise ValueError(f"none of the {len(entries)} videos of {data} can be used; see {report}.")
     if (names := data.parent / LABELS).is_file():
         shutil.copyfile(names, output / LABELS)
     print(f"{videos} videos, {size / 2**30:.2f} GiB, in {output}; train with --data {output}")
     if left_out:
-        print(f"{left_out} videos cannot be used and are not in it; see {report}")
+        print(f"{len(left_out)} videos cannot be used and are not in it; see {report}")
 
 
 @app.command

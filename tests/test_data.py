@@ -14,7 +14,7 @@ from common.datasets import ClipStream, VideoClips, collate_clips
 from common.lists import VideoEntry, list_videos
 from common.sprites import Sprites
 from common.transforms import SCALES, PretrainTransform, multi_scale_crop, random_flip
-from common.video import Video, VideoError
+from common.video import Unreachable, Video, VideoError
 
 # With B-frames (bf) the order of packets is not that of frames, and AVI and MPEG-PS state no presentation times.
 CONTAINERS = [
@@ -206,6 +206,8 @@ class Flaky:
     def name(self, index):
         return f"video {index}"
 
+    key = name
+
     def clips(self, index, generator):
         self.tried.append(index)
         drawn = torch.rand((), generator=generator)
@@ -229,15 +231,34 @@ def test_a_video_is_tried_three_times_and_draws_as_if_once():
 
 
 @pytest.mark.usefixtures("no_pauses")
-def test_what_is_known_to_be_broken_is_replaced_alike_and_not_tried():
+def test_what_stands_at_a_position_does_not_depend_on_what_was_found_before():
     found = stream_of(Flaky({2: 99, 5: 99}), stop=24)
     items = [found[position] for position in range(24)]
     assert {name for item in items for name in item["left_out"]} == {"video 2", "video 5"}
-    assert found.source.tried.count(2) == 3  # once found, never again
     known = ClipStream(Flaky({2: 99, 5: 99}), 0, 24, 0, ["video 2", "video 5"])
-    for position, item in enumerate(items):
-        assert known[position] == {**item, "left_out": {}}
-    assert not {2, 5} & set(known.source.tried)
+    assert [known[position] for position in range(24)] == items
+    # Three times until it is known, then once each time.
+    assert found.source.tried.count(2) == known.source.tried.count(2) + 2 > 3
+
+
+def test_a_place_that_cannot_be_reached_is_waited_for_and_nothing_is_quarantined(monkeypatch):
+    class Away(Flaky):
+        def clips(self, index, generator):
+            if self.failures.get(index, 0):
+                self.failures[index] -= 1
+                raise Unreachable("the shard cannot be read")
+            return super().clips(index, generator)
+
+    pauses = []
+    monkeypatch.setattr("time.sleep", pauses.append)
+    stream = stream_of(Away({2: 3}))
+    items = [stream[position] for position in range(8)]
+    assert [item["label"] for item in items] == [stream_of(Flaky({}))[position]["label"] for position in range(8)]
+    assert not any(item["left_out"] for item in items)
+    assert pauses == [1, 2, 4]
+    gone = stream_of(Away(dict.fromkeys(range(8), 99)))
+    with pytest.raises(VideoError, match="the shard cannot be read, for 123 seconds"):
+        gone[0]
 
 
 def test_names_of_the_videos_of_a_step():

@@ -10,6 +10,8 @@ import sys
 import time
 from functools import partial
 
+import linear_probe
+import pretrain as pretrain_script
 import pytest
 import safetensors.torch
 import torch
@@ -87,10 +89,9 @@ def test_what_is_another_run_is_refused(tmp_path):
         (["--data", "sprites:32"], "number of videos: 64 -> 32"),
         (["--data", "sprites:64:1"], "videos: as many, with other names or in another order"),
     ):
-        refused = pretrain("--resume", checkpoint, *change)
-        assert refused.returncode != 0
-        assert message in refused.stderr
-        assert "Traceback" not in refused.stderr
+        with pytest.raises(SystemExit) as refused:
+            pretrain_script.main(["--resume", str(checkpoint), *map(str, change)])
+        assert message in str(refused.value)
     # Going on in the folder of another run sets that one aside.
     succeeded(pretrain(*SPRITES, "--steps", 1, "--output", tmp_path / "other"))
     printed = succeeded(pretrain("--resume", checkpoint, "--steps", 3, "--output", tmp_path / "other"))
@@ -144,6 +145,30 @@ def test_the_latest_and_the_best_are_kept(tmp_path):
     assert safetensors.torch.load_file(tmp_path / BEST)["/model/w"].tolist() == [2, 2, 2]
 
 
+def test_going_back_leaves_what_came_later_aside(tmp_path):
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    state = {"format": "adamae_sampler training state 3", "kind": "pretrain", "score": None}
+    for step in (10, 20, 30):
+        Checkpoints(tmp_path, keep=9).save({**state, "step": step})
+    (tmp_path / ".step_00000031.safetensors.partial").write_bytes(b"half")
+    checkpoints.begin(20)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "step_00000010.safetensors", "step_00000020.safetensors", "step_00000030.set_aside"
+    ]  # fmt: skip
+    (tmp_path / "step_00000020.safetensors").write_bytes(b"damaged")
+    saved = checkpoints.save({**state, "step": 21})
+    assert checkpoints.newest("pretrain") == (saved, [])
+    saved.write_bytes(b"damaged")
+    assert checkpoints.newest("pretrain")[0] is None
+
+
+def test_the_best_stands_in_where_the_latest_are_damaged(tmp_path):
+    checkpoints = Checkpoints(tmp_path)
+    saved = checkpoints.save({"format": "adamae_sampler training state 3", "kind": "x", "score": 1.0, "step": 1})
+    saved.unlink()
+    assert checkpoints.newest("x") == (tmp_path / BEST, [])
+
+
 def test_trees_of_tensors_come_back():
     tree = {"a": [torch.arange(3), 1, None, "x"], "b": {"c": torch.tensor(2.5), "d": [0.1, float("inf"), True]}}
     tensors = {}
@@ -165,15 +190,14 @@ class Bomb:
 def test_nothing_is_unpickled(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.save(Bomb(), tmp_path / "step_00000001.safetensors")
-    for option in ("--resume", "--checkpoint"):
-        script = "pretrain.py" if option == "--resume" else "linear_probe.py"
-        data = [] if option == "--resume" else ["--train", "sprites:4:1", "--val", "sprites:4:2"]
-        for name in ("step_00000001.safetensors", "weights.pth"):
-            (tmp_path / "weights.pth").write_bytes((tmp_path / "step_00000001.safetensors").read_bytes())
-            refused = run_script(script, option, tmp_path / name, *data)
-            assert refused.returncode != 0
-            assert "error: " in refused.stderr
-            assert "Traceback" not in refused.stderr
+    (tmp_path / "weights.pth").write_bytes((tmp_path / "step_00000001.safetensors").read_bytes())
+    for name in ("step_00000001.safetensors", "weights.pth"):
+        for script, arguments in (
+            (pretrain_script, ["--resume", name]),
+            (linear_probe, ["--checkpoint", name, "--train", "sprites:4:1", "--val", "sprites:4:2"]),
+        ):
+            with pytest.raises(SystemExit, match="error: "):
+                script.main(arguments)
     assert not (tmp_path / "pickle_was_loaded").exists()
 
 

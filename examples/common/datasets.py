@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import os
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
 from typing import Any, Protocol
 
@@ -23,10 +23,11 @@ from common.lists import VideoEntry
 from common.sampling import Sampling, fixed_clips, random_clip
 from common.sprites import Sprites
 from common.transforms import fixed_crops
-from common.video import Video, VideoError
+from common.video import Unreachable, Video, VideoError
 
 _REPLACEMENTS = 20  # how many other clips stand in for one that cannot be read before the run gives up
 _PAUSES = (0.1, 0.4)  # seconds before trying a video once more, and again: file systems over a network have bad moments
+_OUTAGE = (1, 2, 4, 8, 16, 32, 60)  # seconds likewise, where it is the place of the videos that cannot be reached
 _KEPT_BYTES = 2**29  # of sprites
 
 Transform = Callable[[Tensor, torch.Generator], Tensor]
@@ -42,7 +43,11 @@ class ClipSource(Protocol):
         ...
 
     def name(self, index: int) -> str:
-        """What to call a video in reports and in the quarantine file."""
+        """What to call a video in reports and in the quarantine file; another one for each."""
+        ...
+
+    def key(self, index: int) -> str:
+        """What makes it this video of the data set, wherever its file is."""
         ...
 
 
@@ -88,8 +93,13 @@ class VideoClips:
         return len(self.entries)
 
     def name(self, index: int) -> str:
-        """The video's path."""
-        return str(self.entries[index].path)
+        """The video's path, and its part if it has one."""
+        return self.entries[index].name
+
+    def key(self, index: int) -> str:
+        """The name of its file, its part and its label."""
+        entry = self.entries[index]
+        return f"{os.path.basename(entry.name)} {entry.label}"
 
     def clips(self, index: int, generator: torch.Generator) -> dict[str, Any]:
         """R random clips of video `index`: {"video": [R, C, T, H, W] uint8, "label": [R]}."""
@@ -99,7 +109,7 @@ class VideoClips:
                 places = random_clip(self.sampling, _available(video, entry), self.num_frames, self.stride, generator)
                 frames = video.read([entry.start + place for place in places])  # [T, C, H, W]
         except VideoError as error:
-            raise VideoError(f"{entry.where}: {error}") from error
+            raise type(error)(f"{entry.where}: {error}") from error
         clips = [self.transform(frames, generator) for _ in range(self.repeats)]
         return {"video": torch.stack(clips).transpose(1, 2), "label": torch.full((self.repeats,), entry.label)}
 
@@ -185,6 +195,10 @@ class SpriteClips:
         """Its number, length and seed of its data set."""
         return f"sprites:{len(self)}:{self.sprites.seed}[{index}]"
 
+    def key(self, index: int) -> str:
+        """Its name."""
+        return self.name(index)
+
     def clips(self, index: int, generator: torch.Generator) -> dict[str, Any]:
         """Clip `index`, R times, without any randomness."""
         clip = self._clip(index)
@@ -204,24 +218,24 @@ class SpriteClips:
 
 
 def digest(source: ClipSource) -> str:
-    """Tells data sets apart by the names of their videos' files, in their order, wherever they are."""
-    names = "\n".join(os.path.basename(source.name(index)) for index in range(len(source)))
-    return hashlib.sha256(names.encode()).hexdigest()
+    """Tells data sets apart by their videos' names, parts and labels, in their order, wherever they are."""
+    keys = "\n".join(source.key(index) for index in range(len(source)))
+    return hashlib.sha256(keys.encode()).hexdigest()
 
 
 class ClipStream(Dataset[dict[str, Any]]):
     """Positions `start` .. `stop` of an endless run over a source: epoch after epoch, each in its own order.
 
     A video that cannot be read is tried again, then replaced by another one, chosen by position too, and reported in
-    the item's `left_out`; from then on its name is enough. A run is therefore the same whether a video was found broken
-    in it or before it.
+    the item's `left_out`. Whether a clip can be read may depend on its frames, so a video that is known to be broken
+    is tried too, but once: what stands at a position does not depend on what was read before it.
 
     Args:
         source: the clips.
         start: first position, a resumed run's number of videos so far.
         stop: one past the last position.
         seed: of the order and of every random choice within clips.
-        broken: names of videos that are not to be tried.
+        broken: names of videos that are known to be broken.
     """
 
     def __init__(self, source: ClipSource, start: int, stop: int, seed: int, broken: Iterable[str] = ()) -> None:
@@ -241,16 +255,13 @@ class ClipStream(Dataset[dict[str, Any]]):
         index = self._index(position)
         left_out: dict[str, str] = {}
         for _ in range(_REPLACEMENTS):
-            name = self.source.name(index)
-            if name not in self.broken:
-                clips = self._read(index, generator)
-                if not isinstance(clips, str):
-                    return {**clips, "left_out": left_out}
-                left_out[name] = clips
-                self.broken.add(name)
+            clips = self._read(index, generator)
+            if not isinstance(clips, str):
+                return {**clips, "left_out": left_out}
+            left_out[self.source.name(index)] = clips
             index = int(torch.randint(len(self.source), (), generator=generator))
-        causes = [*left_out.values()] or sorted(self.broken)
-        raise VideoError(f"{_REPLACEMENTS} videos in a row could not be read:\n  " + "\n  ".join(causes[:8]))
+        causes = "\n  ".join([*left_out.values()][:8])
+        raise VideoError(f"{_REPLACEMENTS} videos in a row could not be read:\n  {causes}")
 
     @cached_property
     def digest(self) -> str:
@@ -263,16 +274,24 @@ class ClipStream(Dataset[dict[str, Any]]):
 
     def _read(self, index: int, generator: torch.Generator) -> dict[str, Any] | str:
         """The clips of a video, or why it cannot be read; then the generator is as before."""
-        before = generator.get_state()
-        for pause in (*_PAUSES, None):
+        before, name = generator.get_state(), self.source.name(index)
+        pauses: Iterator[float] = iter(() if name in self.broken else _PAUSES)
+        outage: Iterator[float] = iter(_OUTAGE)
+        while True:
             try:
                 return self.source.clips(index, generator)
+            except Unreachable as error:
+                pause = next(outage, None)
+                if pause is None:
+                    raise VideoError(f"{error}, for {sum(_OUTAGE)} seconds") from error
             except VideoError as error:
-                generator.set_state(before)
-                why = str(error)
-            if pause is not None:
-                time.sleep(pause)
-        return why
+                pause = next(pauses, None)
+                if pause is None:
+                    self.broken.add(name)
+                    generator.set_state(before)
+                    return str(error)
+            generator.set_state(before)
+            time.sleep(pause)
 
     def _index(self, position: int) -> int:
         epoch, place = divmod(position, len(self.source))

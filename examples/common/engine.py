@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping
@@ -13,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 import yaml
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import broadcast_object_list, gather_object, set_seed
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -21,7 +22,7 @@ from tqdm import tqdm
 from common.costs import memory_gib, utilisation
 from common.datasets import ClipSource, ClipStream, collate_clips, digest
 from common.files import replacing
-from common.interrupts import Interrupted, Interrupts, Readers, Request
+from common.interrupts import READERS, Interrupted, Interrupts, Request
 from common.metrics import DeviceMetrics, RunLog
 from common.quarantine import Quarantine
 from common.recipe import Recipe, Schedule
@@ -109,16 +110,25 @@ class Loop:
         resumed: Resumed | None,
         better: tuple[str, int],
     ) -> Loop:
-        """Makes the folder ready, the data start where they should, and model and optimiser what they were."""
+        """Makes the folder ready, the data start where they should, and model and optimiser what they were.
+
+        Raises:
+            TrainingError: the processes would go on from different checkpoints.
+        """
+        starts = gather_object([(resumed.path.name, resumed.state["step"]) if resumed else ("none", 0)])
+        if len(set(starts)) > 1:
+            raise TrainingError(f"the processes see different checkpoints, {starts}; --output must be a shared folder.")
         if accelerator.is_main_process:
             in_place = resumed is not None and resumed.path.resolve().parents[1] == recipe.output.resolve()
-            if not in_place and (earlier := set_aside(recipe.output)):
+            if resumed and in_place:
+                Checkpoints(recipe.output / CHECKPOINTS).begin(resumed.state["step"])
+            elif earlier := set_aside(recipe.output):
                 print(f"{'set aside':>13}  the earlier run is now {earlier}")
             with replacing(recipe.output / "recipe.yaml") as aside:
                 aside.write_text(yaml.safe_dump(recipe.plain(), sort_keys=False, allow_unicode=True), encoding="utf-8")
         accelerator.wait_for_everyone()
         is_main = accelerator.is_main_process
-        quarantine = Quarantine(recipe.output / "quarantine.txt", len(source), recipe.max_broken, writes=is_main)
+        quarantine = Quarantine(recipe.output / "quarantine.txt", source, recipe.max_broken, writes=is_main)
         first_step = resumed.state["step"] if resumed else 0
         videos = schedule.effective_batch
         stream = ClipStream(source, first_step * videos, schedule.steps * videos, recipe.seed, quarantine.known)
@@ -158,14 +168,17 @@ class Loop:
         is_main, first = accelerator.is_main_process, self.first_step
         progress = tqdm(total=schedule.steps, initial=first, disable=not is_main, unit="step", file=sys.stdout)
         clock = _Clock(schedule, recipe.repeats, first)
-        latest: dict[str, float | None] = {}
         found: dict[str, str] = {}  # broken videos since the last line of metrics
 
-        def save(done: int, must: bool) -> Path | None:
-            path = self._save(done, latest.get(self.better[0]), metrics, extra(), must)
-            self.quarantine.add(found)
+        def save(done: int, measured: Mapping[str, float | None], must: bool) -> str:
+            too_many = self.quarantine.add(found)
             found.clear()
-            return path
+            must = must or too_many is not None
+            saved = self._save(done, measured.get(self.better[0]), metrics, extra(), must)
+            if too_many is not None:
+                raise TrainingError(f"{too_many} The state is {saved}.")
+            interrupts.saved()
+            return saved
 
         with (
             Interrupts(recipe.save_minutes) as interrupts,
@@ -184,31 +197,34 @@ class Loop:
                     profiler.step()
                 done = step + 1
                 last = done == schedule.steps
+                measured: dict[str, float | None] = {}  # at this step
                 if done % recipe.log_every == 0 or last:
                     values = metrics.read(accelerator)
                     values |= {"lr": schedule.lr_at(step), "epoch": done * schedule.effective_batch / schedule.clips}
                     values |= self._costs(clock.read(done), flops_of_clip)
                     log.write(done, values)
-                    latest |= values
+                    measured |= values
                     progress.set_postfix(_summary(values))
                     _warn_about_nonfinite(done, values)
-                    self.quarantine.add(found)
-                    found.clear()
                     self._check_finite(done, values, save)
+                    if self.quarantine.add(found) is not None:
+                        save(done, measured, True)
+                    found.clear()
+                request = interrupts.after_step()
+                if request is Request.STOP and not last:  # at once: a scheduler gives little time
+                    saved = save(done, measured, True)
+                    if is_main:
+                        tqdm.write(f"stopped after step {done}, as the signal asked; go on with --resume {saved}")
+                    raise Interrupted
                 with clock.paused():
                     evaluated = evaluate(done)
                     if evaluated:
                         log.write(done, evaluated)
-                        latest |= evaluated
-                    request = interrupts.after_step()
-                    if done % recipe.save_every == 0 or last or request is not Request.NONE:
-                        saved = save(done, last or request is Request.STOP)
-                        interrupts.saved()
+                        measured |= evaluated
+                    if request is Request.SAVE or done % recipe.save_every == 0 or last or evaluated:
+                        save(done, measured, last)
                 if last and is_main:
                     log.summarise(recipe.output / "summary.txt")
-                if request is Request.STOP and not last:
-                    tqdm.write(f"stopped after step {done}, as the signal asked; go on with --resume {saved or 'auto'}")
-                    raise Interrupted
 
     def _step(
         self,
@@ -247,8 +263,9 @@ class Loop:
 
     def _save(
         self, done: int, value: float | None, metrics: DeviceMetrics, extra: Mapping[str, Any], must: bool
-    ) -> Path | None:
-        """Writes a checkpoint; where it cannot be written, that is said, and an error if it `must` be."""
+    ) -> str:
+        """Writes a checkpoint and returns its name; where it cannot be written, that is said, and an error on every
+        process if it `must` be."""
         more = {
             "step": done,
             "score": None if value is None else self.better[1] * value,
@@ -258,22 +275,27 @@ class Loop:
         }
         bare = self.optimizer.optimizer
         state = make_state(self.accelerator, self.model, bare, self.recipe, self.schedule, more)
-        path = None
+        outcome = [True, ""]
         if state is not None:
             checkpoints = Checkpoints(self.recipe.output / CHECKPOINTS, self.recipe.keep_checkpoints)
             try:
-                path = checkpoints.save(state)
+                outcome = [True, str(checkpoints.save(state))]
             except OSError as error:
                 newest, _ = checkpoints.newest(self.recipe.kind)
                 problem = f"step {done} could not be saved ({error}); the newest checkpoint is {newest}"
-                if must:
-                    raise TrainingError(problem) from error
-                tqdm.write(f"{problem}. Training goes on.")
-        self.accelerator.wait_for_everyone()
-        return path
+                outcome = [False, problem]
+        written, text = broadcast_object_list([outcome])[0]
+        if not written and must:
+            raise TrainingError(text)
+        if not written and self.accelerator.is_main_process:
+            tqdm.write(f"{text}. Training goes on.")
+        return str(text)
 
     def _check_finite(
-        self, done: int, values: Mapping[str, float | None], save: Callable[[int, bool], Path | None]
+        self,
+        done: int,
+        values: Mapping[str, float | None],
+        save: Callable[[int, Mapping[str, float | None], bool], str],
     ) -> None:
         """Ends a run whose last steps were all skipped."""
         in_a_row = round(values["nonfinite_in_a_row"] or 0)
@@ -289,7 +311,7 @@ class Loop:
             terms = ", ".join(f"{name} {value:g}" for name, value in values.items() if "nonfinite" in name and value)
             with replacing(report) as aside:
                 aside.write_text("\n".join([terms, *lines]) + "\n", encoding="utf-8")
-        saved = save(done, True)
+        saved = save(done, values, True)
         raise TrainingError(
             f"the last {in_a_row} steps had a loss or gradient that is not finite and were skipped, and "
             f"stop_after_nonfinite={self.recipe.stop_after_nonfinite}. Their videos are in {report}, the state is "
@@ -340,21 +362,14 @@ def _loader(stream: ClipStream, recipe: Recipe) -> DataLoader:
         num_workers=recipe.workers,
         collate_fn=collate_clips,
         pin_memory=torch.cuda.is_available(),
-        worker_init_fn=Readers(),
+        worker_init_fn=READERS,
         generator=torch.Generator(),  # its own, so that starting to read spends none of the masks' randomness
     )
 
 
 def _feed(batches: DataLoader) -> Generator[dict[str, Any], None, None]:
     """The batches; a generator, so that closing it ends the processes that read."""
-    try:
-        yield from batches
-    except RuntimeError as error:
-        if not str(error).startswith("DataLoader worker"):  # its words for a process that is gone
-            raise
-        raise TrainingError(
-            f"a process that reads videos died ({error}) It may have run out of memory: try fewer --workers."
-        ) from error
+    yield from batches
 
 
 def _profiler(recipe: Recipe, is_main: bool) -> AbstractContextManager[Any]:
@@ -383,11 +398,21 @@ def _warn_about_nonfinite(step: int, values: Mapping[str, float | None]) -> None
 def run_to_the_end(train: Callable[[], None]) -> None:
     """Runs what a script is for; what ends it early is one line, without a traceback, and an exit code.
 
-    128 + 15 is what a shell gives for SIGTERM, after which a scheduler may start the job again.
+    128 + 15 is what a shell gives for SIGTERM, after which a scheduler may start the job again. SIGUSR1 would end the
+    process where nobody waits for it, before and after training.
     """
+    if hasattr(signal, "SIGUSR1"):
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     try:
         train()
     except Interrupted:
         sys.exit(128 + 15)
     except (TrainingError, VideoError) as error:  # a process that reads puts its traceback before the message
         sys.exit(f"error: {str(error).rpartition('VideoError: ')[2].strip()}")
+    except RuntimeError as error:
+        # A DataLoader's words for a reader that is gone, raised wherever the main process is at that moment.
+        if not str(error).startswith("DataLoader worker"):
+            raise
+        sys.exit(
+            f"error: a process that reads videos died ({error}) It may have run out of memory: try fewer --workers."
+        )

@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader
 
 from common.datasets import ViewSet, ViewSource, collate_views
 from common.devices import Normalise
+from common.interrupts import READERS
 from common.video import VideoError
 
 
@@ -63,6 +64,7 @@ def map_views(
         num_workers=workers,
         collate_fn=collate_views,
         pin_memory=torch.cuda.is_available(),
+        worker_init_fn=READERS,
         generator=torch.Generator(),  # its own, so that evaluating during training spends none of its randomness
     )
     normalise = Normalise(accelerator.device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -33,8 +34,32 @@ def replacing(path: Path) -> Iterator[Path]:
     folder = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(folder)  # the new name too
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # file systems that know no such thing
+            raise
     finally:
         os.close(folder)
+
+
+def append_whole(path: Path, text: str) -> None:
+    """Appends lines to a file: all of them or, where OSError is raised, nothing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+    before, left = os.fstat(file).st_size, text.encode()
+    try:
+        while left:
+            left = left[os.write(file, left) :]
+    except OSError:
+        os.ftruncate(file, before)
+        raise
+    finally:
+        os.close(file)
+
+
+def remove_partial(folder: Path) -> None:
+    """Removes what killed processes were writing in a folder."""
+    for path in folder.glob(".*.partial"):
+        path.unlink()
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:

@@ -28,9 +28,9 @@ class Interrupted(Exception):
     """A run that ended because it was told to; the message says where it goes on."""
 
 
-SIGNALS = {signal.SIGTERM: Request.STOP}
+SIGNALS = [signal.SIGTERM]
 if hasattr(signal, "SIGUSR1"):  # not on Windows
-    SIGNALS[signal.SIGUSR1] = Request.SAVE
+    SIGNALS.append(signal.SIGUSR1)
 
 
 class Interrupts:
@@ -45,7 +45,7 @@ class Interrupts:
 
     def __init__(self, minutes: float) -> None:
         self._seconds = 60 * minutes
-        self._wanted = Request.NONE
+        self._save = self._stop = False  # set by handlers, which may run between any two lines below
         self._saved_at = time.monotonic()
         several = dist.is_initialized() and dist.get_world_size() > 1
         self._group: Any = dist.new_group(backend="gloo") if several else None
@@ -66,15 +66,20 @@ class Interrupts:
             self._told[0].wait()
 
     def _note(self, number: int, _: FrameType | None) -> None:
-        self._wanted = max(self._wanted, SIGNALS[signal.Signals(number)])
+        if number == signal.SIGTERM:
+            self._stop = True
+        else:
+            self._save = True
 
     def after_step(self) -> Request:
         """What all processes do now; each calls this once after every step."""
-        if time.monotonic() - self._saved_at >= self._seconds:
-            self._wanted = max(self._wanted, Request.SAVE)
-        mine, self._wanted = self._wanted, Request.NONE
-        if mine is not Request.NONE:
+        mine = Request.NONE
+        if self._save or time.monotonic() - self._saved_at >= self._seconds:
+            self._save = False
             self._saved_at = time.monotonic()
+            mine = Request.SAVE
+        if self._stop:
+            mine = Request.STOP
         if self._group is None:
             return mine
         agreed = Request.NONE
@@ -107,9 +112,12 @@ class Readers:
 
     def __call__(self, _: int) -> None:
         """Takes the number of the reader, which does not matter."""
-        for number, request in SIGNALS.items():
-            signal.signal(number, self._exit if request is Request.STOP else signal.SIG_IGN)
+        for number in SIGNALS:
+            signal.signal(number, self._exit if number == signal.SIGTERM else signal.SIG_IGN)
 
     def _exit(self, _: int, __: FrameType | None) -> None:
         if self._ending.value:
             os._exit(0)
+
+
+READERS = Readers()

@@ -25,6 +25,12 @@ class VideoEntry:
     where: str = ""
     span: Span | None = None
 
+    @property
+    def name(self) -> str:
+        """Its path, and its part if it has one."""
+        part = "" if not self.start and self.frames is None else f" from {self.start}, {self.frames or 'all'} frames"
+        return f"{self.path}{part}"
+
     def open(self) -> Video:
         """The video, open for reading; raises VideoError."""
         return Video(self.path if self.span is None else self.span.read())

@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from adamae_sampler import MaskSample
 from adamae_sampler.losses import LossOutput
+from common.files import append_whole
 
 
 class DeviceMetrics:
@@ -165,6 +166,7 @@ class RunLog:
         aside = self.path.with_suffix(".tmp")
         aside.write_text("".join(json.dumps(line) + "\n" for line in kept))
         aside.replace(self.path)
+        self._unwritten = ""
         self.board = SummaryWriter(str(folder), purge_step=first_step + 1 if first_step else None)
 
     def _lines(self) -> Iterator[dict[str, Any]]:
@@ -174,14 +176,18 @@ class RunLog:
                 yield json.loads(line)
 
     def write(self, step: int, values: dict[str, Any]) -> None:
-        """One line, one point in each plot."""
+        """One line, one point in each plot. What a full disk does not take is written with the next line."""
         if not self.enabled:
             return
-        with self.path.open("a") as file:
-            file.write(json.dumps({"step": step, **values}) + "\n")
-        for name, value in values.items():
-            if value is not None:
-                self.board.add_scalar(name, value, step)
+        self._unwritten += json.dumps({"step": step, **values}) + "\n"
+        try:
+            append_whole(self.path, self._unwritten)
+            self._unwritten = ""
+            for name, value in values.items():
+                if value is not None:
+                    self.board.add_scalar(name, value, step)
+        except OSError as error:
+            tqdm.write(f"metrics of step {step} could not be written ({error})")
 
     def summarise(self, path: Path) -> None:
         """Writes and prints the run in a few lines: first and last losses, pace, skipped steps."""

@@ -73,28 +73,26 @@ def pack(
     with ProcessPoolExecutor(workers) as pool:
         for number, start in enumerate(range(0, len(order), packing.videos_per_shard)):
             path = folder / f"shard-{number:06d}.tar"
-            left_out: list[str] = []
+            reasons = path.with_suffix(".left_out.txt")
             if not path.exists():
                 mine = order[start : start + packing.videos_per_shard]
                 stored = pool.map(partial(_encode, packing=packing), [entries[index] for index in mine])
-                left_out = _write(path, [(index, entries[index]) for index in mine], stored)
-            if path.exists():
-                shards.append(index_shard(path))
-                yield left_out, len(shards[-1]["videos"]), shards[-1]["bytes"]
-            else:
-                yield left_out, 0, 0
-    if shards:
-        write_index(folder, shards)
+                _write(path, reasons, [(index, entries[index]) for index in mine], stored)
+            shards.append(index_shard(path))
+            left_out = reasons.read_text(encoding="utf-8").splitlines() if reasons.exists() else []
+            yield left_out, len(shards[-1]["videos"]), shards[-1]["bytes"]
+    write_index(folder, shards)
 
 
-def _write(path: Path, videos: list[tuple[int, VideoEntry]], stored: Iterator[tuple[str, bytes] | str]) -> list[str]:
-    """Writes a shard, whole or not at all; returns why some videos are not in it."""
-    left_out = []
-    members = 0
+def _write(
+    path: Path, reasons: Path, videos: list[tuple[int, VideoEntry]], stored: Iterator[tuple[str, bytes] | str]
+) -> None:
+    """Writes a shard, whole or not at all, and why some videos are not in it."""
+    left_out: list[str] = []
     with replacing(path) as aside, tarfile.open(aside, "w", format=tarfile.USTAR_FORMAT) as tar:
         for (index, entry), found in zip(videos, stored, strict=True):
             if isinstance(found, str):
-                left_out.append(f"{entry.where}: {found}")
+                left_out.append(" ".join(f"{entry.where}: {found}".split()))
                 continue
             suffix, data = found
             about = json.dumps({"label": entry.label, "path": str(entry.path), "start": entry.start}).encode()
@@ -102,10 +100,9 @@ def _write(path: Path, videos: list[tuple[int, VideoEntry]], stored: Iterator[tu
                 member = tarfile.TarInfo(name)
                 member.size = len(content)
                 tar.addfile(member, io.BytesIO(content))
-            members += 1
-    if not members:
-        path.unlink()
-    return left_out
+        if left_out:
+            with replacing(reasons) as text:
+                text.write_text("\n".join(left_out) + "\n", encoding="utf-8")
 
 
 def _encode(entry: VideoEntry, packing: Packing) -> tuple[str, bytes] | str:
@@ -117,7 +114,7 @@ def _encode(entry: VideoEntry, packing: Packing) -> tuple[str, bytes] | str:
                 return ".mp4", _shrunk(video, entry, packing)
             video.read_all()  # whole, or an error
         return entry.path.suffix.lower(), entry.read()
-    except VideoError as error:
+    except (VideoError, av.FFmpegError, ValueError, ZeroDivisionError) as error:  # libav's for odd sizes and rates
         return str(error)
 
 

@@ -2,59 +2,62 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 from tqdm import tqdm
 
-from common.video import VideoError
+from common.datasets import ClipSource
+from common.files import append_whole
 
 
 class Quarantine:
     """The broken videos of a run: `name<tab>why` in a file, a line each, added as they are found by any process.
 
-    A resumed run reads the file and does not open them again; take a line out to have a video tried once more.
-
     Args:
-        path: the file.
-        videos: how many the data set has.
-        largest_share: of them may be broken.
-        writes: whether this process writes the file.
+        path: the file; the main process reads it at first, for all, and writes it.
+        source: the data set, to whose videos a resumed run keeps.
+        largest_share: of its videos may be broken.
+        writes: whether this is the main process.
     """
 
-    def __init__(self, path: Path, videos: int, largest_share: float, writes: bool) -> None:
+    def __init__(self, path: Path, source: ClipSource, largest_share: float, writes: bool) -> None:
         self.path = path
-        self.videos = videos
+        self.videos = len(source)
         self.largest_share = largest_share
         self.writes = writes
-        self.known = read_quarantine(path)
+        names = {source.name(index) for index in range(self.videos)}
+        entries = {name: why for name, why in read_quarantine(path).items() if name in names} if writes else {}
+        self.known: dict[str, str] = broadcast_object_list([entries])[0]
+        self._unwritten = "" if not writes or _ends_with_a_line(path) else "\n"
 
-    def add(self, found: Mapping[str, str]) -> None:
+    def add(self, found: Mapping[str, str]) -> str | None:
         """Adds what this process found (name: why); all processes have to call it, and each learns what others found.
 
-        Raises:
-            VideoError: more than the share is broken.
+        Returns:
+            what is wrong, if more than the share is broken.
         """
         everywhere = dict(gather_object(list(found.items())))
         new = {name: why for name, why in everywhere.items() if name not in self.known}
         self.known |= new
         if new and self.writes:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("a", encoding="utf-8") as file:
-                file.writelines(f"{name}\t{_on_one_line(why)}\n" for name, why in new.items())
-                file.flush()
-                os.fsync(file.fileno())
+            self._unwritten += "".join(f"{name}\t{_on_one_line(why)}\n" for name, why in new.items())
+            try:
+                append_whole(self.path, self._unwritten)
+                self._unwritten = ""
+            except OSError as error:
+                tqdm.write(f"{self.path} could not be written ({error}); it will be with the next broken video")
             for name, why in new.items():
                 tqdm.write(f"cannot be used, others take its place: {name}: {why}")
-        if len(self.known) > self.largest_share * self.videos:
-            first = "\n  ".join(f"{name}: {why}" for name, why in list(self.known.items())[:8])
-            raise VideoError(
-                f"{len(self.known)} of {self.videos} videos cannot be used, more than max_broken="
-                f"{self.largest_share:g} of them; the first:\n  {first}\nAll are in {self.path}. Mend the data, or "
-                "allow more with --max-broken."
-            )
+        if len(self.known) <= self.largest_share * self.videos:
+            return None
+        first = "\n  ".join(f"{name}: {why}" for name, why in list(self.known.items())[:8])
+        return (
+            f"{len(self.known)} of {self.videos} videos cannot be used, more than max_broken="
+            f"{self.largest_share:g} of them; the first:\n  {first}\nAll are in {self.path}. Mend the data and take "
+            "out their lines, or allow more with --max-broken."
+        )
 
     def report(self) -> None:
         """Says at the end of a run how many there are."""
@@ -66,8 +69,13 @@ def read_quarantine(path: Path) -> dict[str, str]:
     """Name and cause of each video in the file, if there is one; a half-written last line is no entry."""
     if not path.is_file():
         return {}
-    entries = (line.partition("\t") for line in path.read_text(encoding="utf-8").splitlines())
+    whole, _, _ = path.read_text(encoding="utf-8").rpartition("\n")
+    entries = (line.partition("\t") for line in whole.split("\n"))
     return {name: why for name, tab, why in entries if tab}
+
+
+def _ends_with_a_line(path: Path) -> bool:
+    return not path.is_file() or path.read_bytes()[-1:] in (b"", b"\n")
 
 
 def _on_one_line(text: str) -> str:

@@ -18,7 +18,7 @@ from typing import Any
 import fsspec
 
 from common.files import replacing
-from common.video import VIDEO_SUFFIXES, VideoError
+from common.video import VIDEO_SUFFIXES, Unreachable, VideoError
 
 INDEX = "index.json"
 _FORMAT = "adamae_sampler shards 1"
@@ -33,7 +33,12 @@ class Span:
     size: int
 
     def read(self) -> bytes:
-        """The bytes; raises VideoError if they cannot be had."""
+        """The bytes.
+
+        Raises:
+            VideoError: there is no such shard, or it is truncated.
+            Unreachable: the place where it is cannot be reached.
+        """
         try:
             if _is_url(self.shard):
                 system, path = fsspec.core.url_to_fs(self.shard)
@@ -42,8 +47,10 @@ class Span:
                 with open(self.shard, "rb") as file:
                     file.seek(self.offset)
                     data = file.read(self.size)
+        except FileNotFoundError as error:
+            raise VideoError(f"{self.shard}: there is no such shard") from error
         except Exception as error:  # each of fsspec's file systems has errors of its own
-            raise VideoError(f"{self.shard} cannot be read ({type(error).__name__}: {error})") from error
+            raise Unreachable(f"{self.shard} cannot be read ({type(error).__name__}: {error})") from error
         if len(data) != self.size:
             raise VideoError(f"{self.shard} ends {self.size - len(data)} bytes early; it is truncated")
         return data
@@ -85,7 +92,7 @@ def read_index(data: str) -> list[ShardVideo]:
         if not _is_url(path):
             _check_size(path, shard["bytes"])
         for name, offset, size, label in shard["videos"]:
-            if not (offset >= 0 and size > 0 and offset + size <= shard["bytes"]):
+            if not (offset >= 0 and size >= 0 and offset + size <= shard["bytes"]):
                 raise ValueError(f"{place}: {name} at {offset}, {size} bytes, is not within {shard['name']}.")
             videos.append(ShardVideo(f"{path}/{_inside(name, place)}", int(label), Span(path, offset, size)))
     return videos
@@ -107,12 +114,16 @@ def index_shard(path: Path) -> dict[str, Any]:
             for member in tar:
                 if member.isdir():
                     continue
+                if PurePosixPath(member.name).name.startswith("."):  # what file managers leave
+                    continue
                 name = _inside(member.name, str(path))
                 if not member.isreg() or member.issparse():
                     raise ValueError(f"{path}: {name} is a link, a device or a sparse file; a shard has plain files.")
                 key, _, suffix = PurePosixPath(name).name.partition(".")
                 key = str(PurePosixPath(name).with_name(key))
                 if f".{suffix.rpartition('.')[2].lower()}" in VIDEO_SUFFIXES:
+                    if key in videos:
+                        raise ValueError(f"{path}: {videos[key][0]} and {name} are of one sample, {key}; rename one.")
                     videos[key] = [name, member.offset_data, member.size]
                 elif suffix in ("cls", "json"):
                     stored = tar.extractfile(member)
@@ -133,7 +144,8 @@ def write_index(folder: Path, shards: list[dict[str, Any]]) -> Path:
 def _inside(name: str, where: str) -> str:
     """The name; raises ValueError if it is absolute or leads out of the folder it is in."""
     path = PurePosixPath(name)
-    if path.is_absolute() or ".." in path.parts or "\\" in name or ":" in name or not path.parts:
+    # A URL's library may decode %2e, and ends the path at ? and #.
+    if path.is_absolute() or ".." in path.parts or any(each in name for each in "\\:%?#") or not path.parts:
         raise ValueError(f"{where}: the name {name!r} leads out of the folder; it is refused.")
     return name
 

@@ -28,7 +28,7 @@ from accelerate.utils import gather_object, set_seed
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
-from common.files import write_tensors
+from common.files import remove_partial, replacing, write_tensors
 from common.recipe import AnyRecipe, Recipe, Schedule, recipe_from
 
 CHECKPOINTS = "checkpoints"  # the folder of a run that has them
@@ -58,7 +58,7 @@ class Checkpoints:
         """Writes a state, then removes older ones; the best by "score" is kept besides.
 
         Raises:
-            OSError: it cannot be written; those that there are stay.
+            OSError: it, or the copy that is the best, cannot be written; those that there are stay.
         """
         tensors: dict[str, Tensor] = {}
         tree = _take_tensors(state, "", tensors)
@@ -66,22 +66,31 @@ class Checkpoints:
         write_tensors(path, tensors, {"state": json.dumps(tree)})
         best = self.folder / BEST
         score, highest = state.get("score"), _score(best)
-        if score is not None and (highest is None or score >= highest):
-            aside = best.with_name(f".{BEST}.partial")
-            aside.unlink(missing_ok=True)
-            try:
-                os.link(path, aside)
-            except OSError:  # a file system without hard links
-                shutil.copyfile(path, aside)
-            os.replace(aside, best)
-        for old in self._all()[self.keep :]:
-            old.unlink()
+        if score is not None and (highest is None or score > highest):
+            with replacing(best) as aside:
+                aside.unlink(missing_ok=True)
+                try:
+                    os.link(path, aside)
+                except OSError:  # a file system without hard links
+                    shutil.copyfile(path, aside)
+        whole = [each for each in self._all() if each <= path and _is_whole(each)]
+        for old in self._all():
+            if len(whole) >= self.keep and old < whole[self.keep - 1]:
+                old.unlink()
         return path
+
+    def begin(self, step: int) -> None:
+        """Makes ready for a run that goes on from a step: what was written later, of a course that is left, is renamed
+        to *.set_aside, and half-written files of killed processes are removed."""
+        remove_partial(self.folder)
+        for path in self._all():
+            if path.stem > f"step_{step:08d}":
+                path.rename(path.with_suffix(".set_aside"))
 
     def newest(self, kind: str) -> tuple[Path | None, list[str]]:
         """The newest whole checkpoint of a script, or None; and why each newer file was passed over."""
         passed_over: list[str] = []
-        for path in self._all():
+        for path in [*self._all(), *self.folder.glob(BEST)]:
             try:
                 _read(path, kind)
                 return path, passed_over
@@ -132,6 +141,14 @@ def _header(path: Path) -> dict[str, Any]:
             "adamae_sampler.models.load_checkpoint."
         )
     return tree
+
+
+def _is_whole(path: Path) -> bool:
+    try:
+        _header(path)
+    except ValueError:
+        return False
+    return True
 
 
 def _score(path: Path) -> float | None:

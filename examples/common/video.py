@@ -22,6 +22,10 @@ class VideoError(RuntimeError):
     """A video that cannot be read; the message says why, without the path."""
 
 
+class Unreachable(VideoError):
+    """A video that may be whole, in a place that cannot be reached now."""
+
+
 class Video:
     """A video, open for reading; use it as a context.
 
@@ -43,6 +47,9 @@ class Video:
             self._container.close()
             raise VideoError("it has no video stream")
         self._stream = self._container.streams.video[0]
+        if self._stream.codec_context is None:
+            self._container.close()
+            raise VideoError("there is no decoder for its video stream")
 
     def __enter__(self) -> Video:
         return self
