@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -41,3 +42,24 @@ def metrics(folder):
 
 def newest_checkpoint(folder):
     return max((folder / "checkpoints").glob("step_*.safetensors"))
+
+
+def wait_for_step(folder, step, process, timeout=120):
+    """Until the metrics of a step have been written."""
+    path, until = folder / "metrics.jsonl", time.monotonic() + timeout
+    while time.monotonic() < until:
+        assert process.poll() is None, process.communicate()
+        lines = path.read_text().splitlines() if path.exists() else []
+        if any(line.endswith("}") and json.loads(line)["step"] >= step for line in lines):
+            return
+        time.sleep(0.01)
+    raise TimeoutError(f"step {step} was not reached in {timeout} s")
+
+
+def metrics_so_far(folder):
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return max(json.loads(line)["step"] for line in lines if line.endswith("}"))
+
+
+def children(pid):
+    return [int(child) for child in open(f"/proc/{pid}/task/{pid}/children").read().split()]

@@ -14,14 +14,15 @@ import pytest
 from scripts import (
     EXAMPLES,
     TINY_PRETRAIN,
+    children,
     metrics,
     newest_checkpoint,
     run_script,
     start_script,
     succeeded,
     two_processes,
+    wait_for_step,
 )
-from test_resume import children, wait_for_step
 from videos import write_video
 
 from common.datasets import VideoClips

@@ -18,12 +18,15 @@ import torch
 from scripts import (
     EXAMPLES,
     TINY_PRETRAIN,
+    children,
     metrics,
+    metrics_so_far,
     newest_checkpoint,
     run_script,
     start_script,
     succeeded,
     two_processes,
+    wait_for_step,
 )
 from videos import write_video
 
@@ -204,18 +207,6 @@ def test_nothing_is_unpickled(tmp_path, monkeypatch):
 # ---- what happens to runs ----
 
 
-def wait_for_step(folder, step, process, timeout=120):
-    """Until the metrics of a step have been written."""
-    path, until = folder / "metrics.jsonl", time.monotonic() + timeout
-    while time.monotonic() < until:
-        assert process.poll() is None, process.communicate()
-        lines = path.read_text().splitlines() if path.exists() else []
-        if any(line.endswith("}") and json.loads(line)["step"] >= step for line in lines):
-            return
-        time.sleep(0.01)
-    raise TimeoutError(f"step {step} was not reached in {timeout} s")
-
-
 # A disk that takes its time: a checkpoint is being written for about half of the time.
 SLOW_DISK = f"""
 import os, sys, time
@@ -254,11 +245,6 @@ def test_killed_at_random_moments_a_run_loses_nothing(tmp_path):
     assert while_writing or kills < 20
     same_numbers(tmp_path / "whole", parts)
     same_weights(tmp_path / "whole", parts)
-
-
-def metrics_so_far(folder):
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
-    return max(json.loads(line)["step"] for line in lines if line.endswith("}"))
 
 
 def test_killed_in_the_middle_of_writing(tmp_path):
@@ -306,10 +292,6 @@ def test_sigusr1_saves_and_sigterm_saves_and_stops(launcher, tmp_path):
     assert metrics_so_far(folder) == step  # every step that was done is saved
     printed = succeeded(pretrain("--resume", last, "--steps", step + 2, "--workers", 0, launcher=launcher))
     assert f"from step {step}" in printed
-
-
-def children(pid):
-    return [int(child) for child in open(f"/proc/{pid}/task/{pid}/children").read().split()]
 
 
 def test_another_number_of_processes_goes_on_with_the_same_videos(tmp_path):

@@ -1,10 +1,12 @@
-"""What a step costs: floating-point operations, memory, and how much of a device's peak is used."""
+"""What a step costs: time, floating-point operations, memory, and how much of a device's peak is used."""
 
 from __future__ import annotations
 
 import resource
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -72,3 +74,43 @@ def utilisation(flops_of_clip: float, clips_per_second: float, devices: int, dev
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     peak = peak_of(name)
     return {"tflops": rate / 1e12} | ({"mfu": rate / peak} if peak else {})
+
+
+class Clock:
+    """Seconds of steps and of waiting for data since the last reading.
+
+    Args:
+        clips: of a step, over all devices.
+        first_step: how many steps were done before.
+    """
+
+    def __init__(self, clips: int, first_step: int) -> None:
+        self._clips = clips
+        self._step = first_step
+        self._data = 0.0
+        self._since = time.perf_counter()
+
+    @contextmanager
+    def waiting_for_data(self) -> Iterator[None]:
+        """Times the wait for a batch."""
+        began = time.perf_counter()
+        yield
+        self._data += time.perf_counter() - began
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """What happens within is no training: evaluations and checkpoints."""
+        began = time.perf_counter()
+        yield
+        self._since += time.perf_counter() - began
+
+    def read(self, done: int) -> dict[str, float | None]:
+        """Means over the steps since the last reading."""
+        now, steps = time.perf_counter(), done - self._step
+        seconds, data = now - self._since, self._data
+        self._since, self._step, self._data = now, done, 0.0
+        return {
+            "step_time": seconds / steps,
+            "data_time": data / steps,
+            "clips_per_second": steps * self._clips / seconds,
+        }

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import signal
 import sys
-import time
 from collections.abc import Callable, Generator, Iterator, Mapping
-from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from common.costs import memory_gib, utilisation
+from common.costs import Clock, memory_gib, utilisation
 from common.datasets import ClipSource, ClipStream, collate_clips, digest
 from common.files import replacing
 from common.interrupts import READERS, Interrupted, Interrupts, Request
@@ -167,7 +166,7 @@ class Loop:
         recipe, schedule, accelerator = self.recipe, self.schedule, self.accelerator
         is_main, first = accelerator.is_main_process, self.first_step
         progress = tqdm(total=schedule.steps, initial=first, disable=not is_main, unit="step", file=sys.stdout)
-        clock = _Clock(schedule, recipe.repeats, first)
+        clock = Clock(schedule.effective_batch * recipe.repeats, first)
         found: dict[str, str] = {}  # broken videos since the last line of metrics
 
         def save(done: int, measured: Mapping[str, float | None], must: bool) -> str:
@@ -232,7 +231,7 @@ class Loop:
         feed: Iterator[dict[str, Any]],
         forward: Callable[[dict[str, Any], int], Tensor],
         metrics: DeviceMetrics,
-        clock: _Clock,
+        clock: Clock,
         found: dict[str, str],
     ) -> None:
         """One optimiser step, which a gradient that is not finite leaves without effect."""
@@ -317,41 +316,6 @@ class Loop:
             f"stop_after_nonfinite={self.recipe.stop_after_nonfinite}. Their videos are in {report}, the state is "
             f"{saved}. Try a lower --base-lr, --precision fp32 or --clip-grad."
         )
-
-
-class _Clock:
-    """Seconds of steps and of waiting for data since the last reading."""
-
-    def __init__(self, schedule: Schedule, repeats: int, first_step: int) -> None:
-        self._clips = schedule.effective_batch * repeats
-        self._step = first_step
-        self._data = 0.0
-        self._since = time.perf_counter()
-
-    @contextmanager
-    def waiting_for_data(self) -> Iterator[None]:
-        """Times the wait for a batch."""
-        began = time.perf_counter()
-        yield
-        self._data += time.perf_counter() - began
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """What happens within is no training: evaluations and checkpoints."""
-        began = time.perf_counter()
-        yield
-        self._since += time.perf_counter() - began
-
-    def read(self, done: int) -> dict[str, float | None]:
-        """Means over the steps since the last reading."""
-        now, steps = time.perf_counter(), done - self._step
-        seconds, data = now - self._since, self._data
-        self._since, self._step, self._data = now, done, 0.0
-        return {
-            "step_time": seconds / steps,
-            "data_time": data / steps,
-            "clips_per_second": steps * self._clips / seconds,
-        }
 
 
 def _loader(stream: ClipStream, recipe: Recipe) -> DataLoader:
