@@ -33,7 +33,7 @@ class Options(FeatureSettings):
     """Settings of the extraction."""
 
     data: str = ""
-    """Folder of videos, list file, or 'sprites:LENGTH:SEED'."""
+    """Folder of videos, list file, shards, or 'sprites:LENGTH:SEED'."""
     output: Path = Path("features.safetensors")
     """File to write, .safetensors or .npz."""
     pool: Pool = "mean"

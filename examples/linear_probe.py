@@ -33,9 +33,9 @@ class Options(FeatureSettings):
     """Settings of a probe."""
 
     train: str = ""
-    """List of training videos, or 'sprites:LENGTH:SEED'."""
+    """List of training videos, shards, or 'sprites:LENGTH:SEED'."""
     val: str = ""
-    """List of videos for evaluation, or 'sprites:LENGTH:SEED'."""
+    """List of videos for evaluation, shards, or 'sprites:LENGTH:SEED'."""
     output: Path = Path("runs/probe")
     """Folder for the results."""
     cache: Path = Path("runs/features")

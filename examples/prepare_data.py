@@ -163,7 +163,9 @@ def pack(data: Path, output: Path, packing: OmitArgPrefixes[Packing], workers: i
             videos, size = videos + count, size + stored
             left_out += messages
             progress.update(count + len(messages))
-    report.write_text("".join(f"{message}\n" for message in left_out), encoding="utf-8")
+    report.unlink(missing_ok=True)  # of an earlier time
+    if left_out:
+        report.write_text("\n".join(left_out) + "\n", encoding="utf-8")
     if not videos:
         raise ValueError(f"none of the {len(entries)} videos of {data} can be used; see {report}.")
     if (names := data.parent / LABELS).is_file():

@@ -19,7 +19,7 @@ class FinetuneRecipe(Recipe):
     train: str = ""
     """List of training videos (`path label` or `path start frames label`), shards, or 'sprites[:LENGTH[:SEED]]'."""
     val: str = ""
-    """List of videos for evaluation, or 'sprites[:LENGTH[:SEED]]'."""
+    """List of videos for evaluation, shards, or 'sprites[:LENGTH[:SEED]]'."""
     checkpoint: str = ""
     """Pre-trained weights (official AdaMAE, VideoMAE, Hugging Face VideoMAE, a file of pretrain.py); from scratch if
     empty."""
