@@ -43,7 +43,14 @@ def step_groups(device: torch.device, quick: bool, repositories: Sequence[Path])
     others = replace(step, masking="random"), replace(step, masking="tube", mask_ratio=0.9)
     fp32 = replace(step, implementation=PRODUCTS), *_with_baselines(step, repositories), *others
     bf16 = _with_baselines(replace(step, dtype=_BF16), ())
-    return [tuple(dict.fromkeys(fp32)), bf16, (FinetuneStep(clips=2),)]
+    return [tuple(dict.fromkeys(fp32)), bf16]
+
+
+def finetune_groups(device: torch.device, quick: bool) -> list[StepGroup]:
+    """The suite "finetune": a step of the classifier, which has no baseline."""
+    if quick:
+        return []
+    return [(FinetuneStep(64, _BF16) if device.type == "cuda" else FinetuneStep(clips=2),)]
 
 
 def sweep_op_cases(device: torch.device, quick: bool) -> tuple[OpCase, ...]:
@@ -74,7 +81,7 @@ def _gpu_steps() -> list[StepGroup]:
     memory = [StepCase(clips=16, implementation=OFFICIAL), StepCase(clips=16), StepCase("tube", 0.9, clips=16)]
     compiled = [StepCase(compiled=True), StepCase("random", compiled=True), StepCase("tube", 0.9, compiled=True)]
     products = StepCase(implementation=PRODUCTS)
-    return [*((case,) for case in (*base, *sizes, products, *memory, *compiled)), (FinetuneStep(64, _BF16),)]
+    return [(case,) for case in (*base, *sizes, products, *memory, *compiled)]
 
 
 def _with_baselines(case: StepCase, repositories: Sequence[Path]) -> StepGroup:

@@ -45,7 +45,8 @@ class Options:
 
 def fastest(results: Path, kind: type[Recipe]) -> Row | None:
     """The fastest measured training step of a stage, on a GPU if there are rows of one."""
-    rows = [row for path in sorted(results.glob("steps_*.csv")) for row in read_rows(path)]
+    paths = [*results.glob("steps_*.csv"), *results.glob("finetune_*.csv")]
+    rows = [row for path in sorted(paths) for row in read_rows(path)]
     mine = [row for row in rows if row.op == _STEPS[kind] and row.implementation == OURS and row.clips_per_s]
     on_gpu = [row for row in mine if "NVIDIA" in row.device]
     return max(on_gpu or mine, key=lambda row: row.clips_per_s or 0.0, default=None)

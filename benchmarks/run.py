@@ -3,10 +3,11 @@
     python benchmarks/run.py                             # ops, training steps and sweeps, on the GPU if there is one
     python benchmarks/run.py --suite ops --device cpu
     python benchmarks/run.py --suite steps --official ~/adamae     # beside the official code itself
+    python benchmarks/run.py --suite finetune                       # a step of the classifier
     python benchmarks/run.py --suite hosts --budget 1000           # patched beside unpatched models
     python benchmarks/run.py --quick                     # tiny sizes, to see that it works
 
-Rows go to benchmarks/results/{ops,steps,sweep,hosts}_{cpu,<gpu>}.csv as they are measured; `report.py` makes tables and
+Rows go to benchmarks/results/{ops,steps,finetune,sweep,hosts}_{cpu,<gpu>}.csv as they are measured; `report.py` makes tables and
 plots of them. A check that fails ends the run before any time is taken; a case that cannot be measured is reported at
 the end, and so is what the time did not allow. CPU times need an idle machine, since threads that wait for each other
 lose milliseconds at a time to any other program; what others used is printed last.
@@ -62,7 +63,7 @@ from steps import StepCase, check_step
 
 from adamae_sampler import ops
 
-SUITES = ("ops", "sweep", "steps")  # of "all"; "hosts" is asked for by name
+SUITES = ("ops", "sweep", "steps", "finetune")  # of "all"; "hosts" is asked for by name
 
 
 class Budget(NamedTuple):
@@ -83,7 +84,7 @@ _COMPILE_OP_S, _COMPILE_STEP_S = 10.0, 60.0  # about what torch.compile takes on
 class Options:
     """What is run."""
 
-    suite: tuple[Literal["ops", "steps", "sweep", "hosts", "all"], ...] = ("all",)
+    suite: tuple[Literal["ops", "steps", "finetune", "sweep", "hosts", "all"], ...] = ("all",)
     """Which parts; "hosts" times patched models beside unpatched ones on a CPU and is not in "all"."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where; auto takes a GPU if there is one."""
@@ -185,8 +186,13 @@ def make_tasks(suite: str, options: Options, writer: RowWriter, device: torch.de
         yield Task(name, suite, partial(measure, (COPY, OFFICIAL, TORCH_BACKEND, OURS)))
         if op.compile_official:
             yield Task(f"{name}, {COMPILED}", suite, partial(measure, (COMPILED,)), compile_s=_COMPILE_OP_S)
-    if suite == "steps" and device.type == "cpu":
-        for group in cases.step_groups(device, options.quick, options.official):
+    groups: list[cases.StepGroup] = []
+    if suite == "steps":
+        groups = cases.step_groups(device, options.quick, options.official)
+    if suite == "finetune":
+        groups = cases.finetune_groups(device, options.quick)
+    if device.type == "cpu" and suite != "hosts":
+        for group in groups:
             run = partial(measure_steps_cpu, group, suite, writer, budget.step, budget.step_rounds)
             yield Task(group[-1].name, suite, run)
         return
@@ -195,9 +201,7 @@ def make_tasks(suite: str, options: Options, writer: RowWriter, device: torch.de
             run = partial(measure_steps_cpu, pair, suite, writer, _HOST_STEP_S, budget.step_rounds)
             yield Task(pair[0].name, suite, run)
         return
-    steps: list[StepCase | FinetuneStep] = []
-    if suite == "steps":
-        steps += [case for group in cases.step_groups(device, options.quick, options.official) for case in group]
+    steps: list[StepCase | FinetuneStep] = [case for group in groups for case in group]
     if suite == "sweep":
         steps += cases.sweep_step_cases(device, options.quick)
     for step in steps:
