@@ -7,10 +7,10 @@
     python benchmarks/run.py --suite hosts --budget 1000           # patched beside unpatched models
     python benchmarks/run.py --quick                     # tiny sizes, to see that it works
 
-Rows go to benchmarks/results/{ops,steps,finetune,sweep,hosts}_{cpu,<gpu>}.csv as they are measured; `report.py` makes tables and
-plots of them. A check that fails ends the run before any time is taken; a case that cannot be measured is reported at
-the end, and so is what the time did not allow. CPU times need an idle machine, since threads that wait for each other
-lose milliseconds at a time to any other program; what others used is printed last.
+Rows go to benchmarks/results/{ops,steps,finetune,sweep,hosts}_{cpu,<gpu>}.csv as they are measured; `report.py` makes
+tables and plots of them. A check that fails ends the run before any time is taken; a case that cannot be measured is
+reported at the end, and so is what the time did not allow. CPU times need an idle machine, since
+threads that wait for each other lose milliseconds at a time to any other program; what others used is printed last.
 """
 
 from __future__ import annotations
