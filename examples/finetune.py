@@ -35,7 +35,7 @@ from common.checkpoints import DECODER_SIZES, save_weights, size_note, stated_si
 from common.cli import Run, parse_arguments
 from common.costs import forward_flops
 from common.datasets import ClipSource
-from common.devices import Normalise, describe_precision, make_accelerator
+from common.devices import Normalise, make_accelerator, precision_of
 from common.engine import Loop, Resumed, run_to_the_end
 from common.evaluation import Evaluation, evaluate, write_results
 from common.finetune_recipe import FinetuneRecipe
@@ -51,6 +51,7 @@ from common.report import (
 )
 from common.sources import Labelled, check_apart, describe_classes
 from common.transforms import seed_libraries
+from common.whole import on_every_process
 
 
 @dataclass
@@ -79,7 +80,9 @@ def build(recipe: FinetuneRecipe, run: Run) -> Job:
         raise ValueError("--eval-only needs --checkpoint: the weights of a classifier.")
     if recipe.eval_only and DECODER_SIZES[0] in stated_sizes(recipe.checkpoint):
         raise ValueError(f"{recipe.checkpoint} has no head; --eval-only needs a classifier, a file of finetune.py.")
-    accelerator = make_accelerator(recipe.precision)
+    accelerator = make_accelerator(recipe.precision, recipe.compile)
+    if recipe.ema and accelerator.distributed_type == "FSDP":
+        raise ValueError("--ema needs the whole weights on each device, which FSDP2 shards; use DDP or --ema None.")
     train = Labelled.find("" if recipe.eval_only else recipe.train, recipe)
     val = Labelled.find(recipe.val, recipe)
     check_apart(train, val)
@@ -156,6 +159,7 @@ def train(recipe: FinetuneRecipe, job: Job) -> None:
         model, recipe.weight_decay, model.no_weight_decay(), layer_decay=recipe.layer_decay
     )
     optimizer = torch.optim.AdamW(groups, lr=schedule.lr, betas=recipe.betas, fused=True)
+    flops = forward_flops(model, 1, 3, recipe.num_frames, *recipe.img_size)
     better = ("val_top1", 1)
     loop = Loop.begin(recipe, schedule, accelerator, model, optimizer, job.clips, resumed, better)
     average = ModelEmaV3(model, decay=recipe.ema) if recipe.ema else None
@@ -175,20 +179,28 @@ def train(recipe: FinetuneRecipe, job: Job) -> None:
             average.update(model)
         if not recipe.eval_every or done % steps_between or done == schedule.steps:
             return {}
-        result = run_evaluation(recipe, job, average.module if average else model, clips=1, crops=1)
+        now = average.module if average else unsharded(recipe, job, loop.model)
+        result = run_evaluation(recipe, job, now, clips=1, crops=1)
         return {"val_top1": 100 * result.top(1), "val_top5": 100 * result.top(5)}
 
     def extra() -> Mapping[str, Any]:
         return {"ema": average.state_dict()} if average is not None else {}
 
-    one_clip = torch.zeros(1, 3, recipe.num_frames, *recipe.img_size, device=accelerator.device)
-    flops = forward_flops(lambda: model(one_clip), accelerator.device)
     loop.run(forward, metrics, flops, evaluate_now, extra)
-    if average is not None:
-        model.load_state_dict(average.module.state_dict())
+    job.model = average.module if average else unsharded(recipe, job, loop.model)
     if accelerator.is_main_process:
-        save_weights(model, recipe.output / "model.safetensors", recipe)
+        save_weights(job.model, recipe.output / "model.safetensors", recipe)
         loop.quarantine.report()
+
+
+def unsharded(recipe: FinetuneRecipe, job: Job, prepared: nn.Module) -> VideoClassifier:
+    """The model for evaluation, in which each process has its own number of batches: without FSDP2's shards, for which
+    the processes would wait for each other."""
+    if job.accelerator.distributed_type != "FSDP":
+        return job.model
+    model: VideoClassifier = timm.create_model(recipe.model, **recipe.model_args(job.model.num_classes))
+    model.load_state_dict(on_every_process(prepared))
+    return model.to(job.accelerator.device)
 
 
 def run_evaluation(recipe: FinetuneRecipe, job: Job, model: nn.Module, clips: int, crops: int) -> Evaluation:
@@ -235,7 +247,7 @@ def describe(
         "model": f"{describe_encoder(recipe.model, model)}, {recipe.checkpoint or 'from scratch'}",
     }
     if recipe.eval_only:
-        return format_lines(lines | {"device": f"{accelerator.device}, {describe_precision(accelerator)}"})
+        return format_lines(lines | {"device": f"{accelerator.device}, {precision_of(accelerator)}"})
     pixels = f"{recipe.randaugment or 'no RandAugment'}, random crops, {'flip' if recipe.flip else 'no flip'}"
     lines["augmentation"] = (
         f"{pixels if train.sprites is None else 'sprites as they are'}, {recipe.repeats} clips of a video, erasing "

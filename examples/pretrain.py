@@ -4,6 +4,7 @@
     python examples/pretrain.py --data sprites --masking random       generated clips, another masking
     python examples/pretrain.py --preset k400 --data train.csv        the paper's recipe (k400, ssv2, ucf101, hmdb51)
     accelerate launch examples/pretrain.py --preset ssv2 --data DIR   on all GPUs of a machine
+    accelerate launch --config_file examples/launch/fsdp2.yaml ...    with FSDP2; many machines, DeepSpeed: see there
 
 Writes recipe.yaml, metrics.jsonl, TensorBoard files, checkpoints/ (for --resume), model.safetensors and overview.png.
 --resume auto goes on from the newest checkpoint in --output, or begins where there is none.
@@ -35,6 +36,7 @@ from common.pretrain_recipe import PretrainRecipe
 from common.recipe import Schedule
 from common.report import check_output, describe_clips, describe_encoder, describe_training, format_lines
 from common.sources import pretrain_source
+from common.whole import whole_weights
 
 
 class Job(NamedTuple):
@@ -50,7 +52,7 @@ class Job(NamedTuple):
 def build(recipe: PretrainRecipe, run: Run) -> Job:
     """Finds the data and makes the model; raises ValueError or FileNotFoundError for what cannot be run."""
     check_output(recipe.output)
-    accelerator = make_accelerator(recipe.precision)
+    accelerator = make_accelerator(recipe.precision, recipe.compile)
     if not recipe.data and not run.dry_run:
         raise ValueError(f"preset {run.preset} needs --data: a folder of videos, or a list file.")
     source = pretrain_source(recipe)
@@ -80,6 +82,7 @@ def train(recipe: PretrainRecipe, job: Job) -> None:
         patch_size=recipe.patch_size,
         tubelet_size=recipe.tubelet_size,
     )
+    flops = forward_flops(model, 1, 3, recipe.num_frames, *recipe.img_size)
     better = ("reconstruction", -1)
     loop = Loop.begin(recipe, schedule, accelerator, model, optimizer, source, resumed, better)
     normalise = Normalise(accelerator.device)
@@ -91,10 +94,10 @@ def train(recipe: PretrainRecipe, job: Job) -> None:
         metrics.add_forward(out, sample)
         return out.loss
 
-    one_clip = torch.zeros(1, 3, recipe.num_frames, *recipe.img_size, device=accelerator.device)
-    loop.run(forward, metrics, forward_flops(lambda: model(one_clip), accelerator.device))
+    loop.run(forward, metrics, flops)
+    weights = whole_weights(accelerator, loop.model)
     if accelerator.is_main_process:
-        finish(recipe, accelerator.unwrap_model(loop.model), criterion, source, normalise)
+        finish(recipe, weights, criterion, source, normalise)
         loop.quarantine.report()
     accelerator.end_training()
 
@@ -118,9 +121,11 @@ def describe(
 
 @torch.no_grad()
 def finish(
-    recipe: PretrainRecipe, model: AdaMAE, criterion: AdaMAELoss, source: ClipSource, normalise: Normalise
+    recipe: PretrainRecipe, weights: dict[str, Tensor], criterion: AdaMAELoss, source: ClipSource, normalise: Normalise
 ) -> None:
     """Writes the weights, and a picture of the first clip that can be read."""
+    model = timm.create_model(recipe.model, **recipe.model_args()).to(normalise.mean.device)  # free of what wraps it
+    model.load_state_dict(weights)
     save_weights(model, recipe.output / "model.safetensors", recipe)
     video = ClipStream(source, 0, 1, recipe.seed)[0]["video"][:1].to(normalise.mean.device)
     generator = torch.Generator(video.device).manual_seed(recipe.seed)

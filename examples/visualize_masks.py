@@ -26,7 +26,7 @@ from adamae_sampler.visualize import animation, mask_overview, overview, save_an
 from common.checkpoints import DECODER_SIZES, stated_recipe, stated_sizes
 from common.cli import checkpoint_of, parse_settings
 from common.datasets import VideoViews
-from common.devices import Normalise, make_accelerator
+from common.devices import Normalise, autocast, make_accelerator
 from common.lists import VideoEntry
 from common.recipe import EncoderSettings
 from common.report import check_output
@@ -107,7 +107,7 @@ def run(options: Options) -> None:
     for ratio in options.mask_ratios:
         model = build(options, ratio, report=not samples).to(device).eval()
         generator = torch.Generator(device).manual_seed(options.seed)
-        with accelerator.autocast():
+        with autocast(accelerator):
             prediction, sample = model(Normalise(device)(video), generator=generator)
         out = criterion(prediction, video, sample)
         name = f"{100 * ratio:g}"

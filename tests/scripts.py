@@ -32,8 +32,32 @@ def succeeded(run):
     return run.stdout + run.stderr
 
 
-def two_processes(port):
-    return ["-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port}"]
+TWO_PROCESSES = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+
+# A mask that is a function of the clip alone, and no dropout: nothing is drawn.
+FIXED_MASKS = """
+from adamae_sampler.ops import patchify
+def patched(self, video, **kwargs):
+    for module in self.modules():
+        if isinstance(module, torch.nn.Dropout): module.p = 0.0
+    darkness = patchify(video, patch_size=8, tubelet_size=2).mean(2)
+    mask = torch.ones_like(darkness, dtype=torch.bool).scatter(1, darkness.topk(self.sampler.num_visible).indices, False)
+    return forward(self, video, mask=mask)
+"""
+
+
+def run_patched(patch, folder, *arguments, launcher=(), first=""):
+    """pretrain.py with a patch of AdaMAE.forward; a file, since torchrun starts files."""
+    folder.mkdir(exist_ok=True)
+    script = folder / "script.py"
+    script.write_text(
+        f"import os, sys\nsys.path.insert(0, {str(EXAMPLES)!r})\n{first}\nimport torch, pretrain\n"
+        f"from adamae_sampler.models import AdaMAE\nforward = AdaMAE.forward\n{patch}\nAdaMAE.forward = patched\n"
+        f"pretrain.main({[str(each) for each in arguments]!r})\n"
+    )
+    command = [sys.executable, *launcher, str(script)]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    return succeeded(run)
 
 
 def metrics(folder):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from scripts import two_processes
+from scripts import TWO_PROCESSES
 from test_classifier import tiny_classifier
 from videos import write_video
 
@@ -127,7 +127,7 @@ import sys
 sys.path[:0] = [{tests!r}, {examples!r}]
 import torch
 from pathlib import Path
-from scripts import two_processes
+from scripts import TWO_PROCESSES
 from test_classifier import tiny_classifier
 from test_evaluation import views_of
 from common.devices import make_accelerator
@@ -149,7 +149,7 @@ def test_one_and_two_processes_agree_to_the_last_bit(videos, tmp_path):
     data = str(videos[0].path.parent / "val.csv")
     examples = str(TESTS.parent / "examples")
     script.write_text(SCRIPT.format(tests=str(TESTS), examples=examples, data=data, out=str(tmp_path / "out")))
-    for launcher in ((), two_processes(29541)):
+    for launcher in ((), TWO_PROCESSES):
         command = [sys.executable, *launcher, str(script)]
         run = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
         assert run.returncode == 0, run.stderr

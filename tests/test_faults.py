@@ -14,13 +14,13 @@ import pytest
 from scripts import (
     EXAMPLES,
     TINY_PRETRAIN,
+    TWO_PROCESSES,
     children,
     metrics,
     newest_checkpoint,
     run_script,
     start_script,
     succeeded,
-    two_processes,
     wait_for_step,
 )
 from videos import write_video
@@ -51,7 +51,7 @@ def folder_with_broken_videos(folder):
     return {"truncated.mp4", "empty.mp4", "a text.mp4", "no frames.mkv", "huge header.mp4"}
 
 
-@pytest.mark.parametrize("launcher", [(), two_processes(29571)], ids=["one process", "two"])
+@pytest.mark.parametrize("launcher", [(), TWO_PROCESSES], ids=["one process", "two"])
 def test_a_folder_with_broken_videos_trains_to_the_end_and_lists_exactly_those(launcher, tmp_path):
     broken = folder_with_broken_videos(tmp_path / "videos")
     assert len(list((tmp_path / "videos").iterdir())) == 100
@@ -152,7 +152,7 @@ def test_fewer_bad_steps_in_a_row_do_not(tmp_path):
 
 @pytest.mark.parametrize("victim", ["reader", "rank"])
 def test_a_process_that_dies_ends_the_job_at_once_with_a_clear_line(victim, tmp_path):
-    launcher = two_processes(29575) if victim == "rank" else ()
+    launcher = TWO_PROCESSES if victim == "rank" else ()
     arguments = [*TINY_PRETRAIN, "--data", "sprites:64", "--steps", 100_000, "--workers", 2, "--output", tmp_path]
     process = start_script("pretrain.py", *arguments, launcher=launcher)
     wait_for_step(tmp_path, 3, process)

@@ -12,7 +12,7 @@ import pytest
 import safetensors.torch
 import torch
 from conftest import tiny_model
-from scripts import ENCODER, EXAMPLES, metrics, newest_checkpoint, run_script, succeeded, two_processes
+from scripts import ENCODER, EXAMPLES, TWO_PROCESSES, metrics, newest_checkpoint, run_script, succeeded
 from test_checkpoint import renamed_as_official
 from test_classifier import tiny_classifier
 from torch.nn.functional import cross_entropy, log_softmax
@@ -142,7 +142,7 @@ finetune.main({[str(each) for each in [*common, "--steps", 4, "--output", tmp_pa
 
 def test_two_processes(data, pretrained, tmp_path):
     arguments = [*TINY, *data, "--checkpoint", pretrained, "--batch-size", 2, "--steps", 3, "--eval-every", 1]
-    printed = succeeded(run_finetune(*arguments, "--output", tmp_path, launcher=two_processes(29543)))
+    printed = succeeded(run_finetune(*arguments, "--output", tmp_path, launcher=TWO_PROCESSES))
     assert "2 videos x 2 devices x 1 accumulated = 4" in printed
     assert printed.count("top-1 ") == 1
     assert len([line for line in metrics(tmp_path) if "loss" in line]) == 3

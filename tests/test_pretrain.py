@@ -8,7 +8,7 @@ import safetensors.torch
 import torch
 import yaml
 from conftest import tiny_model
-from scripts import EXAMPLES, TINY_PRETRAIN, metrics, run_script, succeeded, two_processes
+from scripts import EXAMPLES, TINY_PRETRAIN, TWO_PROCESSES, metrics, run_script, succeeded
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from adamae_sampler.models import load_checkpoint
@@ -169,6 +169,6 @@ def test_two_processes(tmp_path):
         "--output",
         tmp_path,
     ]
-    printed = succeeded(pretrain(*arguments, launcher=two_processes(29517)))
+    printed = succeeded(pretrain(*arguments, launcher=TWO_PROCESSES))
     assert "2 videos x 2 devices x 2 accumulated = 8" in printed
     assert len(metrics(tmp_path)) == 3

@@ -10,7 +10,7 @@ import pytest
 import safetensors
 import torch
 from conftest import tiny_model
-from scripts import ENCODER, run_script, succeeded, two_processes
+from scripts import ENCODER, TWO_PROCESSES, run_script, succeeded
 from test_checkpoint import renamed_as_official
 from timm.layers import AttentionPoolLatent
 from videos import write_video
@@ -242,7 +242,7 @@ def test_bad_arguments(script, arguments, message):
 
 def test_two_processes_write_one_cache_and_find_what_one_finds(pretrained, videos, tmp_path):
     found = {}
-    for name, launcher in (("one", ()), ("two", two_processes(29547))):
+    for name, launcher in (("one", ()), ("two", TWO_PROCESSES)):
         arguments = probe_arguments(pretrained[1], videos, tmp_path / name, "--batch-size", 2, "--probe.epochs", 3)
         succeeded(run_script("linear_probe.py", *arguments, launcher=launcher))
         (values,) = (tmp_path / name / "features").glob("*/values.npy")

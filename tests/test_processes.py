@@ -1,36 +1,9 @@
 """Pre-training on several processes: the same as on one with the same effective batch, but for what is drawn."""
 
-import subprocess
-import sys
-
 import pytest
 import safetensors.torch
 import torch
-from scripts import EXAMPLES, TINY_PRETRAIN, metrics, newest_checkpoint, two_processes
-
-
-def run_patched(patch, folder, *arguments, launcher=()):
-    """pretrain.py with a patch applied first; a file, since torchrun starts files."""
-    script = folder / "script.py"
-    script.write_text(
-        f"import os, sys\nsys.path.insert(0, {str(EXAMPLES)!r})\nimport torch, pretrain\n"
-        f"from adamae_sampler.models import AdaMAE\nforward = AdaMAE.forward\n{patch}\nAdaMAE.forward = patched\n"
-        f"pretrain.main({[str(each) for each in arguments]!r})\n"
-    )
-    run = subprocess.run([sys.executable, *launcher, str(script)], capture_output=True, text=True, check=False)
-    assert run.returncode == 0, run.stdout + run.stderr
-
-
-# A mask that is a function of the clip alone, and no dropout: nothing is drawn.
-FIXED = """
-from adamae_sampler.ops import patchify
-def patched(self, video, **kwargs):
-    for module in self.modules():
-        if isinstance(module, torch.nn.Dropout): module.p = 0.0
-    darkness = patchify(video, patch_size=8, tubelet_size=2).mean(2)
-    mask = torch.ones_like(darkness, dtype=torch.bool).scatter(1, darkness.topk(self.sampler.num_visible).indices, False)
-    return forward(self, video, mask=mask)
-"""
+from scripts import FIXED_MASKS, TINY_PRETRAIN, TWO_PROCESSES, metrics, newest_checkpoint, run_patched
 
 
 @pytest.mark.parametrize("accumulated", [1, 2])
@@ -38,11 +11,10 @@ def test_two_processes_train_as_one_with_the_same_effective_batch(accumulated, t
     common = [*TINY_PRETRAIN, "--data", "sprites:64", "--steps", 20, "--effective-batch", 8]
     for name, batch, launcher in (
         ("one", 8, ()),
-        ("two", 4 // accumulated, two_processes(29581 + accumulated)),
+        ("two", 4 // accumulated, TWO_PROCESSES),
     ):
-        (tmp_path / name).mkdir()
         arguments = [*common, "--batch-size", batch, "--output", tmp_path / name / "run"]
-        run_patched(FIXED, tmp_path / name, *arguments, launcher=launcher)
+        run_patched(FIXED_MASKS, tmp_path / name, *arguments, launcher=launcher)
     one, two = (tmp_path / name / "run" for name in ("one", "two"))
     for mine, theirs in zip(metrics(one), metrics(two), strict=True):
         for name in ("loss", "reconstruction", "sampling", "lr"):
@@ -75,7 +47,7 @@ def test_every_process_draws_masks_of_its_own(tmp_path):
         "--output",
         tmp_path / "run",
     ]
-    run_patched(DRAWN, tmp_path, *arguments, launcher=two_processes(29585))
+    run_patched(DRAWN, tmp_path, *arguments, launcher=TWO_PROCESSES)
     (first, weights), (second, same_weights) = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
     assert torch.equal(weights, same_weights)
     assert not (first == second).all(1).any()

@@ -18,6 +18,7 @@ import torch
 from scripts import (
     EXAMPLES,
     TINY_PRETRAIN,
+    TWO_PROCESSES,
     children,
     metrics,
     metrics_so_far,
@@ -25,7 +26,6 @@ from scripts import (
     run_script,
     start_script,
     succeeded,
-    two_processes,
     wait_for_step,
 )
 from videos import write_video
@@ -270,7 +270,7 @@ pretrain.main({[*map(str, common), "--output", str(tmp_path / "parts")]!r})
     same_numbers(tmp_path / "whole", tmp_path / "parts")
 
 
-@pytest.mark.parametrize("launcher", [(), two_processes(29561)], ids=["one process", "two"])
+@pytest.mark.parametrize("launcher", [(), TWO_PROCESSES], ids=["one process", "two"])
 def test_sigusr1_saves_and_sigterm_saves_and_stops(launcher, tmp_path):
     folder = tmp_path / "run"
     arguments = [*SPRITES, "--steps", 100_000, "--effective-batch", 8, "--save-every", 100_000, "--workers", 2]
@@ -298,7 +298,7 @@ def test_another_number_of_processes_goes_on_with_the_same_videos(tmp_path):
     common = [*SPRITES, "--masking", "tube", "--save-every", 2]
     succeeded(pretrain(*common, "--steps", 2, "--output", tmp_path / "run"))
     arguments = ["--resume", newest_checkpoint(tmp_path / "run"), "--steps", 4, "--batch-size", 2]
-    printed = succeeded(pretrain(*arguments, launcher=two_processes(29563)))
+    printed = succeeded(pretrain(*arguments, launcher=TWO_PROCESSES))
     assert "1 processes there, 2 here: the same videos in each step, other masks and dropout" in printed
     assert "2 videos x 2 devices x 1 accumulated = 4" in printed
     assert [line["step"] for line in metrics(tmp_path / "run")] == [1, 2, 3, 4]

@@ -5,10 +5,13 @@ from __future__ import annotations
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
+from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -36,17 +39,21 @@ def peak_of(name: str) -> float | None:
     return PEAKS[max(found, key=len)] if found else None
 
 
-def forward_flops(forward: Callable[[], object], device: torch.device) -> float:
-    """Floating-point operations of the matrix products and attention of a forward pass, which is left without effect on
-    gradients and random states."""
-    devices = [device] if device.type == "cuda" else []
+def forward_flops(model: nn.Module, *shape: int) -> float:
+    """Floating-point operations of the matrix products and attention of a forward pass for an input of a shape.
+
+    Nothing is done to the model.
+    """
+    device = next(model.parameters()).device
     with (
         torch.no_grad(),
-        torch.random.fork_rng(devices),
         sdpa_kernel(SDPBackend.MATH),  # made of products; the counter does not know every fused attention
+        FakeTensorMode() as shapes_alone,  # nothing is computed, drawn or held
         FlopCounterMode(display=False) as counter,
     ):
-        forward()
+        named = [*model.named_parameters(), *model.named_buffers()]
+        weights: dict[str, Tensor] = {name: shapes_alone.from_tensor(tensor) for name, tensor in named}
+        functional_call(model, weights, torch.empty(shape, device=device))
     return float(counter.get_total_flops())
 
 

@@ -1,27 +1,85 @@
-"""Devices and processes, and pixels on them."""
+"""Devices and processes, precision and compilation, and pixels on the device."""
 
 from __future__ import annotations
 
+import os
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DataLoaderConfiguration, DistributedDataParallelKwargs
+from accelerate.utils import DataLoaderConfiguration, DistributedDataParallelKwargs, TorchDynamoPlugin
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
+from torch.distributed.fsdp import MixedPrecisionPolicy
+
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def make_accelerator(precision: str) -> Accelerator:
-    """Accelerate's handle on devices and processes; precision is 'auto', 'fp32' or 'bf16'."""
+def make_accelerator(precision: str, compiled: bool = False) -> Accelerator:
+    """Accelerate's handle on devices and processes, for DDP, FSDP2 or DeepSpeed, as the launcher says.
+
+    Args:
+        precision: 'auto', 'fp32', 'bf16' or 'fp16'.
+        compiled: whether `prepare` compiles the model.
+
+    Raises:
+        ValueError: a precision that the device lacks.
+    """
     # Said outright, since torchrun without a GPU would otherwise start processes that do not know of each other.
     on_cpu = not torch.accelerator.is_available()
+    if precision == "fp16" and on_cpu:
+        raise ValueError("--precision fp16 needs a GPU; CPUs have fp32 and bf16.")
     if precision == "auto":
         good = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
         precision = "bf16" if good else "fp32"
-    return Accelerator(
-        cpu=on_cpu,
-        mixed_precision={"fp32": "no", "bf16": "bf16"}[precision],
+    with_deepspeed, with_fsdp = (
+        os.environ.get(f"ACCELERATE_USE_{name}", "false") == "true" for name in ("DEEPSPEED", "FSDP")
+    )
+    accelerator = Accelerator(
+        cpu=on_cpu and not with_deepspeed,
+        mixed_precision="no" if with_deepspeed or precision == "fp32" else precision,
         dataloader_config=DataLoaderConfiguration(non_blocking=True),
+        dynamo_plugin=TorchDynamoPlugin(backend="inductor") if compiled else None,
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],  # they are constants
     )
+    sharded, alone = accelerator.distributed_type in ("DEEPSPEED", "FSDP"), accelerator.num_processes == 1
+    if (with_deepspeed or with_fsdp) and (not sharded or alone):
+        raise ValueError("the launcher asks for FSDP2 or DeepSpeed, which Accelerate has for several GPUs alone.")
+    if accelerator.distributed_type == "FSDP" and not accelerator.is_fsdp2:
+        raise ValueError("FSDP of version 1 is configured; set fsdp_version: 2, as examples/launch/fsdp2.yaml does.")
+    if with_fsdp and precision != "fp32":  # blocks are gathered in half precision; gradients are summed in fp32
+        policy = MixedPrecisionPolicy(_DTYPES[precision], torch.float32, cast_forward_inputs=False)
+        accelerator.state.fsdp_plugin.mixed_precision_policy = policy
+    if with_deepspeed:  # autocast over fp32 weights, as elsewhere, in place of DeepSpeed's weights in half precision
+        dtype = str(_DTYPES.get(precision, torch.bfloat16)).removeprefix("torch.")
+        deepspeed_config(accelerator)["torch_autocast"] = {"enabled": precision != "fp32", "dtype": dtype}
+    return accelerator
+
+
+def uses_deepspeed(accelerator: Accelerator) -> bool:
+    """Whether DeepSpeed's engine wraps the model."""
+    return accelerator.distributed_type == "DEEPSPEED"
+
+
+def deepspeed_config(accelerator: Accelerator) -> dict[str, Any]:
+    """DeepSpeed's settings, to be changed before `prepare`."""
+    config: dict[str, Any] = accelerator.state.deepspeed_plugin.deepspeed_config
+    return config
+
+
+def precision_of(accelerator: Accelerator) -> str:
+    """'fp32', 'bf16' or 'fp16'."""
+    if uses_deepspeed(accelerator):
+        autocast = deepspeed_config(accelerator)["torch_autocast"]
+        return {"bfloat16": "bf16", "float16": "fp16"}[autocast["dtype"]] if autocast["enabled"] else "fp32"
+    return "fp32" if accelerator.mixed_precision == "no" else str(accelerator.mixed_precision)
+
+
+def autocast(accelerator: Accelerator) -> AbstractContextManager[Any]:
+    """The precision, for calls of a model that is not prepared or that FSDP2 shards."""
+    dtype = _DTYPES.get(precision_of(accelerator))
+    return nullcontext() if dtype is None else torch.autocast(accelerator.device.type, dtype)
 
 
 class Normalise:
@@ -36,8 +94,3 @@ class Normalise:
     def __call__(self, video: Tensor) -> Tensor:
         """[..., 3, T, H, W] uint8 -> fp32 of the same shape."""
         return (video - self.mean) / self.std
-
-
-def describe_precision(accelerator: Accelerator) -> str:
-    """'fp32' or 'bf16'."""
-    return "fp32" if accelerator.mixed_precision == "no" else str(accelerator.mixed_precision)

@@ -15,11 +15,13 @@ import yaml
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object, set_seed
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from common.costs import Clock, memory_gib, utilisation
 from common.datasets import ClipSource, ClipStream, collate_clips, digest
+from common.devices import autocast, deepspeed_config, uses_deepspeed
 from common.files import replacing
 from common.interrupts import READERS, Interrupted, Interrupts, Request
 from common.metrics import DeviceMetrics, RunLog
@@ -131,9 +133,13 @@ class Loop:
         first_step = resumed.state["step"] if resumed else 0
         videos = schedule.effective_batch
         stream = ClipStream(source, first_step * videos, schedule.steps * videos, recipe.seed, quarantine.known)
+        accelerator.gradient_accumulation_steps = schedule.accumulation
+        if uses_deepspeed(accelerator):  # its engine accumulates and clips
+            of_engine = {"gradient_accumulation_steps": schedule.accumulation, "gradient_clipping": recipe.clip_grad}
+            deepspeed_config(accelerator).update(of_engine)
         model, prepared, batches = accelerator.prepare(model, optimizer, _loader(stream, recipe))
         if resumed:
-            restore(resumed.state, model, optimizer)
+            restore(resumed.state, accelerator, model, prepared)
         set_seed(recipe.seed, device_specific=True)  # from here on, other masks and dropout on every process
         if resumed:
             restore_random_state(resumed.state, accelerator)
@@ -242,13 +248,18 @@ class Loop:
             with clock.waiting_for_data():
                 batch = next(feed)
             found |= batch["left_out"]
-            is_last = part == schedule.accumulation - 1
-            with nullcontext() if is_last else accelerator.no_sync(self.model):  # gradients travel once a step
-                loss = forward(batch, step * schedule.accumulation + part)
-                accelerator.backward(loss / schedule.accumulation)
+            with accelerator.accumulate(self.model):  # gradients travel once a step
+                with autocast(accelerator):
+                    loss = forward(batch, step * schedule.accumulation + part)
+                accelerator.backward(loss)
         grad_norm = accelerator.clip_grad_norm_(self.model.parameters(), self.recipe.clip_grad or torch.inf)
-        # Where this is 1 the fused kernel leaves the weights alone: a bad step is skipped without a wait.
-        self.optimizer.optimizer.found_inf = (~grad_norm.isfinite()).float()
+        if uses_deepspeed(accelerator):  # whose engine stepped in the last backward pass, if the norm was finite
+            grad_norm = torch.tensor(grad_norm, device=accelerator.device)
+        else:
+            grad_norm = grad_norm.full_tensor() if isinstance(grad_norm, DTensor) else grad_norm
+            # Where this is 1 the fused kernel leaves the weights alone: a bad step is skipped without a wait. In fp16
+            # the scaler does the same.
+            self.optimizer.optimizer.found_inf = (~grad_norm.isfinite()).float()
         self.optimizer.step()
         self.optimizer.zero_grad()
         metrics.add_update(grad_norm, accelerator)
@@ -272,8 +283,7 @@ class Loop:
             "metrics": metrics.state(self.accelerator),
             "extra": dict(extra),
         }
-        bare = self.optimizer.optimizer
-        state = make_state(self.accelerator, self.model, bare, self.recipe, self.schedule, more)
+        state = make_state(self.accelerator, self.model, self.optimizer, self.recipe, self.schedule, more)
         outcome = [True, ""]
         if state is not None:
             checkpoints = Checkpoints(self.recipe.output / CHECKPOINTS, self.recipe.keep_checkpoints)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from common.datasets import ViewSet, ViewSource, collate_views
-from common.devices import Normalise
+from common.devices import Normalise, autocast
 from common.interrupts import READERS
 from common.video import VideoError
 
@@ -74,7 +74,7 @@ def map_views(
             yield Batch(none, none, torch.empty(0), batch["left_out"])
             continue
         video = batch["video"].to(accelerator.device, non_blocking=True)  # [B, V, C, T, H, W]
-        with accelerator.autocast():
+        with autocast(accelerator):
             values = function(normalise(video.flatten(0, 1)))
         merged = values.float().unflatten(0, video.shape[:2]).mean(1)
         yield Batch(batch["index"], batch["label"], merged, batch["left_out"])

@@ -41,8 +41,8 @@ class EncoderSettings:
     stride: int = 4
     """Distance of two frames of a clip in frames of the video."""
 
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """Autocast; 'auto' is bf16 on devices made for it, fp32 elsewhere (CPUs)."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Autocast; 'auto' is bf16 on devices made for it, fp32 elsewhere (CPUs). fp16, on GPUs, scales the losses."""
     workers: int = 4
     """Processes that read clips; 0 reads them in the main process."""
     seed: int = 0
@@ -90,6 +90,8 @@ class Recipe(EncoderSettings):
     """Clips of each video in a batch, augmented apart (repeated augmentation); the video is decoded once."""
     checkpoint_activations: bool = False
     """Recompute activations in the backward pass, to save memory."""
+    compile: bool = False
+    """Compile the model with torch.compile; the first step then takes a minute."""
     flip: bool = False
     """Mirror half of the clips."""
 

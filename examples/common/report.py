@@ -8,7 +8,7 @@ from pathlib import Path
 from accelerate import Accelerator
 
 from adamae_sampler.models import AdaMAE, VideoClassifier
-from common.devices import describe_precision
+from common.devices import precision_of
 from common.recipe import EncoderSettings, Recipe, Schedule
 
 
@@ -26,9 +26,18 @@ def describe_training(recipe: Recipe, schedule: Schedule, accelerator: Accelerat
         "learning rate": f"{recipe.base_lr:g} x {schedule.effective_batch} / 256 = {schedule.lr:.3g}, cosine to "
         f"{schedule.min_lr:.3g}",
         "optimizer": f"AdamW, betas {recipe.betas}, weight decay {recipe.weight_decay:g}, {clip}",
-        "device": f"{accelerator.device}, {describe_precision(accelerator)}",
+        "device": ", ".join([str(accelerator.device), precision_of(accelerator), *_parallel(recipe, accelerator)]),
         "output": str(recipe.output),
     }
+
+
+def _parallel(recipe: Recipe, accelerator: Accelerator) -> list[str]:
+    """How processes share the work, and what saves memory or time."""
+    wrappers = {"FSDP": "FSDP2", "DEEPSPEED": "DeepSpeed"}
+    words = [wrappers.get(accelerator.distributed_type, "DDP" if accelerator.num_processes > 1 else "")]
+    words += ["activations recomputed"] if recipe.checkpoint_activations else []
+    words += ["compiled"] if recipe.compile else []
+    return [word for word in words if word]
 
 
 def describe_clips(settings: EncoderSettings) -> str:

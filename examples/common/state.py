@@ -1,7 +1,7 @@
 """Checkpoints: everything that a run needs to go on, in safetensors files that are whole or not there.
 
 A file holds tensors and, as JSON, the numbers and strings between them; nothing is ever unpickled. Weights and
-optimiser are stored by the names of the parameters, for any number of processes and any wrapper (DDP, FSDP2, compiled).
+optimiser are stored by the names of the parameters, for any number of processes and any wrapper (whole.py).
 """
 
 from __future__ import annotations
@@ -26,17 +26,18 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object, set_seed
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
+from common.devices import uses_deepspeed
 from common.files import remove_partial, replacing, write_tensors
 from common.recipe import AnyRecipe, Recipe, Schedule, recipe_from
+from common.whole import deal_out, whole_state
 
 CHECKPOINTS = "checkpoints"  # the folder of a run that has them
 BEST = "best.safetensors"
-_FORMAT = "adamae_sampler training state 3"
+_FORMAT = "adamae_sampler training state 4"
 _TENSOR = "$tensor"  # marks a tensor's place in the JSON
 # Settings that may differ between a run and its resumption; any other makes it another run.
-_FREE = {"output", "steps", "epochs", "workers", "log_every", "batch_size", "checkpoint_activations"}
+_FREE = {"output", "steps", "epochs", "workers", "log_every", "batch_size", "checkpoint_activations", "compile"}
 _FREE |= {"save_every", "save_minutes", "keep_checkpoints", "stop_after_nonfinite", "max_broken", "profile"}
 _FREE |= {"eval_every", "eval_batch_size", "test_clips", "test_crops"}
 _FREE |= {"effective_batch", "data", "train", "val"}  # compared by what they come to
@@ -171,7 +172,7 @@ def _read(path: Path, kind: str) -> dict[str, Any]:
 def make_state(
     accelerator: Accelerator,
     model: nn.Module,
-    optimizer: torch.optim.Optimizer,
+    optimizer: Any,
     recipe: Recipe,
     schedule: Schedule,
     more: Mapping[str, Any],
@@ -181,14 +182,13 @@ def make_state(
     Args:
         accelerator: devices and processes.
         model: prepared.
-        optimizer: the bare one.
+        optimizer: prepared.
         recipe: the settings.
         schedule: what follows from them.
         more: what the loop adds, tensors, numbers, strings and containers of them: "step", how many are done, from
             which the position in the data follows; "score", how good the model is, or None; and so on.
     """
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    weights, optimizer_state = get_state_dict(model, optimizer, options=options)
+    weights, optimizer_state = whole_state(accelerator, model, optimizer)
     random_states = gather_object([_random_state(accelerator.device)])
     if not accelerator.is_main_process:
         return None
@@ -202,6 +202,7 @@ def make_state(
         "random_states": random_states,
         "model": weights,
         "optimizer": optimizer_state,
+        "scaler": scaler.state_dict() if (scaler := _scaler(accelerator, optimizer)) is not None else {},
         **more,
     }
 
@@ -254,15 +255,17 @@ def recipe_of_state(kind: type[AnyRecipe], path: Path) -> AnyRecipe:
     return recipe_from(kind, tree["recipe"] | now)
 
 
-def restore(state: Mapping[str, Any], model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Puts weights and optimiser back; the model is prepared, the optimiser the bare one."""
-    set_state_dict(
-        model,
-        optimizer,
-        model_state_dict=state["model"],
-        optim_state_dict=state["optimizer"],
-        options=StateDictOptions(full_state_dict=True),
-    )
+def restore(state: Mapping[str, Any], accelerator: Accelerator, model: nn.Module, optimizer: Any) -> None:
+    """Puts weights, optimiser and the scale of fp16's losses back; model and optimiser are prepared."""
+    deal_out(accelerator, model, optimizer, state["model"], state["optimizer"])
+    scaler = _scaler(accelerator, optimizer)
+    if scaler is not None and state["scaler"]:  # a run in another precision has none
+        scaler.load_state_dict(state["scaler"])
+
+
+def _scaler(accelerator: Accelerator, optimizer: Any) -> Any:
+    """What scales the losses of fp16; None in other precisions."""
+    return optimizer.optimizer.torch_autocast_gradscaler if uses_deepspeed(accelerator) else accelerator.scaler
 
 
 def restore_random_state(state: Mapping[str, Any], accelerator: Accelerator) -> None:
