@@ -52,7 +52,7 @@ class Job(NamedTuple):
 def build(recipe: PretrainRecipe, run: Run) -> Job:
     """Finds the data and makes the model; raises ValueError or FileNotFoundError for what cannot be run."""
     check_output(recipe.output)
-    accelerator = make_accelerator(recipe.precision, recipe.compile)
+    accelerator = make_accelerator(recipe.precision, recipe.compile, recipe.tracker)
     if not recipe.data and not run.dry_run:
         raise ValueError(f"preset {run.preset} needs --data: a folder of videos, or a list file.")
     source = pretrain_source(recipe)

@@ -3,6 +3,7 @@
 import json
 from functools import partial
 
+import pretrain as pretrain_script
 import pytest
 import safetensors.torch
 import torch
@@ -172,3 +173,36 @@ def test_two_processes(tmp_path):
     printed = succeeded(pretrain(*arguments, launcher=TWO_PROCESSES))
     assert "2 videos x 2 devices x 2 accumulated = 8" in printed
     assert len(metrics(tmp_path)) == 3
+
+
+def test_metrics_go_to_weights_and_biases_too(tmp_path, monkeypatch):
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    common = [*TINY_PRETRAIN, "--tracker", "wandb", "--output", tmp_path / "run"]
+    succeeded(pretrain(*common, "--steps", 2))
+    name = (tmp_path / "run" / "tracker.txt").read_text().strip()
+    [written] = (tmp_path / "run" / "wandb").glob(f"offline-run-*-{name}/run-{name}.wandb")
+    assert written.read_bytes().count(b"reconstruction") >= 2
+
+
+def test_metrics_go_to_trackio_too_and_a_resumed_run_goes_on_there(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))  # read when it is imported
+    pytest.importorskip("trackio")
+    from trackio import Api
+    from trackio.sqlite_storage import SQLiteStorage
+
+    common = [*TINY_PRETRAIN, "--tracker", "trackio", "--output", tmp_path / "run"]
+    succeeded(pretrain(*common, "--steps", 2))
+    succeeded(pretrain(*common, "--steps", 3, "--resume", "auto"))
+    name = (tmp_path / "run" / "tracker.txt").read_text().strip()
+    [run] = Api().runs("adamae_sampler")
+    assert run.name == name
+    assert [line["step"] for line in SQLiteStorage.get_logs("adamae_sampler", name)] == [1, 2, 3]
+    assert all("reconstruction" in line for line in SQLiteStorage.get_logs("adamae_sampler", name))
+    assert [run.config[key] for key in ("masking", "mask_ratio")] == ["adaptive", 0.75]
+
+
+def test_a_tracker_that_is_not_installed_is_said(tmp_path, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    with pytest.raises(SystemExit, match=r"--tracker wandb is not installed; pip install wandb"):
+        pretrain_script.main([*map(str, TINY_PRETRAIN), "--tracker", "wandb", "--output", str(tmp_path)])

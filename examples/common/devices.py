@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -16,18 +17,21 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def make_accelerator(precision: str, compiled: bool = False) -> Accelerator:
+def make_accelerator(precision: str, compiled: bool = False, tracker: str | None = None) -> Accelerator:
     """Accelerate's handle on devices and processes, for DDP, FSDP2 or DeepSpeed, as the launcher says.
 
     Args:
         precision: 'auto', 'fp32', 'bf16' or 'fp16'.
         compiled: whether `prepare` compiles the model.
+        tracker: where metrics are sent besides files, 'wandb' or 'trackio'.
 
     Raises:
-        ValueError: a precision that the device lacks.
+        ValueError: a precision that the device lacks, a tracker that is not installed, or shards without GPUs.
     """
     # Said outright, since torchrun without a GPU would otherwise start processes that do not know of each other.
     on_cpu = not torch.accelerator.is_available()
+    if tracker is not None and importlib.util.find_spec(tracker) is None:
+        raise ValueError(f"--tracker {tracker} is not installed; pip install {tracker}.")
     if precision == "fp16" and on_cpu:
         raise ValueError("--precision fp16 needs a GPU; CPUs have fp32 and bf16.")
     if precision == "auto":
@@ -39,6 +43,7 @@ def make_accelerator(precision: str, compiled: bool = False) -> Accelerator:
     accelerator = Accelerator(
         cpu=on_cpu and not with_deepspeed,
         mixed_precision="no" if with_deepspeed or precision == "fp32" else precision,
+        log_with=tracker,
         dataloader_config=DataLoaderConfiguration(non_blocking=True),
         dynamo_plugin=TorchDynamoPlugin(backend="inductor") if compiled else None,
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],  # they are constants

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import sys
+import uuid
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass
@@ -128,6 +129,7 @@ class Loop:
             with replacing(recipe.output / "recipe.yaml") as aside:
                 aside.write_text(yaml.safe_dump(recipe.plain(), sort_keys=False, allow_unicode=True), encoding="utf-8")
         accelerator.wait_for_everyone()
+        _begin_tracking(recipe, accelerator)
         is_main = accelerator.is_main_process
         quarantine = Quarantine(recipe.output / "quarantine.txt", source, recipe.max_broken, writes=is_main)
         first_step = resumed.state["step"] if resumed else 0
@@ -187,7 +189,7 @@ class Loop:
 
         with (
             Interrupts(recipe.save_minutes) as interrupts,
-            RunLog(recipe.output, first, enabled=is_main) as log,
+            RunLog(recipe.output, first, is_main, accelerator.trackers) as log,
             closing(_feed(self.batches)) as feed,
             _profiler(recipe, is_main) as profiler,
             progress,
@@ -326,6 +328,21 @@ class Loop:
             f"stop_after_nonfinite={self.recipe.stop_after_nonfinite}. Their videos are in {report}, the state is "
             f"{saved}. Try a lower --base-lr, --precision fp32 or --clip-grad."
         )
+
+
+def _begin_tracking(recipe: Recipe, accelerator: Accelerator) -> None:
+    """Opens the run in --tracker, or goes on with it; its name is kept in the output folder."""
+    path = recipe.output / "tracker.txt"
+    if recipe.tracker and accelerator.is_main_process and not path.exists():
+        path.write_text(f"{recipe.output.name}-{uuid.uuid4().hex[:8]}\n", encoding="utf-8")
+    accelerator.wait_for_everyone()
+    if recipe.tracker:
+        name = path.read_text(encoding="utf-8").strip()
+        of_tracker = {
+            "wandb": {"id": name, "name": name, "resume": "allow", "dir": recipe.output},
+            "trackio": {"name": name, "resume": "allow"},
+        }
+        accelerator.init_trackers("adamae_sampler", recipe.plain(), of_tracker)
 
 
 def _loader(stream: ClipStream, recipe: Recipe) -> DataLoader:

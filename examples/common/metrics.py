@@ -6,7 +6,7 @@ import itertools
 import json
 import math
 import statistics
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.tracking import GeneralTracker
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
@@ -151,13 +152,15 @@ class PretrainMetrics(DeviceMetrics):
 
 
 class RunLog:
-    """metrics.jsonl and TensorBoard files in a folder; nothing where `enabled` is False (other ranks).
+    """metrics.jsonl and TensorBoard files in a folder, and Accelerate's trackers; nothing where `enabled` is False
+    (other ranks).
 
     A resumed run appends; lines of steps that it repeats are dropped first.
     """
 
-    def __init__(self, folder: Path, first_step: int, enabled: bool) -> None:
+    def __init__(self, folder: Path, first_step: int, enabled: bool, trackers: Sequence[GeneralTracker] = ()) -> None:
         self.enabled = enabled
+        self.trackers = trackers
         if not enabled:
             return
         folder.mkdir(parents=True, exist_ok=True)
@@ -179,6 +182,8 @@ class RunLog:
         """One line, one point in each plot. What a full disk does not take is written with the next line."""
         if not self.enabled:
             return
+        for tracker in self.trackers:
+            tracker.log({name: value for name, value in values.items() if value is not None}, step=step)
         self._unwritten += json.dumps({"step": step, **values}) + "\n"
         try:
             append_whole(self.path, self._unwritten)

@@ -132,6 +132,8 @@ class Recipe(EncoderSettings):
     """A step whose gradient is not finite is skipped; so many in a row end the run."""
     max_broken: float = 0.1
     """Largest share of the videos that may be broken; they are replaced by others, more end the run."""
+    tracker: Literal["wandb", "trackio"] | None = None
+    """Where metrics are sent besides metrics.jsonl and TensorBoard's files."""
     profile: bool = False
     """Write a trace of a few steps to output/profile, for TensorBoard or Perfetto."""
 
