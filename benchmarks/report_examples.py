@@ -1,6 +1,7 @@
-"""Makes the tables of examples/README.md: what the paper's runs take at full scale, and the study of maskings.
+"""Makes the tables of examples/README.md: what the paper's runs take at full scale, how they scale, how fast clips are
+read, and the study of maskings.
 
-    python benchmarks/report_examples.py            # between the file's "projection" and "downstream" markers
+    python benchmarks/report_examples.py            # each between the file's markers of its name
 
 Hours are clips / (clips per second of one device), training steps alone: data loading and waiting for other devices
 come on top. The pace is that of the rows in benchmarks/results; the paper's own is 168,913 clips of SSv2 in 9 min 11 s
@@ -16,8 +17,10 @@ from pathlib import Path
 
 import tyro
 from downstream import downstream_table
+from loader import loader_table, read_loader_rows
 from report import insert
 from rows import OURS, RESULTS, Row, read_rows
+from scaling import PAPER, Pace, scaling_table
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 from common.finetune_recipe import FinetuneRecipe
@@ -25,10 +28,11 @@ from common.pretrain_recipe import PretrainRecipe
 from common.recipe import Recipe, Schedule, load_preset
 
 PROJECTION = "<!-- projection: begin -->", "<!-- projection: end -->"
+SCALING = "<!-- scaling: begin -->", "<!-- scaling: end -->"
+LOADER = "<!-- loader: begin -->", "<!-- loader: end -->"
 DOWNSTREAM = "<!-- downstream: begin -->", "<!-- downstream: end -->"
 CLIPS = {"ssv2": 168_913, "k400": 240_436, "ucf101": 9_537, "hmdb51": 3_570}  # training videos; split 1 of the last two
 NAMES = {"ssv2": "SSv2", "k400": "Kinetics-400", "ucf101": "UCF101", "hmdb51": "HMDB51"}
-_PAPER_PACE = 168_913 / (9 * 60 + 11) / 8  # clips per second of a GPU
 _STEPS = {PretrainRecipe: "training step of ViT-B, adaptive 95%", FinetuneRecipe: "training step of ViT-B, fine-tuning"}
 _STAGES: dict[type[Recipe], str] = {PretrainRecipe: "pre-training", FinetuneRecipe: "fine-tuning"}
 
@@ -67,7 +71,7 @@ def projection(results: Path) -> str:
             schedule = Schedule.of(recipe, clips, 1)
             seen = schedule.steps * schedule.effective_batch * getattr(recipe, "repeats", 1)
             hours = f"{seen / row.clips_per_s / 3600:,.0f}" if row and row.clips_per_s else "not measured"
-            paper = f"{seen / _PAPER_PACE / 3600:,.0f}" if kind is PretrainRecipe else ""
+            paper = f"{seen / PAPER.clips_per_second / 3600:,.0f}" if kind is PretrainRecipe else ""
             lines.append(
                 f"| {NAMES[name]}, {stage} | {schedule.steps:,} | {schedule.effective_batch} | {schedule.lr:.3g} | "
                 f"{seen / 1e6:.1f} M | {hours} | {paper} |"
@@ -75,6 +79,20 @@ def projection(results: Path) -> str:
         if row:
             notes.append(f"{stage} {row.clips_per_s:.3g} clips/s on {row.device} ({row.dtype}, commit {row.commit})")
     return "\n".join([*lines, "", f"Measured pace: {'; '.join(notes)}."])
+
+
+def scaling(results: Path) -> str:
+    """The efficiency on several GPUs, at the fastest measured pace and at the paper's."""
+    row = fastest(results, PretrainRecipe)
+    measured = [] if row is None else [Pace(row.clips_per_s or 0.0, row.clips, f"measured on {row.device}")]
+    return scaling_table([*measured, PAPER])
+
+
+def loader(results: Path) -> str:
+    """The table of readers."""
+    rows = read_loader_rows(results / "loader_cpu.csv")
+    first = rows[0]
+    return f"{loader_table(rows)}\n\n{first['device']}, torch {first['torch']}, commit {first['commit']}."
 
 
 def study(results: Path) -> str:
@@ -100,6 +118,8 @@ def main(options: Options) -> None:
     """Writes the tables."""
     text = options.readme.read_text(encoding="utf-8")
     text = insert(text, projection(options.results), options.readme, PROJECTION)
+    text = insert(text, scaling(options.results), options.readme, SCALING)
+    text = insert(text, loader(options.results), options.readme, LOADER)
     text = insert(text, study(options.results), options.readme, DOWNSTREAM)
     options.readme.write_text(text, encoding="utf-8")
     print(f"wrote {options.readme}")

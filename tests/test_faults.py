@@ -26,7 +26,10 @@ from scripts import (
 from videos import write_video
 
 from common.datasets import VideoClips
+from common.engine import Loop, TrainingError
+from common.interrupts import Interrupts, Request
 from common.lists import VideoEntry
+from common.metrics import RunLog
 from common.quarantine import Quarantine, read_quarantine
 
 pretrain = partial(run_script, "pretrain.py")
@@ -167,3 +170,39 @@ def test_a_process_that_dies_ends_the_job_at_once_with_a_clear_line(victim, tmp_
         assert "Traceback" not in errors
     else:
         assert "Signal 9 (SIGKILL) received by PID" in errors
+
+
+def test_metrics_that_a_full_disk_refuses_are_written_with_the_next_line(tmp_path, monkeypatch, capsys):
+    log = RunLog(tmp_path, 0, enabled=True)
+    log.write(1, {"loss": 1.0})
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as disk:
+        disk.setattr("common.metrics.append_whole", full)
+        log.write(2, {"loss": 2.0})
+    assert "metrics of step 2 could not be written" in capsys.readouterr().out
+    log.write(3, {"loss": 3.0})
+    assert [line["step"] for line in metrics(tmp_path)] == [1, 2, 3]
+
+
+def test_processes_that_would_go_on_from_different_checkpoints_are_told(monkeypatch):
+    """As where --output is a folder of each machine."""
+    monkeypatch.setattr("common.engine.gather_object", lambda mine: [*mine, ("step_00000040.safetensors", 40)])
+    with pytest.raises(TrainingError, match=r"different checkpoints, .*'none'.*; --output must be a shared folder"):
+        Loop.begin(None, None, None, None, None, None, None, ("loss", -1))
+
+
+def test_a_signal_before_the_first_step_and_one_during_a_save_count():
+    with Interrupts(minutes=60) as interrupts:
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert interrupts.after_step() is Request.SAVE
+        os.kill(os.getpid(), signal.SIGUSR1)  # while it saves
+        interrupts.saved()
+        assert interrupts.after_step() is Request.SAVE
+        assert interrupts.after_step() is Request.NONE
+        os.kill(os.getpid(), signal.SIGUSR1)
+        os.kill(os.getpid(), signal.SIGTERM)  # the larger one counts
+        assert interrupts.after_step() is Request.STOP
+        assert interrupts.after_step() is Request.STOP

@@ -16,7 +16,8 @@ from torch.utils.data import DataLoader
 from videos import generator, seen_indices, write_video
 
 from common.datasets import ClipStream, VideoClips, collate_clips
-from common.lists import list_videos, write_list
+from common.lists import VideoEntry, list_videos, write_list
+from common.packing import Packing, pack
 from common.shards import read_index
 from common.transforms import PretrainTransform
 from common.video import Video, VideoError
@@ -282,3 +283,12 @@ def test_bytes_are_a_video(videos):
         assert seen_indices(video.read([1, 5])) == [4, 8]
     with pytest.raises(VideoError, match="cannot be opened as a video"):
         Video(b"nothing")
+
+
+def test_a_video_that_no_decoder_knows_is_left_out_of_the_shards(tmp_path):
+    unknown = tmp_path / "unknown.mp4"
+    unknown.write_bytes(write_video(tmp_path / "known.mp4").read_bytes().replace(b"avc1", b"zzz1"))
+    entries = [VideoEntry(tmp_path / "known.mp4"), VideoEntry(unknown, where="line 2")]
+    [(left_out, count, _)] = pack(entries, tmp_path / "shards", Packing(), workers=1)
+    assert left_out == ["line 2: there is no decoder for its video stream"]
+    assert count == 1
