@@ -1,6 +1,6 @@
 """How many clips a core reads in a second: files and shards, by PyAV, torchcodec and decord, beside a training step.
 
-    pip install torchcodec decord && python benchmarks/loader.py        # about six minutes on two cores
+    pip install torchcodec decord && python benchmarks/loader.py        # about six minutes
 
 A clip is 16 frames at a stride of 4 from a random place of a 10-second video, cropped and resized to 224 x 224 as in
 pre-training. Every decoder gives the same frames, within rounding, before any time is taken; all take turns, each on
@@ -276,7 +276,8 @@ def loader_table(rows: Sequence[Mapping[str, str]]) -> str:
         lines.append(f"| {kind} | {size:.0f} | {' | '.join(cells)} | {1e3 * float(crop['median_s']):.0f} ms |")
     for row in rows:
         if not row["videos"]:
-            lines += ["", f"A training step beside it ({row['what']}): {float(row['clips_per_s']):.2f} clips/s."]
+            pace = f"{float(row['clips_per_s']):.2f} clips/s on {row['threads']} core"
+            lines += ["", f"A training step beside it ({row['what']}): {pace}."]
     return "\n".join(lines)
 
 

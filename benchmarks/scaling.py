@@ -62,7 +62,7 @@ class Pace:
         return self.batch_size / self.clips_per_second
 
 
-# 168,913 clips of SSv2 in 9 min 11 s on 8 GPUs with 16 clips each (supplement, Table 4), data and communication included.
+# 168,913 clips of SSv2 in 9 min 11 s on 8 GPUs, 16 clips each (supplement, Table 4), data and communication included.
 PAPER = Pace(168_913 / 551 / 8, 16, "the paper's, by its Table 4")
 
 

@@ -1,6 +1,7 @@
 """The benchmark suite in small: it checks before it times, writes its rows, and makes tables of rows alone."""
 
 import csv
+import importlib.util
 import math
 import subprocess
 import sys
@@ -9,12 +10,16 @@ from pathlib import Path
 import pytest
 import report
 import report_examples
+import scaling
 import torch
 from downstream import accuracies, downstream_table
 from finetune_step import FinetuneStep
+from loader import check as check_readers
+from loader import read_pyav
 from op_cases import DrawMask, GatherTokens, ReconstructionError
 
 from adamae_sampler import ops
+from common.lists import VideoEntry
 
 ROOT = Path(__file__).parent.parent
 
@@ -100,7 +105,8 @@ def test_the_study_runs_every_stage_for_every_start(tmp_path):
 
 def test_tables_of_the_examples_are_of_presets_and_rows(tmp_path):
     readme, results = tmp_path / "README.md", ROOT / "benchmarks" / "results"
-    markers = [*report_examples.PROJECTION, "between", *report_examples.DOWNSTREAM]
+    each = [getattr(report_examples, name) for name in ("PROJECTION", "SCALING", "LOADER", "DOWNSTREAM")]
+    markers = [line for pair in each for line in (*pair, "between")]
     readme.write_text("\n".join(["before", *markers, "after", ""]))
     report_examples.main(report_examples.Options(readme, results))
     text = readme.read_text()
@@ -141,3 +147,40 @@ def test_accuracies_of_class_direction_and_shape(tmp_path):
 def test_the_step_of_fine_tuning_is_a_step():
     """At first the 400 classes are about equally likely."""
     assert float(FinetuneStep(clips=1).make(torch.device("cpu"))()) == pytest.approx(math.log(400), abs=0.1)
+
+
+def test_efficiency_on_several_gpus_by_hand():
+    links = scaling.Links("", link=100.0, network=10.0)
+    # 8 GPUs: 2 x 7/8 x 1000 / 100 = 17.5 s, hidden behind two thirds of 60 s but for the last bucket, which is all.
+    assert scaling.efficiency(60, 1000, 8, links) == (17.5, pytest.approx(60 / 77.5))
+    # 4 machines more: 17.5 + 2 x 3/4 x 1000 / 10 = 167.5 s, of which 40 are hidden.
+    takes, share = scaling.efficiency(60, 1000, 32, links)
+    assert (takes, share) == (167.5, pytest.approx(60 / (60 + 167.5)))
+    assert scaling.efficiency(60, 10**9, 1, links) == (0, 1)
+    size = 100 * 2**20  # four buckets
+    takes, share = scaling.efficiency(1.0, size, 8, scaling.Links("", link=size, network=1.0))
+    assert takes == 1.75
+    assert share == pytest.approx(1 / (1 + 1.75 - 2 / 3))
+    assert scaling.gradient_bytes() == pytest.approx(4 * 102e6, rel=0.02)
+
+
+def test_readers_are_timed_after_their_frames_are_compared(tmp_path):
+    command = [sys.executable, str(ROOT / "benchmarks" / "loader.py"), "--videos", "1", "--size", "96", "128"]
+    command += ["--seconds", "1", "--rounds", "2", "2", "--no-step", "--output", str(tmp_path / "rows.csv")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    rows = list(csv.DictReader((tmp_path / "rows.csv").open()))
+    reads = [row for row in rows if row["what"] == "read and crop"]
+    assert {"PyAV"} <= {row["decoder"] for row in reads}
+    assert len({row["videos"] for row in reads}) == 3
+    assert all(float(row["q1_s"]) <= float(row["median_s"]) <= float(row["q3_s"]) for row in rows)
+    assert "| files, 128 x 96, key frames every 250 |" in done.stdout
+    if importlib.util.find_spec("torchcodec") is None:
+        assert "torchcodec is not installed and is left out" in done.stdout
+
+
+def test_a_reader_with_other_frames_is_found():
+    entry = VideoEntry(ROOT / "examples" / "clips" / "bigbuckbunny.mp4")
+    check_readers({"a video": [entry]}, {"right": read_pyav})
+    with pytest.raises(AssertionError, match=r"a video, late: frames differ by .* of 255"):
+        check_readers({"a video": [entry]}, {"late": lambda entry, generator: read_pyav(entry, generator).roll(1, 0)})

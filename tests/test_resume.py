@@ -140,7 +140,7 @@ def test_auto_begins_goes_on_and_passes_over_what_is_not_whole(tmp_path):
 def test_the_latest_and_the_best_are_kept(tmp_path):
     checkpoints = Checkpoints(tmp_path, keep=2)
     for step, score in enumerate([-3.0, -1.0, -2.0, None], start=1):
-        state = {"format": "adamae_sampler training state 3", "kind": "pretrain", "step": step, "score": score}
+        state = {"format": "adamae_sampler training state 4", "kind": "pretrain", "step": step, "score": score}
         checkpoints.save({**state, "model": {"w": torch.full((3,), step)}})
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "best.safetensors", "step_00000003.safetensors", "step_00000004.safetensors"
@@ -150,7 +150,7 @@ def test_the_latest_and_the_best_are_kept(tmp_path):
 
 def test_going_back_leaves_what_came_later_aside(tmp_path):
     checkpoints = Checkpoints(tmp_path, keep=1)
-    state = {"format": "adamae_sampler training state 3", "kind": "pretrain", "score": None}
+    state = {"format": "adamae_sampler training state 4", "kind": "pretrain", "score": None}
     for step in (10, 20, 30):
         Checkpoints(tmp_path, keep=9).save({**state, "step": step})
     (tmp_path / ".step_00000031.safetensors.partial").write_bytes(b"half")
@@ -167,7 +167,7 @@ def test_going_back_leaves_what_came_later_aside(tmp_path):
 
 def test_the_best_stands_in_where_the_latest_are_damaged(tmp_path):
     checkpoints = Checkpoints(tmp_path)
-    saved = checkpoints.save({"format": "adamae_sampler training state 3", "kind": "x", "score": 1.0, "step": 1})
+    saved = checkpoints.save({"format": "adamae_sampler training state 4", "kind": "x", "score": 1.0, "step": 1})
     saved.unlink()
     assert checkpoints.newest("x") == (tmp_path / BEST, [])
 
