@@ -3,13 +3,14 @@
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
-import time
 
 import pytest
 import safetensors.torch
 import torch
+from accelerate.commands.launch import launch_command, launch_command_parser
 from scripts import (
     ENCODER,
     EXAMPLES,
@@ -20,7 +21,10 @@ from scripts import (
     run_patched,
     run_script,
     succeeded,
+    wait_for_step,
 )
+
+from common.devices import make_accelerator
 
 LAUNCH = EXAMPLES / "launch"
 # Accelerate shards on GPUs alone; processes that call themselves such shard over gloo.
@@ -38,6 +42,12 @@ pytestmark = pytest.mark.skipif(shutil.which("c++") is None, reason="DeepSpeed a
 def launched(config):
     options = ["--config_file", str(LAUNCH / f"{config}.yaml"), "--num_processes", "2", "--main_process_port", "0"]
     return ["-m", "accelerate.commands.launch", *options]
+
+
+def free_port():
+    with socket.socket() as found:
+        found.bind(("localhost", 0))
+        return found.getsockname()[1]
 
 
 def in_parts(config, folder, *arguments, patch=FIXED_MASKS):
@@ -116,26 +126,41 @@ def test_a_bad_step_of_one_process_is_skipped_by_all(config, tmp_path):
     assert not all(torch.equal(bad[name], last[name]) for name in names)
 
 
-def test_compiled_in_half_precision_with_parts_and_recomputed_activations(one, tmp_path):
-    printed = in_parts("fsdp2", tmp_path, "--compile", "--precision", "bf16")
-    assert "bf16, FSDP2, activations recomputed, compiled" in printed
+COUNTED = """
+import atexit
+atexit.register(lambda: print("compiled frames:", torch._dynamo.utils.counters["frames"]["ok"]))
+"""
+
+
+@pytest.mark.parametrize(("config", "compiled"), [("fsdp2", True), ("deepspeed_zero2", False)])
+def test_half_precision_with_parts_and_recomputed_activations(config, compiled, one, tmp_path):
+    if config == "deepspeed_zero2":
+        pytest.importorskip("deepspeed")
+    options = ["--precision", "bf16", *(["--compile"] if compiled else [])]
+    printed = in_parts(config, tmp_path, *options, patch=COUNTED + FIXED_MASKS)
+    name = {"fsdp2": "FSDP2", "deepspeed_zero2": "DeepSpeed"}[config]
+    assert f"bf16, {name}, activations recomputed{', compiled' if compiled else ''}" in printed
+    assert ("compiled frames: 0" in printed) != compiled
     for mine, theirs in zip(metrics(tmp_path / "run"), metrics(one / "run"), strict=True):
         assert mine["loss"] == pytest.approx(theirs["loss"], rel=0.01)
     ours, others = (safetensors.torch.load_file(folder / "run" / "model.safetensors") for folder in (tmp_path, one))
     assert ours.keys() == others.keys()
 
 
-def test_fine_tuning_with_shards_evaluates_on_every_process(tmp_path):
+@pytest.mark.parametrize("config", ["fsdp2", "deepspeed_zero2"])
+def test_fine_tuning_with_shards_evaluates_on_every_process(config, tmp_path):
     """Three videos for two processes, which so have different numbers of batches."""
+    if config == "deepspeed_zero2":
+        pytest.importorskip("deepspeed")
     arguments = [*ENCODER, "--train", "sprites:16:1", "--val", "sprites:3:2", "--eval-batch-size", 1, "--epochs", 2]
     arguments += ["--warmup-epochs", 0, "--batch-size", 4, "--effective-batch", 8, "--eval-every", 1]
     arguments += ["--workers", 0, "--output", tmp_path / "run"]
     script = tmp_path / "script.py"
     script.write_text(
-        f"import sys\nsys.path.insert(0, {str(EXAMPLES)!r})\n{FIRST['fsdp2']}\nimport finetune\n"
+        f"import sys\nsys.path.insert(0, {str(EXAMPLES)!r})\n{FIRST[config]}\nimport finetune\n"
         "finetune.main(sys.argv[1:])\n"
     )
-    command = [sys.executable, *launched("fsdp2"), str(script), *map(str, arguments)]
+    command = [sys.executable, *launched(config), str(script), *map(str, arguments)]
     printed = succeeded(subprocess.run(command, capture_output=True, text=True, check=False))
     assert "of 3 videos" in printed
     assert any("val_top1" in line for line in metrics(tmp_path / "run"))
@@ -144,6 +169,8 @@ def test_fine_tuning_with_shards_evaluates_on_every_process(tmp_path):
     succeeded(run_script("finetune.py", *again, "--workers", 0, "--output", tmp_path / "again"))
     ours, others = ((tmp_path / name / "predictions.csv").read_text() for name in ("run", "again"))
     assert ours == others
+    if config != "fsdp2":
+        return
     refused = subprocess.run([*command, "--ema", "0.9"], capture_output=True, text=True, check=False)
     assert "--ema needs the whole weights on each device, which FSDP2 shards" in refused.stderr
 
@@ -158,50 +185,76 @@ def test_shards_without_gpus_are_refused(config, tmp_path):
     assert "error: the launcher asks for FSDP2 or DeepSpeed, which Accelerate has for several GPUs alone" in run.stderr
 
 
+def test_half_precision_that_does_not_train_is_refused(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: True)
+    with pytest.raises(ValueError, match="--precision fp16 does not work with DeepSpeed; use bf16"):
+        make_accelerator("fp16")
+
+
 @pytest.fixture
 def cluster(tmp_path):
-    """Stand-ins for Slurm's commands: two "machines" that are this one."""
+    """Stand-ins for Slurm's commands: two "machines" that are this one. srun takes SIGTERM for an order to kill."""
     tools = tmp_path / "bin"
     tools.mkdir()
-    (tools / "scontrol").write_text(
-        f'#!/bin/bash\necho "$@" >> {tmp_path}/asked\n[ "$1" = show ] && echo localhost\nexit 0\n'
+    (tools / "scontrol").write_text(f'echo "$@" >> {tmp_path}/asked\n[[ $1 != show ]] || echo localhost\n')
+    (tools / "scancel").write_text(
+        f'echo "scancel $@" >> {tmp_path}/asked\n'
+        f'for pid in $(cat {tmp_path}/pids); do pkill -TERM -P "$pid" || true; kill -TERM "$pid" || true; done\n'
     )
     (tools / "srun").write_text(
-        "#!/bin/bash\nshift  # its option\n"
+        "while [[ $1 = --* ]]; do shift; done\n"
         'SLURM_NODEID=0 "$@" & one=$!\nSLURM_NODEID=1 "$@" & two=$!\n'
-        'trap \'kill -TERM "$one" "$two"\' TERM\n'
-        'code=0; wait "$one" || code=$?; wait "$one" || code=$?; wait "$two" || code=$?\nexit "$code"\n'
+        f'echo "$one $two" > {tmp_path}/pids\n'
+        'trap \'kill -KILL "$one" "$two"; exit 137\' TERM\n'
+        'code=0; wait "$one" || code=$?; wait "$two" || code=$?\nexit "$code"\n'
     )
     for tool in tools.iterdir():
+        tool.write_text("#!/usr/bin/env bash\n" + tool.read_text())
         tool.chmod(0o755)
     slurm = {"SLURM_JOB_NUM_NODES": "2", "SLURM_GPUS_ON_NODE": "1", "SLURM_JOB_NODELIST": "a,b", "SLURM_JOB_ID": "7"}
     path = f"{tools}:{os.path.dirname(sys.executable)}:{os.environ['PATH']}"
-    return {**os.environ, **slurm, "PATH": path, "PORT": "29677"}
+    return {**os.environ, **slurm, "PATH": path, "PORT": str(free_port())}
 
 
-def test_the_slurm_script_trains_on_two_machines_and_is_queued_again(cluster, tmp_path):
+def submit(cluster, script, *arguments, config="many_machines"):
+    command = ["bash", LAUNCH / "slurm.sh", script, *map(str, arguments)]
+    cluster = {**cluster, "CONFIG": f"examples/launch/{config}.yaml"}
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, cwd=EXAMPLES.parent, env=cluster, stdout=pipe, stderr=pipe, text=True)
+
+
+def test_a_slurm_job_saves_and_is_queued_again_when_its_time_is_up_and_not_when_it_is_cancelled(cluster, tmp_path):
     arguments = [*TINY_PRETRAIN, "--data", "sprites:64", "--steps", 100_000, "--output", tmp_path / "run"]
-    command = ["bash", LAUNCH / "slurm.sh", EXAMPLES / "pretrain.py", *map(str, arguments)]
-
-    def start():
-        pipe = subprocess.PIPE
-        return subprocess.Popen(command, cwd=EXAMPLES.parent, env=cluster, stdout=pipe, stderr=pipe, text=True)
-
-    steps = []
-    for _ in range(2):
-        process = start()
-        until = time.monotonic() + 120
-        while time.monotonic() < until and process.poll() is None:
-            if (tmp_path / "run" / "metrics.jsonl").exists():
-                lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
-                if len(lines) > (steps[-1] + 3 if steps else 3):
-                    break
-            time.sleep(0.1)
-        process.send_signal(signal.SIGTERM)
+    arguments += ["--save-every", 100_000]
+    steps = [0]
+    for number, signals in ((signal.SIGUSR1, 1), (signal.SIGTERM, 1)):
+        process = submit(cluster, EXAMPLES / "pretrain.py", *arguments)
+        wait_for_step(tmp_path / "run", steps[-1] + 3, process)
+        if number == signal.SIGTERM:  # scancel without a signal tells the processes as well as the script
+            subprocess.run([tmp_path / "bin" / "scancel"], check=True)
+        process.send_signal(number)
         printed, errors = process.communicate(timeout=120)
-        assert process.returncode == 0, printed + errors
+        assert process.returncode == 1, printed + errors  # torchrun's own code
         assert "4 videos x 2 devices x 1 accumulated = 8" in printed
+        assert f"from step {steps[-1]}" in printed or not steps[-1]
         steps.append(int(newest_checkpoint(tmp_path / "run").stem.removeprefix("step_")))
-    assert f"from step {steps[0]}" in printed
-    assert steps[1] > steps[0]
-    assert (tmp_path / "asked").read_text().count("requeue 7") == 2
+        assert steps[-1] > steps[-2]
+        assert (tmp_path / "asked").read_text().count("requeue 7") == signals
+    assert "scancel --signal=TERM 7" in (tmp_path / "asked").read_text()
+
+
+@pytest.mark.parametrize("config", ["many_machines", "fsdp2", "deepspeed_zero2"])
+def test_every_launch_file_starts_torchrun_on_each_of_several_machines(config, monkeypatch):
+    """And not DeepSpeed's own launcher, which would start a run of its own on each."""
+    if config == "deepspeed_zero2":
+        pytest.importorskip("deepspeed")
+    started = []
+    monkeypatch.setattr("torch.distributed.run.run", started.append)
+    options = ["--config_file", str(LAUNCH / f"{config}.yaml"), "--num_machines", "2", "--num_processes", "16"]
+    options += ["--machine_rank", "1", "--main_process_ip", "nodeA", "--main_process_port", "29511"]
+    launch_command(launch_command_parser().parse_args([*options, "script.py", "--preset", "k400"]))
+    [torchrun] = started
+    assert (str(torchrun.nnodes), str(torchrun.nproc_per_node), int(torchrun.node_rank)) == ("2", "8", 1)
+    assert (torchrun.rdzv_endpoint or f"{torchrun.master_addr}:{torchrun.master_port}") == "nodeA:29511"
+    assert torchrun.training_script == "script.py"

@@ -40,6 +40,9 @@ def make_accelerator(precision: str, compiled: bool = False, tracker: str | None
     with_deepspeed, with_fsdp = (
         os.environ.get(f"ACCELERATE_USE_{name}", "false") == "true" for name in ("DEEPSPEED", "FSDP")
     )
+    if precision == "fp16" and with_deepspeed:
+        # Its scale under autocast never falls (0.19), so that all steps after the first overflow would be skipped.
+        raise ValueError("--precision fp16 does not work with DeepSpeed; use bf16, or DDP or FSDP2.")
     accelerator = Accelerator(
         cpu=on_cpu and not with_deepspeed,
         mixed_precision="no" if with_deepspeed or precision == "fp32" else precision,

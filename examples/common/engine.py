@@ -136,6 +136,8 @@ class Loop:
         videos = schedule.effective_batch
         stream = ClipStream(source, first_step * videos, schedule.steps * videos, recipe.seed, quarantine.known)
         accelerator.gradient_accumulation_steps = schedule.accumulation
+        # Else FSDP2 would keep the whole gradients of all parts but the last on every device.
+        accelerator.gradient_state.plugin_kwargs["sync_each_batch"] = accelerator.distributed_type == "FSDP"
         if uses_deepspeed(accelerator):  # its engine accumulates and clips
             of_engine = {"gradient_accumulation_steps": schedule.accumulation, "gradient_clipping": recipe.clip_grad}
             deepspeed_config(accelerator).update(of_engine)
@@ -332,17 +334,18 @@ class Loop:
 
 def _begin_tracking(recipe: Recipe, accelerator: Accelerator) -> None:
     """Opens the run in --tracker, or goes on with it; its name is kept in the output folder."""
-    path = recipe.output / "tracker.txt"
-    if recipe.tracker and accelerator.is_main_process and not path.exists():
-        path.write_text(f"{recipe.output.name}-{uuid.uuid4().hex[:8]}\n", encoding="utf-8")
-    accelerator.wait_for_everyone()
-    if recipe.tracker:
-        name = path.read_text(encoding="utf-8").strip()
-        of_tracker = {
-            "wandb": {"id": name, "name": name, "resume": "allow", "dir": recipe.output},
-            "trackio": {"name": name, "resume": "allow"},
-        }
-        accelerator.init_trackers("adamae_sampler", recipe.plain(), of_tracker)
+    if recipe.tracker is None:
+        return
+    path, name = recipe.output / "tracker.txt", ""
+    if accelerator.is_main_process:
+        name = path.read_text(encoding="utf-8").strip() if path.exists() else ""
+        name = name or f"{recipe.output.name}-{uuid.uuid4().hex[:8]}"
+        path.write_text(f"{name}\n", encoding="utf-8")
+    of_tracker = {
+        "wandb": {"id": name, "name": name, "resume": "allow", "dir": recipe.output},
+        "trackio": {"name": name, "resume": "allow"},
+    }
+    accelerator.init_trackers("adamae_sampler", recipe.plain(), of_tracker)  # the main process's alone
 
 
 def _loader(stream: ClipStream, recipe: Recipe) -> DataLoader:
