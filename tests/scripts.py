@@ -1,10 +1,14 @@
 """Running the example scripts as their users do."""
 
+import io
 import json
 import subprocess
 import sys
 import time
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
+
+import pytest
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 # The sizes of conftest.tiny_model, for files that do not state them.
@@ -16,6 +20,14 @@ TINY_PRETRAIN += "--mask-ratio 0.75 --batch-size 4 --warmup-steps 1 --workers 0 
 
 def run_script(name, *arguments, launcher=()):
     return subprocess.run(_command(name, launcher, arguments), capture_output=True, text=True, timeout=300, check=False)
+
+
+def refused(main, *arguments):
+    """What a script says that refuses its arguments; run in this process, where a start would take seconds."""
+    with redirect_stdout(io.StringIO()) as out, redirect_stderr(out), pytest.raises(SystemExit) as ended:
+        main([str(each) for each in arguments])
+    assert ended.value.code not in (0, None)
+    return f"{ended.value.code}\n{out.getvalue()}"
 
 
 def start_script(name, *arguments, launcher=()):

@@ -12,7 +12,7 @@ import pytest
 import safetensors.torch
 import torch
 from conftest import tiny_model
-from scripts import ENCODER, EXAMPLES, TWO_PROCESSES, metrics, newest_checkpoint, run_script, succeeded
+from scripts import ENCODER, EXAMPLES, TWO_PROCESSES, metrics, newest_checkpoint, refused, run_script, succeeded
 from test_checkpoint import renamed_as_official
 from test_classifier import tiny_classifier
 from torch.nn.functional import cross_entropy, log_softmax
@@ -108,10 +108,8 @@ def test_the_encoder_of_other_formats_is_loaded_whole(data, tmp_path):
 def test_a_decoder_alone_and_another_size_are_refused(keep, sizes, message, data, tmp_path):
     weights = {name: each for name, each in tiny_model().state_dict().items() if name.startswith(keep)}
     torch.save(weights, tmp_path / "weights.pth")
-    run = run_finetune(*TINY, *ENCODER, *sizes, *data, "--checkpoint", tmp_path / "weights.pth", "--output", tmp_path)
-    assert run.returncode != 0
-    assert message in run.stderr
-    assert "Traceback" not in run.stderr
+    settings = [*TINY, *ENCODER, *sizes, *data, "--checkpoint", tmp_path / "weights.pth", "--output", tmp_path]
+    assert message in refused(finetune.main, *settings)
 
 
 def test_a_resumed_run_equals_an_uninterrupted_one(data, pretrained, tmp_path):
@@ -197,10 +195,7 @@ def test_bad_input_is_named_with_its_line_and_the_rest_is_done(tmp_path):
     ],
 )
 def test_bad_arguments_end_with_one_clear_line(arguments, message, tmp_path):
-    run = run_finetune("--preset", "sprites", *arguments, "--output", tmp_path)
-    assert run.returncode != 0
-    assert message in run.stderr
-    assert "Traceback" not in run.stderr
+    assert message in refused(finetune.main, "--preset", "sprites", *arguments, "--output", tmp_path)
 
 
 def test_what_is_known_to_be_wrong_is_refused_before_training(data, pretrained, tmp_path):
@@ -210,10 +205,8 @@ def test_what_is_known_to_be_wrong_is_refused_before_training(data, pretrained, 
         (["--val", tmp_path / "val.csv"], "labels.txt names 1 classes, and there are 3"),
         (["--randaugment", "none"], "randaugment='none', expected such as 'rand-m7-n4-mstd0.5-inc1'"),
     ):
-        run = run_finetune(*TINY, *data, "--checkpoint", pretrained, *arguments, "--output", tmp_path / "out")
-        assert run.returncode != 0
-        assert message in run.stderr
-        assert "Traceback" not in run.stderr
+        settings = [*TINY, *data, "--checkpoint", pretrained, *arguments, "--output", tmp_path / "out"]
+        assert message in refused(finetune.main, *settings)
         assert not (tmp_path / "out" / "metrics.jsonl").exists()
 
 
@@ -232,9 +225,8 @@ def test_what_is_odd_but_possible_is_said(data, pretrained, tmp_path):
 
 
 def test_eval_only_needs_a_head(data, pretrained, tmp_path):
-    run = run_finetune("--eval-only", "--checkpoint", pretrained, *data[2:], "--output", tmp_path)
-    assert run.returncode != 0
-    assert "has no head; --eval-only needs a classifier, a file of finetune.py" in run.stderr
+    said = refused(finetune.main, "--eval-only", "--checkpoint", pretrained, *data[2:], "--output", tmp_path)
+    assert "has no head; --eval-only needs a classifier, a file of finetune.py" in said
 
 
 def test_presets_follow_the_supplements_table_7():

@@ -89,6 +89,8 @@ def test_every_launch_file_trains_what_one_process_trains(config, one, tmp_path)
     for name, weight in safetensors.torch.load_file(one / "run" / "model.safetensors").items():
         torch.testing.assert_close(weights[name], weight, rtol=0, atol=1e-5, msg=name)
 
+    if config == "one_machine":  # whose checkpoints are those of one process
+        return
     half = "checkpoints/step_00000004.safetensors"
     in_parts(config, tmp_path / "from one", "--resume", one / "run" / half)
     assert_same(one, tmp_path / "from one")

@@ -9,7 +9,7 @@ import safetensors.torch
 import torch
 import yaml
 from conftest import tiny_model
-from scripts import EXAMPLES, TINY_PRETRAIN, TWO_PROCESSES, metrics, run_script, succeeded
+from scripts import EXAMPLES, TINY_PRETRAIN, metrics, refused, run_script, succeeded
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from adamae_sampler.models import load_checkpoint
@@ -149,30 +149,7 @@ def test_dry_run_prints_the_recipe_and_writes_nothing(tmp_path):
     ],
 )
 def test_bad_arguments_end_with_one_clear_line(arguments, message, tmp_path):
-    run = pretrain(*arguments, "--output", tmp_path)
-    assert run.returncode != 0
-    assert message in run.stdout + run.stderr
-    assert "Traceback" not in run.stderr
-
-
-def test_two_processes(tmp_path):
-    """DDP without find_unused_parameters: it would raise if a sampler parameter got no gradient."""
-    arguments = [
-        *TINY_PRETRAIN,
-        "--data",
-        "sprites",
-        "--steps",
-        3,
-        "--batch-size",
-        2,
-        "--effective-batch",
-        8,
-        "--output",
-        tmp_path,
-    ]
-    printed = succeeded(pretrain(*arguments, launcher=TWO_PROCESSES))
-    assert "2 videos x 2 devices x 2 accumulated = 8" in printed
-    assert len(metrics(tmp_path)) == 3
+    assert message in refused(pretrain_script.main, *arguments, "--output", tmp_path)
 
 
 def test_metrics_go_to_weights_and_biases_too(tmp_path, monkeypatch):

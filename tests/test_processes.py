@@ -6,12 +6,12 @@ import torch
 from scripts import FIXED_MASKS, TINY_PRETRAIN, TWO_PROCESSES, metrics, newest_checkpoint, run_patched
 
 
-@pytest.mark.parametrize("accumulated", [1, 2])
-def test_two_processes_train_as_one_with_the_same_effective_batch(accumulated, tmp_path):
+def test_two_processes_train_as_one_with_the_same_effective_batch(tmp_path):
+    """Accumulated gradients besides: test_launch.py."""
     common = [*TINY_PRETRAIN, "--data", "sprites:64", "--steps", 20, "--effective-batch", 8]
     for name, batch, launcher in (
         ("one", 8, ()),
-        ("two", 4 // accumulated, TWO_PROCESSES),
+        ("two", 4, TWO_PROCESSES),
     ):
         arguments = [*common, "--batch-size", batch, "--output", tmp_path / name / "run"]
         run_patched(FIXED_MASKS, tmp_path / name, *arguments, launcher=launcher)
