@@ -184,7 +184,10 @@ def test_shards_without_gpus_are_refused(config, tmp_path):
         pytest.importorskip("deepspeed")
     run = run_script("pretrain.py", *COMMON, "--output", tmp_path / "run", launcher=launched(config))
     assert run.returncode != 0
-    assert "error: the launcher asks for FSDP2 or DeepSpeed, which Accelerate has for several GPUs alone" in run.stderr
+    assert (
+        "error: the launch file is for FSDP2 or DeepSpeed, which Accelerate runs on two or more GPUs, and 0 were found"
+        in run.stderr
+    )
 
 
 def test_half_precision_that_does_not_train_is_refused(monkeypatch):

@@ -53,7 +53,11 @@ def make_accelerator(precision: str, compiled: bool = False, tracker: str | None
     )
     sharded, alone = accelerator.distributed_type in ("DEEPSPEED", "FSDP"), accelerator.num_processes == 1
     if (with_deepspeed or with_fsdp) and (not sharded or alone):
-        raise ValueError("the launcher asks for FSDP2 or DeepSpeed, which Accelerate has for several GPUs alone.")
+        gpus = torch.accelerator.device_count()
+        raise ValueError(
+            "the launch file is for FSDP2 or DeepSpeed, which Accelerate runs on two or more GPUs, and "
+            f"{gpus} were found. Use examples/launch/one_machine.yaml, or none."
+        )
     if accelerator.distributed_type == "FSDP" and not accelerator.is_fsdp2:
         raise ValueError("FSDP of version 1 is configured; set fsdp_version: 2, as examples/launch/fsdp2.yaml does.")
     if with_fsdp and precision != "fp32":  # blocks are gathered in half precision; gradients are summed in fp32

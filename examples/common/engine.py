@@ -345,7 +345,10 @@ def _begin_tracking(recipe: Recipe, accelerator: Accelerator) -> None:
         "wandb": {"id": name, "name": name, "resume": "allow", "dir": recipe.output},
         "trackio": {"name": name, "resume": "allow"},
     }
-    accelerator.init_trackers("adamae_sampler", recipe.plain(), of_tracker)  # the main process's alone
+    try:
+        accelerator.init_trackers("adamae_sampler", recipe.plain(), of_tracker)  # the main process's alone
+    except Exception as error:  # of any kind, the tracker's own; no key and no network are the usual ones
+        raise TrainingError(f"--tracker {recipe.tracker}: {error}. Go on without it with --tracker None.") from error
 
 
 def _loader(stream: ClipStream, recipe: Recipe) -> DataLoader:

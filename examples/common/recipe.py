@@ -156,7 +156,8 @@ class Recipe(EncoderSettings):
                 + (
                     f"Choose a batch_size that divides {effective // devices}."
                     if effective % devices == 0
-                    else f"Choose an effective_batch that {devices} divides."
+                    else f"Choose an effective_batch that {devices} divides; a resumed run, which keeps its own, "
+                    "needs another number of devices."
                 )
             )
         return effective // videos

@@ -27,6 +27,7 @@ def describe_training(recipe: Recipe, schedule: Schedule, accelerator: Accelerat
         f"{schedule.min_lr:.3g}",
         "optimizer": f"AdamW, betas {recipe.betas}, weight decay {recipe.weight_decay:g}, {clip}",
         "device": ", ".join([str(accelerator.device), precision_of(accelerator), *_parallel(recipe, accelerator)]),
+        "reading": f"{recipe.workers} processes for each device",
         "output": str(recipe.output),
     }
 

@@ -2,7 +2,9 @@
 # sbatch --nodes=8 examples/launch/slurm.sh examples/pretrain.py --preset k400 --data shards/index.json \
 #     --output /shared/runs/k400
 # Two minutes before its time is up the run saves itself, and the job is queued again to go on from there. A job that
-# Slurm preempts or that is cancelled saves itself too; Slurm queues the first one again, because of --requeue.
+# Slurm preempts or that is cancelled saves itself too; Slurm queues the first one again, because of --requeue. A run that
+# fails is not queued again. Submit it from the checkout, in its environment; fit the lines below to your cluster, and
+# --workers (processes that read, for each GPU) to the cores.
 #SBATCH --job-name=adamae
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=1
