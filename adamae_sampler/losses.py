@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from adamae_sampler import ops
+from adamae_sampler.estimators import leave_one_out, set_log_prob
 from adamae_sampler.mask import MaskSample
 from adamae_sampler.ops.patches import PatchSize
 from adamae_sampler.ops.reconstruction_error import Kind
+
+Estimator = Literal["categorical", "plackett_luce", "plackett_luce_max"]
+_ESTIMATORS: tuple[str, ...] = get_args(Estimator)
 
 
 def reconstruction_error(
@@ -25,10 +32,13 @@ def reconstruction_error(
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
 ) -> Tensor:
-    """The error of each masked token, [B, M] fp32; L_R is its mean.
+    """The error of each masked token that is decoded, [B, M] fp32; L_R is its mean.
+
+    With R masks of each clip the prediction, the sample and the error have B R rows, the video B.
 
     Args:
-        prediction: [B, M, P], the decoder's output for the masked tokens in the order of `sample.masked_idx`.
+        prediction: [B, M, P], the decoder's output for the masked tokens in the order of `sample.target_idx`, which
+            is `sample.masked_idx` where all are decoded.
         video: [B, C, T, H, W], uint8 pixels, or floating point as the target should be (see `mean`).
         sample: the mask.
         kind: "mse" or "l1".
@@ -45,7 +55,7 @@ def reconstruction_error(
     return ops.reconstruction_error(
         prediction,
         video,
-        sample.masked_idx,
+        sample.target_idx,
         kind=kind,
         normalize=normalize,
         patch_size=patch_size,
@@ -55,15 +65,28 @@ def reconstruction_error(
     )
 
 
-def sampling_loss(sample: MaskSample, error: Tensor) -> Tensor:
-    """L_S, a scalar: -mean over masked tokens of log p_i * stop_gradient(e_i). Its gradient is the sampler's alone.
+def sampling_loss(
+    sample: MaskSample, error: Tensor, *, estimator: Estimator = "categorical", num_masks: int = 1
+) -> Tensor:
+    """L_S, a scalar whose gradient is the sampler's alone.
+
+    "categorical", the paper's: -mean over masked tokens of log p_i * stop_gradient(e_i). It raises p where the error of
+    a token is large, and is no gradient of an expected loss.
+
+    "plackett_luce": mean over masks of log P(S) * stop_gradient(f - b), the policy gradient of the expected
+    reconstruction error E[f]: f is the mask's mean error, P(S) the probability of its set of visible tokens, b the mean
+    f of the clip's other masks, or of the other clips where there is one mask of each. It shows the encoder what lowers
+    the error of the rest. "plackett_luce_max" has the other sign: it raises the expected error, which is what the paper
+    says in words, and so hides what is hard.
 
     Args:
         sample: a mask with log-probabilities.
         error: [B, M] from `reconstruction_error`.
+        estimator: see above.
+        num_masks: R, masks of each clip.
 
     Raises:
-        ValueError: the sample has no log-probabilities, or the shapes do not fit.
+        ValueError: the sample has no log-probabilities, an unknown estimator, or shapes that do not fit.
     """
     _check_sample(sample)
     if sample.log_probs is None:
@@ -71,7 +94,35 @@ def sampling_loss(sample: MaskSample, error: Tensor) -> Tensor:
             "sample.log_probs is None: random, tube and frame masks have no distribution to learn. "
             "Use AdaptiveTokenSampler, or AdaMAELoss, which leaves the sampling loss out for them."
         )
-    return ops.sampling_loss(sample.log_probs, sample.masked_idx, error)
+    if estimator not in _ESTIMATORS:
+        raise ValueError(f"estimator={estimator!r}, expected one of {', '.join(map(repr, _ESTIMATORS))}.")
+    if estimator == "categorical":
+        return ops.sampling_loss(sample.log_probs, sample.target_idx, error)
+    advantage = leave_one_out(error.detach().mean(1), num_masks)  # [B R]
+    loss = (set_log_prob(sample) * advantage).mean()
+    return loss if estimator == "plackett_luce" else -loss
+
+
+class DeferredPrediction(NamedTuple):
+    """A prediction that is not made yet: the input of the decoder's last layer, and that layer.
+
+    `AdaMAELoss` makes it, and its gradient, chunk by chunk, so that [B, M, P] is never held whole.
+
+    Attributes:
+        features: [B, M, D].
+        weight: [P, D].
+        bias: [P].
+        chunks: how many parts the M tokens are cut into.
+    """
+
+    features: Tensor
+    weight: Tensor
+    bias: Tensor
+    chunks: int
+
+    def whole(self) -> Tensor:
+        """The prediction, [B, M, P]."""
+        return F.linear(self.features, self.weight, self.bias)
 
 
 class LossOutput(NamedTuple):
@@ -95,12 +146,16 @@ class AdaMAELoss(nn.Module):
 
     Args:
         sampling_weight: weight of the sampling loss, 1e-4 in the paper.
-        kind: see `reconstruction_error`, as for all further arguments.
+        kind: see `reconstruction_error`, as for all further arguments but the last.
         normalize: see `reconstruction_error`.
         patch_size: see `reconstruction_error`.
         tubelet_size: see `reconstruction_error`.
         mean: see `reconstruction_error`.
         std: see `reconstruction_error`.
+        estimator: of the sampler's gradient, see `sampling_loss`.
+
+    Raises:
+        ValueError: an unknown estimator.
     """
 
     def __init__(
@@ -113,8 +168,12 @@ class AdaMAELoss(nn.Module):
         tubelet_size: int = 2,
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
+        estimator: Estimator = "categorical",
     ) -> None:
         super().__init__()
+        if estimator not in _ESTIMATORS:
+            raise ValueError(f"estimator={estimator!r}, expected one of {', '.join(map(repr, _ESTIMATORS))}.")
+        self.estimator: Estimator = estimator
         self.sampling_weight = sampling_weight
         self.kind: Kind = kind
         self.normalize = normalize
@@ -124,12 +183,16 @@ class AdaMAELoss(nn.Module):
         self.std = std
 
     def forward(
-        self, prediction: Tensor, video: Tensor, sample: MaskSample, decode_mask: Tensor | None = None
+        self,
+        prediction: Tensor | DeferredPrediction,
+        video: Tensor,
+        sample: MaskSample,
+        decode_mask: Tensor | None = None,
     ) -> LossOutput:
         """The losses of a step.
 
         Args:
-            prediction: [B, M, P], see `reconstruction_error`.
+            prediction: [B, M, P], see `reconstruction_error`; or one that is made here in chunks.
             video: [B, C, T, H, W], see `reconstruction_error`.
             sample: the mask.
             decode_mask: [B, N] bool, True = not decoded, for decoders that leave tokens out (VideoMAEv2): then the
@@ -140,6 +203,8 @@ class AdaMAELoss(nn.Module):
         """
         share: Tensor | float = 1.0  # of the tokens decoded that are masked
         if decode_mask is not None:
+            if isinstance(prediction, DeferredPrediction):
+                prediction = prediction.whole()
             sample = _decoded(sample, decode_mask, prediction.shape[1])
         error = self._error(prediction, video, sample)
         if decode_mask is not None:
@@ -148,10 +213,30 @@ class AdaMAELoss(nn.Module):
         reconstruction = error.mean() / share
         if sample.log_probs is None:
             return LossOutput(reconstruction, reconstruction, error.new_zeros(()), error)
-        sampling = sampling_loss(sample, error) / share
+        if decode_mask is not None and self.estimator != "categorical":
+            raise ValueError(f"estimator={self.estimator!r} takes no decode_mask; use decode_ratio of the model.")
+        num_masks = sample.mask.shape[0] // max(video.shape[0], 1)
+        sampling = sampling_loss(sample, error, estimator=self.estimator, num_masks=num_masks) / share
         return LossOutput(reconstruction + self.sampling_weight * sampling, reconstruction, sampling, error)
 
-    def _error(self, prediction: Tensor, video: Tensor, sample: MaskSample) -> Tensor:
+    def _error(self, prediction: Tensor | DeferredPrediction, video: Tensor, sample: MaskSample) -> Tensor:
+        if isinstance(prediction, Tensor):
+            return self._error_of(prediction, video, sample)
+        features, weight, bias, chunks = prediction
+        parts = zip(features.chunk(chunks, 1), sample.target_idx.chunk(chunks, 1), strict=True)
+        errors = [
+            checkpoint(self._error_of_chunk, part, weight, bias, video, sample, idx, use_reentrant=False)
+            for part, idx in parts
+        ]
+        return torch.cat(errors, 1)
+
+    def _error_of_chunk(
+        self, features: Tensor, weight: Tensor, bias: Tensor, video: Tensor, sample: MaskSample, idx: Tensor
+    ) -> Tensor:
+        """[B, m]. Its prediction is made again in the backward pass, where it is needed for the gradient."""
+        return self._error_of(F.linear(features, weight, bias), video, sample._replace(decoded_idx=idx))
+
+    def _error_of(self, prediction: Tensor, video: Tensor, sample: MaskSample) -> Tensor:
         return reconstruction_error(
             prediction,
             video,
@@ -168,7 +253,7 @@ class AdaMAELoss(nn.Module):
         """For print(loss)."""
         return (
             f"sampling_weight={self.sampling_weight}, kind={self.kind!r}, normalize={self.normalize}, "
-            f"patch_size={self.patch_size}, tubelet_size={self.tubelet_size}"
+            f"patch_size={self.patch_size}, tubelet_size={self.tubelet_size}, estimator={self.estimator!r}"
         )
 
 

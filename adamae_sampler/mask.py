@@ -15,7 +15,9 @@ from torch import Tensor
 
 
 class MaskSample(NamedTuple):
-    """One mask for each clip of a batch. B clips, N tokens, K visible, M = N - K masked.
+    """One mask for each clip of a batch, or R masks, whose B R rows follow each other clip by clip.
+
+    B clips (or B R rows), N tokens, K visible, M = N - K masked.
 
     A named tuple, so that autograd, DDP, `torch.compile` and data loaders traverse it as they are.
 
@@ -27,6 +29,8 @@ class MaskSample(NamedTuple):
             that have none (random, tube, frame).
         num_nonfinite: [B] int64, how many of each clip's scores were NaN or infinite; None where there
             were no scores. It stays on the device: reading it is the caller's choice.
+        decoded_idx: [B, M'] int64, ascending in each row: the masked tokens that are decoded, drawn uniformly; None
+            if all are.
     """
 
     visible_idx: Tensor
@@ -34,6 +38,12 @@ class MaskSample(NamedTuple):
     mask: Tensor
     log_probs: Tensor | None = None
     num_nonfinite: Tensor | None = None
+    decoded_idx: Tensor | None = None
+
+    @property
+    def target_idx(self) -> Tensor:
+        """The tokens that a decoder predicts, and that have an error: `decoded_idx`, or `masked_idx`."""
+        return self.masked_idx if self.decoded_idx is None else self.decoded_idx
 
     @property
     def num_visible(self) -> int:

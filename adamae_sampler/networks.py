@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -9,6 +10,8 @@ import torch.nn.functional as F
 from timm.layers import Mlp
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
+
+_MOST_CELLS = 400
 
 
 class MHAScoreNetwork(nn.Module):
@@ -62,6 +65,91 @@ class MHAScoreNetwork(nn.Module):
         for block in self.blocks:
             x = block(x)
         return _score(self.head, x)
+
+
+class PooledScoreNetwork(nn.Module):
+    """Attention over cells of the grid in place of tokens, for a few percent of the cost of `MHAScoreNetwork`.
+
+    Tokens are projected to a narrower width and averaged over cells; the blocks run on the cells, and what they find is
+    added back to each token's own projection, so that tokens of a cell still differ. Not in the paper; measured in
+    benchmarks/study.py.
+
+    Args:
+        embed_dim: D, width of the tokens.
+        grid_size: (T, H, W) tokens; any, since cells at an end may be smaller.
+        pool: tokens of a cell in time, height and width. If None, (2, 2, 2), doubled along the axis with the most cells
+            until there are 400 or fewer, so that the cost grows with the tokens and not with their square.
+        width: of the blocks.
+        depth: number of blocks.
+        num_heads: attention heads; they must divide the width.
+        mlp_ratio: hidden width of a block's MLP over its width.
+        drop: dropout rate.
+
+    Raises:
+        ValueError: the heads do not divide the width.
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        grid_size: tuple[int, int, int],
+        pool: tuple[int, int, int] | None = None,
+        width: int = 192,
+        depth: int = 1,
+        num_heads: int = 3,
+        mlp_ratio: float = 4.0,
+        drop: float = 0.1,
+    ) -> None:
+        super().__init__()
+        if width % num_heads:
+            raise ValueError(f"{num_heads} heads do not divide the score network's width {width}.")
+        self.grid_size = grid_size
+        t, h, w = (min(cell, side) for cell, side in zip(pool or _default_pool(grid_size), grid_size, strict=True))
+        self.pool = (t, h, w)  # no cell is longer than the grid
+        self.cells = _cells(grid_size, self.pool)
+        self.project = nn.Linear(embed_dim, width, bias=False)
+        self.pos_embed = nn.Parameter(torch.zeros(1, math.prod(self.cells), width))
+        self.blocks = nn.ModuleList(
+            Block(width, num_heads, mlp_ratio, proj_drop=drop, norm_layer=nn.LayerNorm, mlp_layer=_mlp)
+            for _ in range(depth)
+        )
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, 1)
+        init_linear_layers(self)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """[B, N, D] -> [B, N] fp32."""
+        own = self.project(tokens)  # [B, N, width]
+        grid = own.transpose(1, 2).unflatten(2, self.grid_size)  # [B, width, T, H, W]
+        cells = F.avg_pool3d(grid, self.pool, ceil_mode=True, count_include_pad=False)
+        x = cells.flatten(2).transpose(1, 2) + self.pos_embed  # [B, cells, width]
+        for block in self.blocks:
+            x = block(x)
+        return _score(self.head, F.gelu(self.norm(own + self._expand(x))))
+
+    def _expand(self, x: Tensor) -> Tensor:
+        """[B, cells, width] -> [B, N, width], each token its cell's."""
+        grid = x.unflatten(1, self.cells)  # [B, cells in T, H, W, width]
+        for axis, (cell, side) in enumerate(zip(self.pool, self.grid_size, strict=True), start=1):
+            grid = grid.repeat_interleave(cell, axis).narrow(axis, 0, side)
+        return grid.flatten(1, 3)
+
+    def extra_repr(self) -> str:
+        """For print(model)."""
+        return f"grid_size={self.grid_size}, pool={self.pool}"
+
+
+def _cells(grid_size: tuple[int, int, int], pool: tuple[int, int, int]) -> tuple[int, int, int]:
+    """How many cells there are along each axis."""
+    t, h, w = (-(-side // cell) for side, cell in zip(grid_size, pool, strict=True))
+    return t, h, w
+
+
+def _default_pool(grid_size: tuple[int, int, int]) -> tuple[int, int, int]:
+    pool = [min(2, side) for side in grid_size]
+    while math.prod(cells := _cells(grid_size, (pool[0], pool[1], pool[2]))) > _MOST_CELLS:
+        pool[cells.index(max(cells))] *= 2
+    return pool[0], pool[1], pool[2]
 
 
 class MLPScoreNetwork(nn.Module):

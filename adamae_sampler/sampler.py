@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from adamae_sampler.mask import MaskSample, num_masked_units, num_visible_tokens
-from adamae_sampler.networks import MHAScoreNetwork, MLPScoreNetwork
+from adamae_sampler.networks import MHAScoreNetwork, MLPScoreNetwork, PooledScoreNetwork
 from adamae_sampler.ops import draw_mask
 from adamae_sampler.ops.checks import check_tokens
 from adamae_sampler.ops.draw_mask import token_log_probs
@@ -28,12 +28,16 @@ class TokenSampler(nn.Module, abc.ABC):
     Args:
         grid_size: (T, H, W), tokens in time, height and width; N = T H W tokens in t-h-w order.
         mask_ratio: share of tokens to mask, strictly between 0 and 1.
+        num_masks: R, masks of each clip; the rows of a sample are then B R, those of a clip after each other.
     """
 
     num_visible: int  # K; set by each sampler, since each rounds to whole units of its own
 
-    def __init__(self, grid_size: GridSize, mask_ratio: float) -> None:
+    def __init__(self, grid_size: GridSize, mask_ratio: float, num_masks: int = 1) -> None:
         super().__init__()
+        if not isinstance(num_masks, int) or num_masks < 1:
+            raise ValueError(f"num_masks={num_masks!r}, expected a whole number of masks for each clip, 1 or more.")
+        self.num_masks = num_masks
         is_triple = isinstance(grid_size, (tuple, list)) and len(grid_size) == 3
         if not is_triple or any(not isinstance(each, int) or each < 1 for each in grid_size):
             raise ValueError(f"grid_size={grid_size}, expected three positive integers (T, H, W); T is 1 for images.")
@@ -57,7 +61,7 @@ class TokenSampler(nn.Module, abc.ABC):
         Args:
             tokens: [B, N, D].
             mask: in place of a draw: [B, N] bool, True = masked, with `num_visible` False in each row; or a
-                MaskSample, which may leave any number visible.
+                MaskSample, which may leave any number visible. Or B R rows, R masks of each clip, whatever `num_masks`.
             generator: source of the draw's randomness; torch's default one of the tokens' device if None. A score
                 network's dropout, in training mode, always takes the default one.
 
@@ -77,9 +81,12 @@ class TokenSampler(nn.Module, abc.ABC):
         if not isinstance(mask, (Tensor, MaskSample)):
             kind = type(mask).__name__
             raise TypeError(f"mask is {kind}, expected a bool tensor [B, N], True = masked, or a MaskSample.")
-        shape = (mask.mask if isinstance(mask, MaskSample) else mask).shape
-        if tuple(shape) != tuple(tokens.shape[:2]):
-            raise ValueError(f"mask has shape {tuple(shape)}, expected {tuple(tokens.shape[:2])}: clips, tokens.")
+        shape = tuple((mask.mask if isinstance(mask, MaskSample) else mask).shape)
+        if len(shape) != 2 or shape[1] != tokens.shape[1] or _uneven(shape[0], tokens.shape[0]):
+            raise ValueError(
+                f"mask has shape {shape}, expected {tuple(tokens.shape[:2])}: clips, tokens; or several rows for each "
+                "clip, as many for one as for another."
+            )
         given = mask if isinstance(mask, MaskSample) else MaskSample.from_mask(mask, self.num_visible)
         return self.describe(tokens, given)
 
@@ -89,11 +96,12 @@ class TokenSampler(nn.Module, abc.ABC):
 
     def describe(self, tokens: Tensor, given: MaskSample) -> MaskSample:
         """The given mask with what the sampler would add to it."""
-        return MaskSample(given.visible_idx, given.masked_idx, given.mask)
+        return MaskSample(given.visible_idx, given.masked_idx, given.mask, decoded_idx=given.decoded_idx)
 
     def extra_repr(self) -> str:
         """For print(model)."""
-        return f"grid_size={self.grid_size}, mask_ratio={self.mask_ratio}, num_visible={self.num_visible}"
+        text = f"grid_size={self.grid_size}, mask_ratio={self.mask_ratio}, num_visible={self.num_visible}"
+        return text if self.num_masks == 1 else f"{text}, num_masks={self.num_masks}"
 
 
 class AdaptiveTokenSampler(TokenSampler):
@@ -103,13 +111,16 @@ class AdaptiveTokenSampler(TokenSampler):
         embed_dim: D, width of the tokens.
         grid_size: (T, H, W), see `TokenSampler`.
         mask_ratio: share of tokens to mask; K = floor(N (1 - ratio)).
-        network: "mha" (the paper's), "mlp", or a module [B, N, D] -> [B, N], such as `MHAScoreNetwork` with a
-            depth and width of your choice.
+        network: "mha" (the paper's), "mlp", "pooled" (`PooledScoreNetwork`, a few percent of the cost), or a module
+            [B, N, D] -> [B, N], such as `MHAScoreNetwork` with a depth and width of your choice.
         detach_tokens: keep the sampling loss out of the tokenizer. The official code lets it through, and so
             does the default.
+        num_masks: R, masks of each clip, see `TokenSampler`; all are drawn from one p.
+        temperature: of p = softmax(scores / temperature); larger ones spread it.
+        exploration: share of p that is spread evenly over all tokens, so that each keeps a chance.
 
     Raises:
-        ValueError: an unknown network; a ratio or grid out of range.
+        ValueError: an unknown network; a number out of range.
 
     >>> import torch
     >>> sampler = AdaptiveTokenSampler(embed_dim=64, grid_size=(8, 14, 14), mask_ratio=0.95)
@@ -123,11 +134,20 @@ class AdaptiveTokenSampler(TokenSampler):
         embed_dim: int,
         grid_size: GridSize,
         mask_ratio: float = 0.95,
-        network: Literal["mha", "mlp"] | nn.Module = "mha",
+        network: Literal["mha", "mlp", "pooled"] | nn.Module = "mha",
         detach_tokens: bool = False,
+        num_masks: int = 1,
+        temperature: float = 1.0,
+        exploration: float = 0.0,
     ) -> None:
-        super().__init__(grid_size, mask_ratio)
+        super().__init__(grid_size, mask_ratio, num_masks)
         self.num_visible = num_visible_tokens(self.num_tokens, mask_ratio)
+        if not 0 < temperature < math.inf:
+            raise ValueError(f"temperature={temperature}, expected a positive number; 1 leaves the scores as they are.")
+        if not 0 <= exploration < 1:
+            raise ValueError(f"exploration={exploration}, expected a share of p from 0 to below 1, such as 0.05.")
+        self.temperature = temperature
+        self.exploration = exploration
         self.embed_dim = embed_dim
         self.detach_tokens = detach_tokens
         if isinstance(network, nn.Module):
@@ -136,11 +156,13 @@ class AdaptiveTokenSampler(TokenSampler):
             self.network = MHAScoreNetwork(embed_dim, self.num_tokens)
         elif network == "mlp":
             self.network = MLPScoreNetwork(embed_dim)
+        elif network == "pooled":
+            self.network = PooledScoreNetwork(embed_dim, self.grid_size)
         else:
-            raise ValueError(f"network={network!r}, expected 'mha', 'mlp' or a module [B, N, D] -> [B, N].")
+            raise ValueError(f"network={network!r}, expected 'mha', 'mlp', 'pooled' or a module [B, N, D] -> [B, N].")
 
     def scores(self, tokens: Tensor) -> Tensor:
-        """[B, N, D] -> [B, N]; p = softmax(scores)."""
+        """[B, N, D] -> [B, N], the network's; p = softmax(scores) but for temperature and exploration."""
         if tokens.shape[-1] != self.embed_dim:
             raise ValueError(
                 f"tokens are {tokens.shape[-1]} wide, the sampler was built with embed_dim={self.embed_dim}."
@@ -153,32 +175,45 @@ class AdaptiveTokenSampler(TokenSampler):
             )
         return scores
 
+    def logits(self, tokens: Tensor) -> Tensor:
+        """[B, N, D] -> [B, N]; p = softmax(logits)."""
+        scores = self.scores(tokens)
+        if self.temperature != 1:
+            scores = scores / self.temperature
+        if self.exploration:
+            log_probs, _ = token_log_probs(scores)
+            even = torch.full_like(log_probs, math.log(self.exploration / self.num_tokens))
+            scores = torch.logaddexp(log_probs + math.log1p(-self.exploration), even)
+        return scores
+
     def draw(self, tokens: Tensor, generator: torch.Generator | None) -> MaskSample:
-        """K tokens of each clip without replacement from p."""
-        return draw_mask(self.scores(tokens), self.num_visible, generator=generator)
+        """K tokens of each clip, or R times K, without replacement from p."""
+        logits = _repeat_rows(self.logits(tokens), self.num_masks)
+        return draw_mask(logits, self.num_visible, generator=generator)
 
     def describe(self, tokens: Tensor, given: MaskSample) -> MaskSample:
         """The given mask with the sampler's log-probabilities, so that the losses work as for a drawn one."""
-        return MaskSample(given.visible_idx, given.masked_idx, given.mask, *token_log_probs(self.scores(tokens)))
+        logits = _repeat_rows(self.logits(tokens), given.mask.shape[0] // max(tokens.shape[0], 1))
+        return given._replace(**dict(zip(("log_probs", "num_nonfinite"), token_log_probs(logits), strict=True)))
 
 
 class RandomTokenSampler(TokenSampler):
     """Every set of K tokens equally likely, as in MAE and MAE-ST. K = floor(N (1 - ratio))."""
 
-    def __init__(self, grid_size: GridSize, mask_ratio: float = 0.9) -> None:
-        super().__init__(grid_size, mask_ratio)
+    def __init__(self, grid_size: GridSize, mask_ratio: float = 0.9, num_masks: int = 1) -> None:
+        super().__init__(grid_size, mask_ratio, num_masks)
         self.num_visible = num_visible_tokens(self.num_tokens, mask_ratio)
 
     def draw(self, tokens: Tensor, generator: torch.Generator | None) -> MaskSample:
         """K of N tokens, uniformly."""
-        return _draw_uniform(tokens, self.num_tokens, self.num_visible, generator)
+        return _draw_uniform(tokens, self.num_masks, self.num_tokens, self.num_visible, generator)
 
 
 class TubeTokenSampler(TokenSampler):
     """The same random places in every frame (VideoMAE). floor(H W ratio) places are masked, as VideoMAE rounds."""
 
-    def __init__(self, grid_size: GridSize, mask_ratio: float = 0.9) -> None:
-        super().__init__(grid_size, mask_ratio)
+    def __init__(self, grid_size: GridSize, mask_ratio: float = 0.9, num_masks: int = 1) -> None:
+        super().__init__(grid_size, mask_ratio, num_masks)
         frames, places = grid_size[0], grid_size[1] * grid_size[2]
         self.visible_places = places - num_masked_units(places, mask_ratio, "places in a frame")
         self.num_visible = frames * self.visible_places
@@ -186,7 +221,7 @@ class TubeTokenSampler(TokenSampler):
     def draw(self, tokens: Tensor, generator: torch.Generator | None) -> MaskSample:
         """The places of one frame, uniformly, repeated over time."""
         frames, places = self.grid_size[0], self.grid_size[1] * self.grid_size[2]
-        frame = _draw_uniform(tokens, places, self.visible_places, generator)
+        frame = _draw_uniform(tokens, self.num_masks, places, self.visible_places, generator)
         start = torch.arange(frames, device=tokens.device)[:, None] * places  # [T, 1]
         return MaskSample(
             visible_idx=(start + frame.visible_idx[:, None]).flatten(1),  # [B, T, places] -> [B, K]
@@ -198,15 +233,15 @@ class TubeTokenSampler(TokenSampler):
 class FrameTokenSampler(TokenSampler):
     """Whole time steps. floor(T ratio) of them are masked, so that 95% of 8 steps masks 7."""
 
-    def __init__(self, grid_size: GridSize, mask_ratio: float = 0.875) -> None:
-        super().__init__(grid_size, mask_ratio)
+    def __init__(self, grid_size: GridSize, mask_ratio: float = 0.875, num_masks: int = 1) -> None:
+        super().__init__(grid_size, mask_ratio, num_masks)
         self.visible_frames = grid_size[0] - num_masked_units(grid_size[0], mask_ratio, "time steps")
         self.num_visible = self.visible_frames * grid_size[1] * grid_size[2]
 
     def draw(self, tokens: Tensor, generator: torch.Generator | None) -> MaskSample:
         """Time steps, uniformly, with all their places."""
         frames, places = self.grid_size[0], self.grid_size[1] * self.grid_size[2]
-        steps = _draw_uniform(tokens, frames, self.visible_frames, generator)
+        steps = _draw_uniform(tokens, self.num_masks, frames, self.visible_frames, generator)
         place = torch.arange(places, device=tokens.device)  # [places]
         return MaskSample(
             visible_idx=(steps.visible_idx[:, :, None] * places + place).flatten(1),  # [B, steps, places] -> [B, K]
@@ -215,7 +250,37 @@ class FrameTokenSampler(TokenSampler):
         )
 
 
-def _draw_uniform(tokens: Tensor, num_units: int, num_visible: int, generator: torch.Generator | None) -> MaskSample:
-    scores = torch.zeros(tokens.shape[0], num_units, device=tokens.device)
+def draw_decoded(sample: MaskSample, num_decoded: int, generator: torch.Generator | None = None) -> MaskSample:
+    """The sample with `decoded_idx`: so many of each row's masked tokens, uniformly.
+
+    Every masked token is as likely to be among them as any other, so means over them are unbiased for means over all
+    masked ones: both losses' are.
+
+    Args:
+        sample: a mask.
+        num_decoded: M', from 1 to M.
+        generator: source of randomness.
+    """
+    num_masked = sample.masked_idx.shape[1]
+    if num_decoded == num_masked:
+        return sample
+    even = torch.zeros(sample.masked_idx.shape, device=sample.masked_idx.device)
+    chosen = draw_mask(even, num_decoded, generator=generator).visible_idx  # [B, M'], ascending
+    return sample._replace(decoded_idx=sample.masked_idx.gather(1, chosen))
+
+
+def _uneven(rows: int, clips: int) -> bool:
+    """Whether rows are not a whole number of masks, one at least, for each clip."""
+    return rows != clips and (clips == 0 or rows == 0 or rows % clips != 0)
+
+
+def _repeat_rows(x: Tensor, times: int) -> Tensor:
+    return x if times == 1 else x.repeat_interleave(times, 0)
+
+
+def _draw_uniform(
+    tokens: Tensor, num_masks: int, num_units: int, num_visible: int, generator: torch.Generator | None
+) -> MaskSample:
+    scores = torch.zeros(tokens.shape[0] * num_masks, num_units, device=tokens.device)
     drawn = draw_mask(scores, num_visible, generator=generator)
     return MaskSample(drawn.visible_idx, drawn.masked_idx, drawn.mask)  # there is no p to learn

@@ -11,7 +11,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -32,6 +32,8 @@ from adamae_sampler.models import AdaMAE, load_checkpoint
 from adamae_sampler.sampler import TokenSampler
 
 Masking = Literal["adaptive", "random", "tube", "frame"]
+ScoreNetwork = Literal["mha", "mlp", "pooled"]
+SampleFrom = Literal["tokens", "pixels"]
 Step = Callable[[], Tensor]  # returns the loss
 
 
@@ -79,6 +81,11 @@ class StepCase:
         num_frames: frames of a clip.
         depth: blocks of the encoder; those of the size if None.
         repository: where the repository is checked out, if that is the implementation.
+        score_network: see `AdaMAE`, as for all that follow.
+        sample_from: see there.
+        num_masks: see there; `clips` are those of the video.
+        decode_ratio: see there.
+        head_chunks: see there.
     """
 
     masking: Masking = "adaptive"
@@ -92,6 +99,18 @@ class StepCase:
     num_frames: int = 16
     depth: int | None = None
     repository: Path | None = None
+    score_network: ScoreNetwork = "mha"
+    sample_from: SampleFrom = "tokens"
+    num_masks: int = 1
+    decode_ratio: float = 1.0
+    head_chunks: int = 1
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What differs from the paper's method, as the model's arguments."""
+        names = ("score_network", "sample_from", "num_masks", "decode_ratio", "head_chunks")
+        usual = {each.name: each.default for each in fields(StepCase)}
+        return {name: value for name in names if (value := getattr(self, name)) != usual[name]}
 
     @property
     def video_shape(self) -> tuple[int, int, int, int, int]:
@@ -108,7 +127,9 @@ class StepCase:
         """For people; the same for all implementations."""
         depth = "" if self.depth is None else f" of depth {self.depth}"
         video = f"{self.clips} x {self.num_frames}x{self.img_size}x{self.img_size}"
-        return f"ViT-{self.size[0].upper()}{depth}, {self.masking} {self.mask_ratio:.0%}, {video}, {self.precision}"
+        options = "".join(f", {name}={value}" for name, value in self.options.items())
+        name = f"ViT-{self.size[0].upper()}{depth}, {self.masking} {self.mask_ratio:.0%}"
+        return f"{name}, {video}, {self.precision}{options}"
 
     @property
     def label(self) -> str:
@@ -127,7 +148,8 @@ class StepCase:
         return Subject(
             suite,
             case=self.name,
-            op=f"training step of ViT-{self.size[0].upper()}, {self.masking} {self.mask_ratio:.0%}",
+            op=f"training step of ViT-{self.size[0].upper()}, {self.masking} {self.mask_ratio:.0%}"
+            + "".join(f", {name}={value}" for name, value in self.options.items()),
             direction="step",
             clips=self.clips,
             tokens=sampler.num_tokens,
@@ -215,6 +237,7 @@ def our_model(case: StepCase, device: torch.device) -> AdaMAE:
             num_frames=case.num_frames,
             mask_ratio=case.mask_ratio,
             masking=case.masking,
+            **case.options,
             **({} if case.depth is None else {"depth": case.depth}),
         )
     return model

@@ -13,6 +13,7 @@ Writes recipe.yaml, metrics.jsonl, TensorBoard files, checkpoints/ (for --resume
 from __future__ import annotations
 
 import sys
+from dataclasses import fields
 from typing import Any, NamedTuple
 
 import timm
@@ -32,7 +33,7 @@ from common.datasets import ClipSource, ClipStream
 from common.devices import Normalise, make_accelerator
 from common.engine import Loop, Resumed, run_to_the_end
 from common.metrics import PretrainMetrics
-from common.pretrain_recipe import PretrainRecipe
+from common.pretrain_recipe import SAMPLER_SETTINGS, PretrainRecipe
 from common.recipe import Schedule
 from common.report import check_output, describe_clips, describe_encoder, describe_training, format_lines
 from common.sources import pretrain_source
@@ -81,6 +82,7 @@ def train(recipe: PretrainRecipe, job: Job) -> None:
         normalize=recipe.normalize_target,
         patch_size=recipe.patch_size,
         tubelet_size=recipe.tubelet_size,
+        estimator=recipe.estimator,
     )
     flops = forward_flops(model, 1, 3, recipe.num_frames, *recipe.img_size)
     better = ("reconstruction", -1)
@@ -112,11 +114,20 @@ def describe(
         "data": f"{recipe.data or 'none given'}, {clips} videos",
         "clips": f"{describe_clips(recipe)}, {'flip' if recipe.flip else 'no flip'}",
         "model": describe_encoder(recipe.model, model),
-        "masking": f"{recipe.masking}, {visible} of {tokens} tokens visible ({1 - visible / tokens:.1%} masked)",
+        "masking": f"{recipe.masking}, {visible} of {tokens} tokens visible ({1 - visible / tokens:.1%} masked)"
+        + describe_options(recipe),
         "target": f"{'normalised' if recipe.normalize_target else 'raw'} pixels, {recipe.loss}, sampling weight "
         f"{recipe.sampling_weight:g}",
     }
     return format_lines(lines | describe_training(recipe, schedule, accelerator, clips))
+
+
+def describe_options(recipe: PretrainRecipe) -> str:
+    """What differs from the paper's method."""
+    names = (*SAMPLER_SETTINGS, "num_masks", "decode_ratio", "head_chunks", "estimator")
+    usual = {each.name: each.default for each in fields(recipe)}
+    changed = {name: value for name in names if (value := getattr(recipe, name)) != usual[name]}
+    return "".join(f", {name}={value}" for name, value in changed.items())
 
 
 @torch.no_grad()
@@ -128,6 +139,7 @@ def finish(
     model.load_state_dict(weights)
     save_weights(model, recipe.output / "model.safetensors", recipe)
     video = ClipStream(source, 0, 1, recipe.seed)[0]["video"][:1].to(normalise.mean.device)
+    model.sampler.num_masks = 1
     generator = torch.Generator(video.device).manual_seed(recipe.seed)
     prediction, sample = model.eval()(normalise(video), generator=generator)
     out = criterion(prediction, video, sample)

@@ -28,6 +28,7 @@ from common.cli import checkpoint_of, parse_settings
 from common.datasets import VideoViews
 from common.devices import Normalise, autocast, make_accelerator
 from common.lists import VideoEntry
+from common.pretrain_recipe import SAMPLER_SETTINGS
 from common.recipe import EncoderSettings
 from common.report import check_output
 from common.sources import find_sprites
@@ -54,6 +55,14 @@ class Options(EncoderSettings):
     """Attention heads of the decoder."""
     masking: Literal["adaptive", "random", "tube", "frame"] = "adaptive"
     """How visible tokens are chosen."""
+    score_network: Literal["mha", "mlp", "pooled"] = "mha"
+    """The sampler's network; for files that do not state it, as for the next three."""
+    sample_from: Literal["tokens", "pixels"] = "tokens"
+    """What the sampler sees."""
+    temperature: float = 1.0
+    """p = softmax(scores / temperature)."""
+    exploration: float = 0.0
+    """Share of p that is spread evenly over all tokens."""
     mask_ratios: tuple[float, ...] = (0.8, 0.85, 0.9, 0.95)
     """Shares of tokens to mask; a picture each."""
     normalize_target: bool = True
@@ -74,7 +83,7 @@ def main(arguments: list[str]) -> None:
         checkpoint = checkpoint_of(arguments)
         said, sizes = stated_recipe(checkpoint), stated_sizes(checkpoint)
         start = replace(Options(), **{name: sizes[name] for name in DECODER_SIZES if name in sizes})
-        target = ("masking", "normalize_target", "loss", "stride", "sampling")
+        target = ("masking", *SAMPLER_SETTINGS, "normalize_target", "loss", "stride", "sampling")
         start = replace(start, **{name: said[name] for name in target if name in said})
         run(parse_settings(start, arguments, __doc__))
     except (ValueError, TypeError, FileNotFoundError, VideoError) as error:
@@ -141,8 +150,10 @@ def build(options: Options, ratio: float, report: bool) -> AdaMAE:
     if options.model not in known:
         raise ValueError(f"no model {options.model!r}; there are {', '.join(known)}.")
     decoder = {name: getattr(options, name) for name in DECODER_SIZES}
+    settings = SAMPLER_SETTINGS if options.masking == "adaptive" else ("sample_from",)
+    sampler = {name: getattr(options, name) for name in settings}
     model: AdaMAE = timm.create_model(
-        options.model, masking=options.masking, mask_ratio=ratio, **options.sizes(), **decoder
+        options.model, masking=options.masking, mask_ratio=ratio, **options.sizes(), **decoder, **sampler
     )
     found = load_checkpoint(model, options.checkpoint)
     if any(name.startswith("sampler.") for name in found.missing):

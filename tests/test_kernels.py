@@ -147,6 +147,25 @@ def test_gather_tokens(size, kind, dtype):
     assert_same(*run_both(call, x, *pos_of(kind, batch, tokens, width)))
 
 
+@pytest.mark.parametrize("kind", ["none", "one", "each"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("masks", [2, 5])
+def test_gather_for_several_masks_of_a_clip(masks, kind, dtype):
+    """A token that several masks show has the sum of their gradients; as many clips would give the same."""
+    batch, tokens, visible, width = 3, 37, 11, 48
+    idx = make_sample(batch * masks, tokens, visible).visible_idx
+    x, pos = whole_numbers(batch, tokens, width, dtype=dtype), pos_of(kind, batch, tokens, width)
+    call = lambda x, pos=None: ops.gather_tokens(x, idx, pos)  # noqa: E731
+    reference, kernel = run_both(call, x, *pos)
+    assert_same(reference, kernel)
+    apart = lambda x, pos=None: ops.gather_tokens(  # noqa: E731
+        x.repeat_interleave(masks, 0), idx, pos.repeat_interleave(masks, 0) if kind == "each" else pos
+    )
+    torch.testing.assert_close(run_both(apart, x, *pos)[0][0], reference[0])
+    with pytest.raises(ValueError, match=r"expected \[3, K\]: a row for each clip, or R for each"):
+        ops.gather_tokens(x, idx[:4])
+
+
 @pytest.mark.parametrize("batch", [1, 2])
 def test_positions_are_rounded_to_the_tokens_dtype_before_they_are_added(batch):
     """fp16, which the interpreter rounds as hardware does; one table for all clips, and one for each."""
@@ -180,6 +199,21 @@ def test_assemble_tokens(size, kind, order, dtype):
     leaves = whole_numbers(batch, visible, width, dtype=dtype), whole_numbers(1, 1, width)
     call = lambda v, m, p: ops.assemble_tokens(v, m, p, sample, order)  # noqa: E731
     assert_same(*run_both(call, *leaves, *pos_of(kind, batch, tokens, width)))
+
+
+@pytest.mark.parametrize("kind", ["table", "each"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_assemble_a_part_of_the_masked_tokens(kind, dtype):
+    sample = make_sample(3, 37, 11)
+    part = sample._replace(decoded_idx=sample.masked_idx[:, 3::4])  # 6 of 26
+    leaves = whole_numbers(3, 11, 48, dtype=dtype), whole_numbers(1, 1, 48), *pos_of(kind, 3, 37, 48)
+    call = lambda v, m, p: ops.assemble_tokens(v, m, p, part)  # noqa: E731
+    reference, kernel = run_both(call, *leaves)
+    assert_same(reference, kernel)
+    whole = ops.assemble_tokens(*leaves, sample)
+    assert torch.equal(reference[0], torch.cat([whole[:, :11], whole[:, 11 + 3 :: 4]], 1))
+    with pytest.raises(ValueError, match=r"leaves masked tokens out .* order='restore' has places for all"):
+        ops.assemble_tokens(*leaves, part, "restore")
 
 
 @pytest.mark.parametrize("order", ["concat", "restore"])
@@ -229,6 +263,17 @@ def test_reconstruction_error(kind, normalize, dtype, video_dtype, patch, tubele
     assert kernel_error.dtype == torch.float32
     assert_close([error], [kernel_error])
     assert_close([grad], [kernel_grad], dtype)
+
+
+@pytest.mark.parametrize("video_dtype", [torch.float32, torch.uint8])
+def test_reconstruction_error_of_several_masks_of_a_clip(video_dtype):
+    video, idx = make_video(video_dtype, 3, 4, 8, 12), make_sample(6, 12, 5).masked_idx
+    prediction = torch.randn(6, 7, 96).to(DEVICE)
+    call = lambda p: ops.reconstruction_error(p, video, idx, patch_size=4)  # noqa: E731
+    reference, kernel = run_both(call, prediction, upstream=torch.randn(6, 7, device=DEVICE))
+    assert_close(reference, kernel)
+    apart = ops.reconstruction_error(prediction, video.repeat_interleave(3, 0), idx, patch_size=4)
+    torch.testing.assert_close(reference[0], apart)
 
 
 def test_reconstruction_error_of_a_mean_std_normalised_strided_video():

@@ -348,6 +348,6 @@ def test_ops_compile_without_graph_breaks():
 
 def test_samples_pass_through_functions_that_know_only_tuples():
     sample = make_sample(2, 8, 2)
-    mapped = torch.utils._pytree.tree_map(lambda x: x.clone(), sample)
+    mapped = torch.utils._pytree.tree_map(lambda x: None if x is None else x.clone(), sample)
     assert isinstance(mapped, MaskSample)
     assert torch.equal(mapped.visible_idx, sample.visible_idx)

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from timm.layers import trunc_normal_
 from timm.models import register_model
 from torch import Tensor, nn
 
+from adamae_sampler.losses import DeferredPrediction
 from adamae_sampler.mask import MaskSample
 from adamae_sampler.models.build import build_variant
 from adamae_sampler.models.encoder import Encoder, VideoSize, fill_constants
 from adamae_sampler.models.layers import LayerNorm, Transformer, sinusoid_table
 from adamae_sampler.networks import init_linear_layers
 from adamae_sampler.ops import assemble_tokens
-from adamae_sampler.ops.patches import PatchSize
+from adamae_sampler.ops.patches import PatchSize, patchify
+from adamae_sampler.ops.reconstruction_error import reconstruction_target
 from adamae_sampler.sampler import (
     AdaptiveTokenSampler,
     FrameTokenSampler,
@@ -24,9 +28,12 @@ from adamae_sampler.sampler import (
     RandomTokenSampler,
     TokenSampler,
     TubeTokenSampler,
+    draw_decoded,
 )
 
 Masking = Literal["adaptive", "random", "tube", "frame"]
+_LEARNED = {"score_network": "mha", "temperature": 1.0, "exploration": 0.0}  # defaults of what adaptive masking has
+_THUMBNAIL = 4  # pixels of a patch's side that a sampler of pixels sees
 
 
 class Decoder(nn.Module):
@@ -38,10 +45,14 @@ class Decoder(nn.Module):
         self.norm = LayerNorm(width)
         self.head = nn.Linear(width, patch_values)
 
+    def features(self, x: Tensor, num_masked: int) -> Tensor:
+        """[B, K + M, D], the masked tokens last -> what the head makes their pixels of, [B, M, D]."""
+        normed: Tensor = self.norm(self.blocks(x)[:, -num_masked:])
+        return normed
+
     def forward(self, x: Tensor, num_masked: int) -> Tensor:
-        """[B, N, D], the masked tokens last -> their pixels [B, M, P]."""
-        x = self.blocks(x)
-        return self.head(self.norm(x[:, -num_masked:]))
+        """[B, K + M, D], the masked tokens last -> their pixels [B, M, P]."""
+        return self.head(self.features(x, num_masked))
 
 
 class AdaMAE(nn.Module):
@@ -63,10 +74,20 @@ class AdaMAE(nn.Module):
         decoder_num_heads: attention heads of the decoder.
         mask_ratio: share of tokens to mask.
         masking: "adaptive", "random", "tube", "frame", or a `TokenSampler` of your own, which then has the ratio.
+        score_network: of adaptive masking, see `AdaptiveTokenSampler`, as for `temperature` and `exploration`.
+        temperature: see there.
+        exploration: see there.
+        num_masks: R masks of each clip, from one tokenization and one p: the batch is R times as large from the encoder
+            on. Predictions and the sample have B R rows.
+        sample_from: what the sampler sees, the "tokens", or small "pixels": patches shrunk to 4 x 4. Then the visible
+            tokens alone are embedded, which saves time with fixed masks too.
+        decode_ratio: share of the masked tokens that is decoded in training, drawn uniformly; all in evaluation.
+        head_chunks: parts in which the last layer and the loss are computed in training; with more than one the model
+            returns a `DeferredPrediction`, which `AdaMAELoss` takes.
 
     Raises:
-        ValueError: sizes that do not divide, a ratio out of range, an unknown masking, or a sampler whose grid
-            is not the model's.
+        ValueError: sizes that do not divide, a number out of range, an unknown masking, options that do not go with it,
+            or a sampler whose grid is not the model's.
     """
 
     def __init__(
@@ -84,8 +105,24 @@ class AdaMAE(nn.Module):
         decoder_num_heads: int = 6,
         mask_ratio: float = 0.95,
         masking: Masking | TokenSampler = "adaptive",
+        score_network: Literal["mha", "mlp", "pooled"] | nn.Module = "mha",
+        temperature: float = 1.0,
+        exploration: float = 0.0,
+        num_masks: int = 1,
+        sample_from: Literal["tokens", "pixels"] = "tokens",
+        decode_ratio: float = 1.0,
+        head_chunks: int = 1,
     ) -> None:
         super().__init__()
+        if sample_from not in ("tokens", "pixels"):
+            raise ValueError(f"sample_from={sample_from!r}, expected 'tokens' or 'pixels'.")
+        if not 0 < decode_ratio <= 1:
+            raise ValueError(f"decode_ratio={decode_ratio}, expected a share of the masked tokens, at most 1 for all.")
+        if head_chunks < 1:
+            raise ValueError(f"head_chunks={head_chunks}, expected 1 or more; 1 computes the head at once.")
+        self.sample_from = sample_from
+        self.decode_ratio = decode_ratio
+        self.head_chunks = head_chunks
         self.size = VideoSize.of(img_size, num_frames, patch_size, tubelet_size, in_chans)
         num_tokens = self.size.num_tokens
 
@@ -98,14 +135,16 @@ class AdaMAE(nn.Module):
         init_linear_layers(self)
         trunc_normal_(self.mask_token, std=0.02, a=-0.02, b=0.02)
         # Last, because a sampler given from outside keeps the weights it came with.
-        self.sampler = _make_sampler(masking, embed_dim, self.size.grid, mask_ratio)
+        width = embed_dim if sample_from == "tokens" else _thumbnail_values(self.size)
+        learned = {"score_network": score_network, "temperature": temperature, "exploration": exploration}
+        self.sampler = _make_sampler(masking, width, self.size.grid, mask_ratio, num_masks, learned)
 
     def forward(
         self,
         video: Tensor,
         mask: Tensor | MaskSample | None = None,
         generator: torch.Generator | None = None,
-    ) -> tuple[Tensor, MaskSample]:
+    ) -> tuple[Tensor | DeferredPrediction, MaskSample]:
         """Predicts the masked part of each clip.
 
         Args:
@@ -114,20 +153,48 @@ class AdaMAE(nn.Module):
             generator: source of the draw's randomness.
 
         Returns:
-            prediction [B, M, P], in the order of `sample.masked_idx`, values laid out (t p1 p2 c); and the sample.
+            prediction [B, M, P], in the order of `sample.target_idx`, values laid out (t p1 p2 c); and the sample.
 
         Raises:
             TypeError: integer video.
             ValueError: a video of another size than the model's, or a mask that does not fit it.
         """
         self.size.check(video)
-        tokens = self.encoder.patch_embed(video)  # [B, N, D]
-        sample: MaskSample = self.sampler(tokens, mask=mask, generator=generator)
-        x = self.encoder(tokens, sample.visible_idx)  # [B, K, D]
+        x, sample = self._encode(video, mask, generator)  # [B, K, D], B times num_masks
+        if self.training and self.decode_ratio < 1 and sample.decoded_idx is None:
+            num_masked = sample.masked_idx.shape[1]
+            sample = draw_decoded(sample, max(1, int(num_masked * self.decode_ratio + 1e-9)), generator)
         x = self.encoder_to_decoder(x)  # [B, K, decoder D]
-        x = assemble_tokens(x, self.mask_token, self.decoder_pos_embed, sample)  # [B, N, decoder D]
-        prediction: Tensor = self.decoder(x, sample.masked_idx.shape[1])  # [B, M, P]
+        x = assemble_tokens(x, self.mask_token, self.decoder_pos_embed, sample)  # [B, K + M, decoder D]
+        num_masked = sample.target_idx.shape[1]
+        if self.training and self.head_chunks > 1:
+            features, head = self.decoder.features(x, num_masked), self.decoder.head
+            return DeferredPrediction(features, head.weight, head.bias, self.head_chunks), sample
+        prediction: Tensor = self.decoder(x, num_masked)  # [B, M, P]
         return prediction, sample
+
+    def _encode(
+        self, video: Tensor, mask: Tensor | MaskSample | None, generator: torch.Generator | None
+    ) -> tuple[Tensor, MaskSample]:
+        """The encoded visible tokens [B, K, D], and the mask."""
+        if self.sample_from == "tokens":
+            tokens = self.encoder.patch_embed(video)  # [B, N, D]
+            sample: MaskSample = self.sampler(tokens, mask=mask, generator=generator)
+            return self.encoder(tokens, sample.visible_idx), sample
+        sample = self.draw_mask(video, mask=mask, generator=generator)
+        patches = reconstruction_target(
+            video, sample.visible_idx, normalize=False, patch_size=self.size.patch, tubelet_size=self.size.tubelet
+        )
+        return self.encoder.of_patches(patches.to(video.dtype), sample.visible_idx), sample
+
+    def draw_mask(
+        self, video: Tensor, mask: Tensor | MaskSample | None = None, generator: torch.Generator | None = None
+    ) -> MaskSample:
+        """A mask for each clip, as `forward` draws it: for evaluation with `forward(video, mask=...)`, and pictures."""
+        self.size.check(video)
+        tokens = self.encoder.patch_embed(video) if self.sample_from == "tokens" else thumbnails(video, self.size)
+        sample: MaskSample = self.sampler(tokens, mask=mask, generator=generator)
+        return sample
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute activations of encoder and decoder in the backward pass. The draw is never recomputed."""
@@ -145,25 +212,50 @@ class AdaMAE(nn.Module):
         return {name for name, _ in self.named_parameters() if name.rpartition(".")[2] in ("mask_token", "pos_embed")}
 
 
+@torch.no_grad()
+def thumbnails(video: Tensor, size: VideoSize) -> Tensor:
+    """Each patch, shrunk to at most 4 x 4 pixels: [B, C, T, H, W] -> [B, N, values], laid out (t p1 p2 c)."""
+    sides = [math.gcd(_THUMBNAIL, side) for side in size.patch]
+    small = F.avg_pool3d(video, (1, *(side // kept for side, kept in zip(size.patch, sides, strict=True))))
+    return patchify(small, (sides[0], sides[1]), size.tubelet)
+
+
+def _thumbnail_values(size: VideoSize) -> int:
+    return size.video[0] * size.tubelet * math.gcd(_THUMBNAIL, size.patch[0]) * math.gcd(_THUMBNAIL, size.patch[1])
+
+
 def _make_sampler(
-    masking: Masking | TokenSampler, embed_dim: int, grid_size: GridSize, mask_ratio: float
+    masking: Masking | TokenSampler,
+    embed_dim: int,
+    grid_size: GridSize,
+    mask_ratio: float,
+    num_masks: int,
+    learned: dict[str, Any],
 ) -> TokenSampler:
+    if masking != "adaptive" and (given := [name for name, value in learned.items() if value != _LEARNED[name]]):
+        what = "the sampler given has its own" if isinstance(masking, TokenSampler) else f"masking={masking!r} has none"
+        raise ValueError(f"{', '.join(given)}: only masking='adaptive' takes it, and {what}.")
     if isinstance(masking, TokenSampler):
+        if num_masks not in (1, masking.num_masks):
+            raise ValueError(
+                f"num_masks={num_masks}, and the sampler given has {masking.num_masks}: give it to the sampler."
+            )
         if masking.grid_size != grid_size:
             raise ValueError(
                 f"the sampler's grid_size is {masking.grid_size}, the model's {grid_size}; build it with the model's."
             )
         return masking
     if masking == "adaptive":
-        return AdaptiveTokenSampler(embed_dim, grid_size, mask_ratio)
-    fixed: dict[str, Callable[[GridSize, float], TokenSampler]] = {
+        network = learned.pop("score_network")
+        return AdaptiveTokenSampler(embed_dim, grid_size, mask_ratio, network, num_masks=num_masks, **learned)
+    fixed: dict[str, Callable[[GridSize, float, int], TokenSampler]] = {
         "random": RandomTokenSampler,
         "tube": TubeTokenSampler,
         "frame": FrameTokenSampler,
     }
     if masking not in fixed:
         raise ValueError(f"masking={masking!r}, expected 'adaptive', {', '.join(map(repr, fixed))} or a TokenSampler.")
-    return fixed[masking](grid_size, mask_ratio)
+    return fixed[masking](grid_size, mask_ratio, num_masks)
 
 
 @register_model

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from adamae_sampler.models.layers import LayerNorm, PatchEmbed3d, Transformer, sinusoid_table
 from adamae_sampler.ops import gather_tokens
+from adamae_sampler.ops.gather_tokens import select_rows
 from adamae_sampler.ops.patches import PatchSize, patch_pair, token_grid
 
 
@@ -89,6 +90,12 @@ class Encoder(nn.Module):
         else:
             x = gather_tokens(tokens, visible_idx, self.pos_embed)
         encoded: Tensor = self.norm(self.blocks(x))
+        return encoded
+
+    def of_patches(self, patches: Tensor, visible_idx: Tensor) -> Tensor:
+        """As `forward`, from the visible tokens' pixels [B, K, P], so that no other token is embedded."""
+        x = self.patch_embed.of_patches(patches)
+        encoded: Tensor = self.norm(self.blocks(x + select_rows(self.pos_embed, visible_idx).to(x.dtype)))
         return encoded
 
 

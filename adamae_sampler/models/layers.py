@@ -6,6 +6,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from timm.models import checkpoint_seq
 from timm.models.eva import EvaBlock
 from torch import Tensor, nn
@@ -29,6 +30,11 @@ class PatchEmbed3d(nn.Module):
         super().__init__()
         kernel = (tubelet_size, *patch_pair(patch_size))
         self.proj = nn.Conv3d(in_chans, embed_dim, kernel_size=kernel, stride=kernel)
+
+    def of_patches(self, patches: Tensor) -> Tensor:
+        """Patches [..., P], laid out (t p1 p2 c) -> tokens [..., D], those that `forward` makes of them."""
+        weight = self.proj.weight.permute(0, 2, 3, 4, 1).flatten(1)  # [D, P]
+        return F.linear(patches, weight, self.proj.bias)
 
     def forward(self, video: Tensor) -> Tensor:
         """[B, C, T, H, W] -> [B, N, D], tokens in t-h-w order."""

@@ -31,10 +31,10 @@ def _assemble_tokens_reference(
     visible: Tensor, mask_token: Tensor, pos: Tensor, sample: MaskSample, order: Order
 ) -> Tensor:
     batch, num_visible, width = visible.shape
-    token_idx = torch.cat([sample.visible_idx, sample.masked_idx], dim=1)  # [B, N], the order of "concat"
+    token_idx = torch.cat([sample.visible_idx, sample.target_idx], dim=1)  # [B, K + M], the order of "concat"
     fill = mask_token.to(visible.dtype).reshape(1, 1, width).expand(batch, 1, width)
     fill = fill.expand(batch, token_idx.shape[1] - num_visible, width)  # apart: its gradient sums one axis at a time
-    concatenated = torch.cat([visible, fill], dim=1)  # [B, N, D]
+    concatenated = torch.cat([visible, fill], dim=1)  # [B, K + M, D]
     if order == "concat":
         return concatenated + select_rows(pos, token_idx).to(visible.dtype)
     return select_rows(concatenated, token_idx.argsort(dim=1)) + pos.to(visible.dtype)
@@ -53,6 +53,7 @@ def _assemble_kernel(
     place_ptr,
     out_ptr,
     num_rows,
+    L,
     N,
     K,
     D,
@@ -71,10 +72,11 @@ def _assemble_kernel(
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
 ):
-    """A row of the output: the visible token at `place`, or the mask token if that is -1; plus `token`'s position."""
+    """A row of the output, of which a clip has L: the visible token at `place`, or the mask token if that is -1; plus
+    the position of `token`, one of N."""
     row, col, inside = tile_of(num_rows, D, ROWS, COLS)
-    clip = (row // N).to(tl.int64)
-    rank = row % N
+    clip = (row // L).to(tl.int64)
+    rank = row % L
     if RESTORE:
         token = rank.to(tl.int64)
         place = tl.load(place_ptr + row, mask=row < num_rows, other=-1)
@@ -143,10 +145,10 @@ def _sum_masked_rows_kernel(
 def _assemble_op(
     visible: Tensor, mask_token: Tensor, pos: Tensor, visible_idx: Tensor, masked_idx: Tensor, restore: bool
 ) -> Tensor:
-    """visible [B, K, D], mask_token [D], pos [1, N, D] or [B, N, D] -> [B, N, D]."""
+    """visible [B, K, D], mask_token [D], pos [1, N, D] or [B, N, D] -> [B, K + M, D]."""
     out = _empty_assembled(visible, mask_token, pos, visible_idx, masked_idx, restore)
-    batch, num_tokens, width = out.shape
-    programs, tile = row_tiles(batch * num_tokens, width)
+    (batch, rows, width), num_tokens = out.shape, pos.shape[1]
+    programs, tile = row_tiles(batch * rows, width)
     pos = cast_once(pos, visible.dtype)
     launch(
         _assemble_kernel,
@@ -158,7 +160,8 @@ def _assemble_op(
         masked_idx,
         place_of_token(visible_idx, num_tokens) if restore else None,
         out,
-        batch * num_tokens,
+        batch * rows,
+        rows,
         num_tokens,
         visible.shape[1],
         width,
@@ -177,7 +180,7 @@ def _assemble_op(
 def _empty_assembled(
     visible: Tensor, mask_token: Tensor, pos: Tensor, visible_idx: Tensor, masked_idx: Tensor, restore: bool
 ) -> Tensor:
-    return visible.new_empty(visible.shape[0], pos.shape[1], visible.shape[2])
+    return visible.new_empty(visible.shape[0], visible_idx.shape[1] + masked_idx.shape[1], visible.shape[2])
 
 
 @torch.library.custom_op("adamae_sampler::sum_masked_rows", mutates_args=())
@@ -241,7 +244,9 @@ _assemble_op.register_autograd(_backward, setup_context=_save)
 def assemble_tokens(
     visible: Tensor, mask_token: Tensor, pos: Tensor, sample: MaskSample, order: Order = "concat"
 ) -> Tensor:
-    """(visible + pos[visible_idx]) ++ (mask_token + pos[masked_idx]) (Algorithm 2).
+    """(visible + pos[visible_idx]) ++ (mask_token + pos[target_idx]) (Algorithm 2).
+
+    `target_idx` is `sample.masked_idx`, or the part of it that is decoded.
 
     Args:
         visible: [B, K, D] encoded visible tokens, in the order of `sample.visible_idx`.
@@ -252,12 +257,13 @@ def assemble_tokens(
             AdaMAE's decoders take them; "restore" puts every token back in its place, as MAE's does.
 
     Returns:
-        [B, N, D] in the dtype of `visible`.
+        [B, N, D] in the dtype of `visible`; [B, K + decoded, D] where the sample leaves masked tokens out.
 
     Raises:
-        TypeError, ValueError: a wrong dtype, shape, device or order; an index out of range (checked on CPU in
-            eager mode only). The kernel, which cannot raise without making the host wait, gives NaN for an index out
-            of range, and in "restore" order for a token that is visible twice.
+        TypeError, ValueError: a wrong dtype, shape, device or order; a part of the tokens in "restore" order, which has
+            a place for each; an index out of range (checked on CPU in eager mode only). The kernel, which cannot raise
+            without making the host wait, gives NaN for an index out of range, and in "restore" order for a token that
+            is visible twice.
     """
     check_tokens("visible", visible)
     if not isinstance(sample, MaskSample):
@@ -272,7 +278,7 @@ def assemble_tokens(
             f"visible holds {num_visible} tokens, the sample leaves {sample.visible_idx.shape[1]} visible."
         )
     check_index_shape("sample.visible_idx", sample.visible_idx, batch, visible.device)
-    check_index_shape("sample.masked_idx", sample.masked_idx, batch, visible.device)
+    check_index_shape("sample.target_idx", sample.target_idx, batch, visible.device)
     check_floating("mask_token", mask_token)
     if mask_token.numel() != width:
         raise ValueError(
@@ -282,16 +288,18 @@ def assemble_tokens(
     check_pos(pos, batch, num_tokens, width, visible.device)
     if order not in ("concat", "restore"):
         raise ValueError(f"order={order!r}, expected 'concat' (visible first) or 'restore' (every token in its place).")
+    if sample.decoded_idx is not None and order == "restore":
+        raise ValueError("the sample leaves masked tokens out (decoded_idx), and order='restore' has places for all.")
     if visible.shape[1] + sample.masked_idx.shape[1] != num_tokens:
         raise ValueError(
             f"the sample has {visible.shape[1]} visible and {sample.masked_idx.shape[1]} masked tokens, expected "
             f"{num_tokens} together, as its mask has."
         )
     if free_to_read(visible):
-        both = torch.cat([sample.visible_idx, sample.masked_idx], 1)
-        check_indices("sample's visible_idx and masked_idx together", both, batch, num_tokens, visible.device)
+        both = torch.cat([sample.visible_idx, sample.target_idx], 1)
+        check_indices("sample's visible_idx and target_idx together", both, batch, num_tokens, visible.device)
     if backend_for(visible, mask_token, pos) == "triton":
-        idx = (sample.visible_idx, sample.masked_idx)
+        idx = (sample.visible_idx, sample.target_idx)
         assembled: Tensor = _assemble_op(visible, mask_token.reshape(-1), as_table(pos), *idx, order == "restore")
         return assembled
     return _assemble_tokens_reference(visible, mask_token, pos, sample, order)

@@ -31,8 +31,8 @@ def check_tokens(name: str, x: Tensor) -> None:
         raise ValueError(f"{name} has shape {tuple(x.shape)}, expected [B, N, D]: clips, tokens, width.")
 
 
-def check_index_shape(name: str, idx: Tensor, batch: int, device: torch.device) -> None:
-    """Raises unless idx is int64 [B, K] on the device given."""
+def check_index_shape(name: str, idx: Tensor, batch: int, device: torch.device, several: bool = False) -> None:
+    """Raises unless idx is int64 [B, K] on the device given; or, where `several` masks of a clip may be, [B R, K]."""
     check_tensor(name, idx)
     if idx.dtype == torch.bool:
         raise TypeError(
@@ -41,23 +41,26 @@ def check_index_shape(name: str, idx: Tensor, batch: int, device: torch.device) 
         )
     if idx.dtype != torch.int64:
         raise TypeError(f"{name} has dtype {idx.dtype}, expected torch.int64; use {name}.long().")
-    if idx.ndim != 2 or idx.shape[0] != batch:
-        raise ValueError(f"{name} has shape {tuple(idx.shape)}, expected [{batch}, K]: a row for each clip.")
+    if idx.ndim != 2 or (idx.shape[0] % batch if several and batch else idx.shape[0] != batch):
+        rows = f"a row for each clip, or R for each: [{batch} R, K]" if several else "a row for each clip"
+        raise ValueError(f"{name} has shape {tuple(idx.shape)}, expected [{batch}, K]: {rows}.")
     check_device(name, idx, device)
 
 
-def check_indices(name: str, idx: Tensor, batch: int, num_tokens: int, device: torch.device) -> None:
-    """Raises unless idx is int64 [B, K] on the device given, and, on CPU in eager mode, distinct within 0..N-1.
+def check_indices(
+    name: str, idx: Tensor, batch: int, num_tokens: int, device: torch.device, several: bool = False
+) -> None:
+    """As `check_index_shape`; and raises, on CPU in eager mode, unless indices are distinct within 0..N-1 in each row.
 
     On other devices the values are not checked, since that would make the host wait; what `draw_mask` and
     `MaskSample.from_mask` return is always right.
     """
-    check_index_shape(name, idx, batch, device)
+    check_index_shape(name, idx, batch, device, several)
     if free_to_read(idx) and idx.numel():
         low, high = (int(bound) for bound in idx.aminmax())
         if low < 0 or high >= num_tokens:
             raise ValueError(f"{name} holds {low}..{high}, expected indices within 0..{num_tokens - 1}.")
-        named = torch.zeros(batch, num_tokens, dtype=torch.bool).scatter_(1, idx, True).sum(1)  # [B]
+        named = torch.zeros(idx.shape[0], num_tokens, dtype=torch.bool).scatter_(1, idx, True).sum(1)
         if (named != idx.shape[1]).any():
             row = int((named != idx.shape[1]).nonzero()[0])
             raise ValueError(

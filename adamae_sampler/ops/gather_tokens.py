@@ -1,4 +1,4 @@
-"""gather_tokens: the visible tokens of each clip, with their position embedding."""
+"""gather_tokens: the visible tokens of each clip, with their position embedding; for one mask of it or for several."""
 
 from __future__ import annotations
 
@@ -20,13 +20,14 @@ def _gather_tokens_reference(x: Tensor, idx: Tensor, pos: Tensor | None) -> Tens
 
 
 def select_rows(x: Tensor, idx: Tensor) -> Tensor:
-    """x [B, N, D], [1, N, D] or [N, D], idx [B, K] -> [B, K, D], as whole rows of a flat table.
+    """x [B, N, D], [1, N, D] or [N, D], idx [B R, K] -> [B R, K, D], as whole rows of a flat table.
 
     `index_select` copies rows; `torch.gather` with an expanded index reads one index for every element.
     """
     num_tokens, width = x.shape[-2:]
-    if x.ndim == 3 and x.shape[0] == idx.shape[0]:
-        idx_flat = idx + torch.arange(x.shape[0], device=idx.device)[:, None] * num_tokens  # [B, K] into [B N]
+    if x.ndim == 3 and x.shape[0] > 1:
+        clip = torch.arange(idx.shape[0], device=idx.device) // (idx.shape[0] // x.shape[0])  # [B R]
+        idx_flat = idx + clip[:, None] * num_tokens  # [B R, K] into [B N]
     else:
         idx_flat = idx  # one table for all clips
     return x.reshape(-1, width).index_select(0, idx_flat.reshape(-1)).view(*idx.shape, width)
@@ -45,6 +46,7 @@ def _gather_kernel(
     N,
     K,
     D,
+    R,
     x_stride_b,
     x_stride_n,
     x_stride_d,
@@ -57,10 +59,11 @@ def _gather_kernel(
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
 ):
-    """out[b, k] = x[b, idx[b, k]] + pos[b, idx[b, k]]; NaN where the index is out of range."""
+    """out[i, k] = x[i // R, idx[i, k]] + pos[i // R, idx[i, k]]; NaN where the index is out of range."""
     row, col, inside = tile_of(num_rows, D, ROWS, COLS)
-    clip = (row // K).to(tl.int64)
-    token = tl.load(idx_ptr + clip * idx_stride_b + (row % K) * idx_stride_k, mask=row < num_rows, other=0)
+    drawn = (row // K).to(tl.int64)
+    clip = drawn // R
+    token = tl.load(idx_ptr + drawn * idx_stride_b + (row % K) * idx_stride_k, mask=row < num_rows, other=0)
     found = inside & (token >= 0) & (token < N)
     value = tl.load(x_ptr + clip * x_stride_b + token * x_stride_n + col * x_stride_d, mask=found, other=float("nan"))
     if HAS_POS:
@@ -77,23 +80,27 @@ def _scatter_kernel(
     num_rows,
     N,
     D,
+    R,
     grad_stride_b,
     grad_stride_k,
     grad_stride_d,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
 ):
-    """out[b, n] = grad[b, place[b, n]], 0 where token n has no place: the transpose of a gather, as plain writes."""
+    """out[b, n] = the sum over the R masks i of clip b of grad[i, place[i, n]], 0 where token n has no place: the
+    transpose of a gather, as plain writes."""
     row, col, inside = tile_of(num_rows, D, ROWS, COLS)
-    clip = (row // N).to(tl.int64)
-    place = tl.load(place_ptr + row, mask=row < num_rows, other=-1)
-    value = tl.load(
-        grad_ptr + clip * grad_stride_b + place.to(tl.int64) * grad_stride_k + col * grad_stride_d,
-        mask=inside & (place >= 0),
-        other=0.0,
-    )
-    value = tl.where(place == -2, float("nan"), value.to(tl.float32))
-    tl.store(out_ptr + row.to(tl.int64) * D + col, value.to(out_ptr.dtype.element_ty), mask=inside)
+    total = tl.zeros((ROWS, COLS), tl.float32)
+    for r in range(R):
+        drawn = (row // N).to(tl.int64) * R + r
+        place = tl.load(place_ptr + drawn * N + row % N, mask=row < num_rows, other=-1)
+        value = tl.load(
+            grad_ptr + drawn * grad_stride_b + place.to(tl.int64) * grad_stride_k + col * grad_stride_d,
+            mask=inside & (place >= 0),
+            other=0.0,
+        )
+        total += tl.where(place == -2, float("nan"), value.to(tl.float32))
+    tl.store(out_ptr + row.to(tl.int64) * D + col, total.to(out_ptr.dtype.element_ty), mask=inside)
 
 
 @jit
@@ -130,10 +137,10 @@ def _scatter_sum_kernel(
 
 @torch.library.custom_op("adamae_sampler::gather_tokens", mutates_args=())
 def gather_op(x: Tensor, idx: Tensor, pos: Tensor | None) -> Tensor:
-    """x [B, N, D], idx [B, K], pos [1, N, D] or [B, N, D] -> [B, K, D]."""
+    """x [B, N, D], idx [B R, K], pos [1, N, D] or [B, N, D] -> [B R, K, D]."""
     out = _empty_gathered(x, idx, pos)
-    (batch, num_tokens, width), places = x.shape, idx.shape[1]
-    programs, tile = row_tiles(batch * places, width)
+    (batch, num_tokens, width), (draws, places) = x.shape, idx.shape
+    programs, tile = row_tiles(draws * places, width)
     if pos is not None:
         pos = cast_once(pos, x.dtype)
     launch(
@@ -143,10 +150,11 @@ def gather_op(x: Tensor, idx: Tensor, pos: Tensor | None) -> Tensor:
         idx,
         pos,
         out,
-        batch * places,
+        draws * places,
         num_tokens,
         places,
         width,
+        draws // max(batch, 1),
         *x.stride(),
         *idx.stride(),
         *((0, 0, 0) if pos is None else pos.expand(batch, -1, -1).stride()),
@@ -162,24 +170,27 @@ def _empty_gathered(x: Tensor, idx: Tensor, pos: Tensor | None) -> Tensor:
 
 
 @torch.library.custom_op("adamae_sampler::scatter_tokens", mutates_args=())
-def scatter_op(grad: Tensor, idx: Tensor, num_tokens: int, dtype: torch.dtype) -> Tensor:
-    """grad [B, K, D], idx [B, K] -> [B, N, D] of the dtype, 0 where idx does not lead."""
-    out = _empty_scattered(grad, idx, num_tokens, dtype)
-    batch, _, width = grad.shape
-    programs, tile = row_tiles(batch * num_tokens, width)
+def scatter_op(grad: Tensor, idx: Tensor, batch: int, num_tokens: int, dtype: torch.dtype) -> Tensor:
+    """grad [B R, K, D], idx [B R, K] -> [B, N, D] of the dtype, summed over a clip's masks, 0 where idx does not
+    lead."""
+    out = _empty_scattered(grad, idx, batch, num_tokens, dtype)
+    draws, _, width = grad.shape
+    rows = batch * num_tokens
+    programs, tile = row_tiles(rows, width)
     place = place_of_token(idx, num_tokens)
-    launch(_scatter_kernel, programs, grad, place, out, batch * num_tokens, num_tokens, width, *grad.stride(), **tile)
+    sizes = (rows, num_tokens, width, draws // max(batch, 1))
+    launch(_scatter_kernel, programs, grad, place, out, *sizes, *grad.stride(), **tile)
     return out
 
 
 @scatter_op.register_fake
-def _empty_scattered(grad: Tensor, idx: Tensor, num_tokens: int, dtype: torch.dtype) -> Tensor:
-    return grad.new_empty(grad.shape[0], num_tokens, grad.shape[2], dtype=dtype)
+def _empty_scattered(grad: Tensor, idx: Tensor, batch: int, num_tokens: int, dtype: torch.dtype) -> Tensor:
+    return grad.new_empty(batch, num_tokens, grad.shape[2], dtype=dtype)
 
 
 @torch.library.custom_op("adamae_sampler::scatter_tokens_sum", mutates_args=())
 def scatter_sum_op(grad: Tensor, idx: Tensor, num_tokens: int, dtype: torch.dtype) -> Tensor:
-    """As `scatter_op`, summed over the clips: [1, N, D]."""
+    """grad [B R, K, D], idx [B R, K] -> [1, N, D], summed over all masks."""
     out = _empty_scattered_sum(grad, idx, num_tokens, dtype)
     batch, _, width = grad.shape
     programs, tile = row_tiles(num_tokens, width)
@@ -194,23 +205,25 @@ def _empty_scattered_sum(grad: Tensor, idx: Tensor, num_tokens: int, dtype: torc
 
 
 def grad_of_pos(grad: Tensor, idx: Tensor, pos_shape: torch.Size, dtype: torch.dtype) -> Tensor:
-    """The gradient of a position embedding [1, N, D] or [B, N, D] that was added to rows `idx`."""
-    scatter = scatter_op if pos_shape[0] == grad.shape[0] else scatter_sum_op
-    scattered: Tensor = scatter(grad, idx, pos_shape[1], dtype)
+    """The gradient of a position embedding [1, N, D] or [B, N, D] that was added to rows `idx` [B R, K]."""
+    if pos_shape[0] == 1:
+        summed: Tensor = scatter_sum_op(grad, idx, pos_shape[1], dtype)
+        return summed
+    scattered: Tensor = scatter_op(grad, idx, *pos_shape[:2], dtype)
     return scattered
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, idx, pos = inputs
     ctx.save_for_backward(idx)
-    ctx.num_tokens, ctx.dtype = x.shape[1], x.dtype
+    ctx.batch, ctx.num_tokens, ctx.dtype = x.shape[0], x.shape[1], x.dtype
     ctx.pos_shape, ctx.pos_dtype = (None, None) if pos is None else (pos.shape, pos.dtype)
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     (idx,) = ctx.saved_tensors
     needs_x, _, needs_pos = ctx.needs_input_grad
-    grad_x = scatter_op(grad, idx, ctx.num_tokens, ctx.dtype) if needs_x else None
+    grad_x = scatter_op(grad, idx, ctx.batch, ctx.num_tokens, ctx.dtype) if needs_x else None
     return grad_x, None, grad_of_pos(grad, idx, ctx.pos_shape, ctx.pos_dtype) if needs_pos else None
 
 
@@ -221,16 +234,17 @@ gather_op.register_autograd(_backward, setup_context=_save)
 
 
 def gather_tokens(x: Tensor, idx: Tensor, pos: Tensor | None = None) -> Tensor:
-    """x[b, idx[b]] + pos[idx[b]] for every clip b.
+    """x[b, idx[b]] + pos[idx[b]] for every clip b, or x[i // R, idx[i]] + pos[idx[i]] for R masks of each clip.
 
     Args:
         x: [B, N, D] tokens.
-        idx: [B, K] int64, the tokens to take; distinct within a row.
+        idx: [B, K] or [B R, K] int64, the tokens to take; distinct within a row. R rows follow each other for each
+            clip.
         pos: [N, D], [1, N, D] or [B, N, D] position embedding; added after the gather, so that only K of N
             rows are touched. Cast to the tokens' dtype.
 
     Returns:
-        [B, K, D] in the dtype of x.
+        [B R, K, D] in the dtype of x.
 
     Raises:
         TypeError, ValueError: a wrong dtype, shape or device; an index out of range (checked on CPU in eager
@@ -242,7 +256,7 @@ def gather_tokens(x: Tensor, idx: Tensor, pos: Tensor | None = None) -> Tensor:
     [[[2.0, 3.0], [6.0, 7.0]]]
     """
     check_tokens("x", x)
-    check_indices("idx", idx, x.shape[0], x.shape[1], x.device)
+    check_indices("idx", idx, x.shape[0], x.shape[1], x.device, several=True)
     if pos is not None:
         check_pos(pos, x.shape[0], x.shape[1], x.shape[2], x.device)
     if backend_for(x, *([] if pos is None else [pos])) == "triton":

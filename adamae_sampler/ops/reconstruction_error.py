@@ -79,6 +79,7 @@ def _error_kernel(
     out_ptr,
     N,
     M,
+    R,
     TOKENS_HW,
     TOKENS_W,
     prediction_stride_b,
@@ -119,9 +120,9 @@ def _error_kernel(
     (t p1 p2), padded to a power of two.
     """
     NUM_PIXELS: tl.constexpr = TUBELET * P1 * P2
-    clip = (tl.program_id(0) // M).to(tl.int64)
+    drawn = (tl.program_id(0) // M).to(tl.int64)  # a mask, of which each clip has R
     place = (tl.program_id(0) % M).to(tl.int64)
-    index = tl.load(masked_idx_ptr + clip * masked_idx_stride_b + place * masked_idx_stride_m)
+    index = tl.load(masked_idx_ptr + drawn * masked_idx_stride_b + place * masked_idx_stride_m)
     exists = (index >= 0) & (index < N)
     token = index.to(tl.int32)
     pixel = tl.arange(0, PIXELS)
@@ -131,11 +132,11 @@ def _error_kernel(
     t = token // TOKENS_HW * TUBELET + pixel // (P1 * P2)
     h = token % TOKENS_HW // TOKENS_W * P1 + pixel // P2 % P1
     w = token % TOKENS_W * P2 + pixel % P2
-    video_ptr += clip * video_stride_b
+    video_ptr += drawn // R * video_stride_b
     video_place = t.to(tl.int64) * video_stride_t + h.to(tl.int64) * video_stride_h + w.to(tl.int64) * video_stride_w
-    prediction_ptr += clip * prediction_stride_b + place * prediction_stride_m
+    prediction_ptr += drawn * prediction_stride_b + place * prediction_stride_m
     if BACKWARD:
-        upstream = tl.load(grad_error_ptr + clip * grad_error_stride_b + place * grad_error_stride_m).to(tl.float32)
+        upstream = tl.load(grad_error_ptr + drawn * grad_error_stride_b + place * grad_error_stride_m).to(tl.float32)
         upstream = tl.where(exists, upstream, float("nan")) / (NUM_PIXELS * C)
     total = tl.zeros((PIXELS,), tl.float32)
 
@@ -160,13 +161,13 @@ def _error_kernel(
         if BACKWARD:
             sign = tl.where(difference > 0, 1.0, tl.where(difference < 0, -1.0, difference * 0.0))  # NaN stays NaN
             grad = upstream * (2 * difference if SQUARED else sign)
-            row = (clip * M + place) * (NUM_PIXELS * C)
+            row = (drawn * M + place) * (NUM_PIXELS * C)
             tl.store(out_ptr + row + column, grad.to(out_ptr.dtype.element_ty), mask=inside)
         else:
             total += tl.where(inside, difference * difference if SQUARED else tl.abs(difference), 0.0)
     if not BACKWARD:
         error = tl.where(exists, tl.sum(total), float("nan")) / (NUM_PIXELS * C)
-        tl.store(out_ptr + clip * M + place, error)
+        tl.store(out_ptr + drawn * M + place, error)
 
 
 # ---------------------------------------------------------------------------------------------------- operators
@@ -196,13 +197,13 @@ def _launch(
     mean: list[float] | None,
     std: list[float] | None,
 ) -> None:
-    (batch, num_masked), channels = masked_idx.shape, video.shape[1]
+    (draws, num_masked), (batch, channels) = masked_idx.shape, video.shape[:2]
     tubelet, p1, p2 = patch
     tokens_t, tokens_h, tokens_w = token_grid(tuple(video.shape), (p1, p2), tubelet)
     pixels = next_power_of_2(math.prod(patch))
     launch(
         _error_kernel,
-        batch * num_masked,
+        draws * num_masked,
         prediction,
         video,
         masked_idx,
@@ -210,6 +211,7 @@ def _launch(
         out,
         tokens_t * tokens_h * tokens_w,
         num_masked,
+        draws // max(batch, 1),
         tokens_h * tokens_w,
         tokens_w,
         *prediction.stride(),
@@ -300,7 +302,7 @@ def reconstruction_target(
     Args:
         video: [B, C, T, H, W]. uint8 is taken as pixels and divided by 255; floating point is taken as it is, or
             un-normalised with `mean` and `std` first.
-        idx: [B, M] int64, the tokens wanted; all N if None.
+        idx: [B, M] int64, the tokens wanted, or [B R, M] for R masks of each clip; all N if None.
         normalize: subtract each patch's mean and divide by its (unbiased) standard deviation + 1e-6, for each
             channel apart; False gives raw pixels.
         patch_size: height and width of a patch in pixels, one number or a pair.
@@ -309,7 +311,7 @@ def reconstruction_target(
         std: the standard deviations that go with `mean`.
 
     Returns:
-        [B, M, P] fp32, P = tubelet_size * p1 * p2 * C, laid out (t p1 p2 c).
+        [B R, M, P] fp32, P = tubelet_size * p1 * p2 * C, laid out (t p1 p2 c).
 
     Raises:
         TypeError, ValueError: a wrong dtype or shape, a size that patches do not divide, or `mean` and `std`
@@ -336,9 +338,9 @@ def reconstruction_error(
     """e_i, the mean squared (or absolute) difference of each masked token's prediction from its target.
 
     Args:
-        prediction: [B, M, P], in the order of `masked_idx`; its gradient is the only one.
+        prediction: [B R, M, P], in the order of `masked_idx`; its gradient is the only one.
         video: [B, C, T, H, W], see `reconstruction_target`, as for all further arguments.
-        masked_idx: [B, M] int64.
+        masked_idx: [B R, M] int64, R rows after each other for each clip.
         kind: "mse" or "l1".
         normalize: see `reconstruction_target`.
         patch_size: see `reconstruction_target`.
@@ -347,7 +349,7 @@ def reconstruction_error(
         std: see `reconstruction_target`.
 
     Returns:
-        [B, M] fp32, also under autocast.
+        [B R, M] fp32, also under autocast.
 
     Raises:
         TypeError, ValueError: as `reconstruction_target`; an unknown kind; a prediction whose shape does not
@@ -358,7 +360,7 @@ def reconstruction_error(
     check_floating("prediction", prediction)
     check_video(video, patch_size, tubelet_size, normalize, mean, std)
     check_device("prediction", prediction, video.device)
-    check_index_shape("masked_idx", masked_idx, video.shape[0], video.device)
+    check_index_shape("masked_idx", masked_idx, video.shape[0], video.device, several=True)
     p1, p2 = patch_pair(patch_size)
     expected = (*masked_idx.shape, tubelet_size * p1 * p2 * video.shape[1])
     if tuple(prediction.shape) != expected:
@@ -381,4 +383,4 @@ def reconstruction_error(
 
 def _check_target_indices(video: Tensor, idx: Tensor, patch_size: PatchSize, tubelet_size: int) -> None:
     t, h, w = token_grid(tuple(video.shape), patch_size, tubelet_size)
-    check_indices("masked_idx", idx, video.shape[0], t * h * w, video.device)
+    check_indices("masked_idx", idx, video.shape[0], t * h * w, video.device, several=True)

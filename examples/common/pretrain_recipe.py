@@ -6,7 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+from adamae_sampler.losses import Estimator
 from common.recipe import Recipe
+
+SAMPLER_SETTINGS = ("score_network", "sample_from", "temperature", "exploration")  # which a sampler's weights go with
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +31,23 @@ class PretrainRecipe(Recipe):
     """How visible tokens are chosen."""
     mask_ratio: float = 0.95
     """Share of tokens that is masked."""
+    score_network: Literal["mha", "mlp", "pooled"] = "mha"
+    """The sampler's network: 'mha' is the paper's, 'pooled' attends to cells of tokens for far less."""
+    sample_from: Literal["tokens", "pixels"] = "tokens"
+    """What the sampler sees: tokens, or patches shrunk to 4 x 4 pixels; then the visible tokens alone are embedded."""
+    temperature: float = 1.0
+    """p = softmax(scores / temperature)."""
+    exploration: float = 0.0
+    """Share of p that is spread evenly over all tokens."""
+    num_masks: int = 1
+    """Masks of each clip, from one tokenization and one p; batches are so many times as large from the encoder on."""
+    decode_ratio: float = 1.0
+    """Share of the masked tokens that is decoded."""
+    head_chunks: int = 1
+    """Parts in which the decoder's last layer and the loss are computed, to save memory."""
+    estimator: Estimator = "categorical"
+    """Of the sampler's gradient: 'categorical' is the paper's, 'plackett_luce' the exact policy gradient that lowers
+    the expected error, 'plackett_luce_max' that which raises it."""
     decoder_embed_dim: int | None = None
     """Width of the decoder; the model's own if None, as for the next two."""
     decoder_depth: int | None = None
@@ -59,9 +79,10 @@ class PretrainRecipe(Recipe):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.check_least(sampling_weight=0)
+        self.check_least(sampling_weight=0, num_masks=1, head_chunks=1)
 
     def model_args(self) -> dict[str, Any]:
         """Keyword arguments for `timm.create_model`, which leaves out those that are None."""
-        names = ("masking", "mask_ratio", "decoder_embed_dim", "decoder_depth", "decoder_num_heads")
+        decoder = ("decoder_embed_dim", "decoder_depth", "decoder_num_heads", "decode_ratio", "head_chunks")
+        names = ("masking", "mask_ratio", "num_masks", *SAMPLER_SETTINGS, *decoder)
         return {**self.sizes(), **{name: getattr(self, name) for name in names}}

@@ -1,0 +1,335 @@
+"""What each option of the sampler costs and gives: every variant pre-trained on the same budget, over several seeds.
+
+    python benchmarks/study.py                                  # small clips, with a linear probe; an hour on two cores
+    python benchmarks/study.py --size medium --steps 200 --no-probe --output ...       # 512 tokens, adaptivity alone
+    python benchmarks/study.py --budget time                    # as many seconds as random masking takes for the steps
+    python benchmarks/study.py --size real --no-probe ...       # the bundled video, for the loss alone
+    python benchmarks/study.py --size gpu                       # 1568 tokens, on a GPU
+
+A row for each run: the time of a step relative to random masking, p(moving) / p(still), the share of visible tokens on
+what moves, the reconstruction loss on one set of random masks, and the accuracy of a linear probe. Steps of all
+variants are timed in turns before anything is trained.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import multiprocessing
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Literal
+
+import tyro
+from downstream import accuracies
+from rows import current_commit, device_name
+from timing import ratio, take_turns
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
+
+_POOLED = ["--score-network", "pooled"]
+_PIXELS = [*_POOLED, "--sample-from", "pixels"]
+_FAST = [*_PIXELS, "--decode-ratio", "0.5"]
+_MASKS = ["--num-masks", "4"]
+VARIANTS: dict[str, list[str]] = {
+    "random": ["--masking", "random"],
+    "tube": ["--masking", "tube"],
+    "frame": ["--masking", "frame"],
+    "exact": [],
+    "pooled": _POOLED,
+    "pixels": _PIXELS,
+    "half": ["--decode-ratio", "0.5"],
+    "fast": _FAST,
+    "random-fast": ["--masking", "random", "--sample-from", "pixels", "--decode-ratio", "0.5"],
+    "masks4": _MASKS,
+    "plackett-luce": [*_MASKS, "--estimator", "plackett_luce"],
+    "plackett-luce-max": [*_MASKS, "--estimator", "plackett_luce_max"],
+    "explore": ["--exploration", "0.1"],
+}
+_MEDIUM = "--img-size 64 64 --num-frames 16 --embed-dim 192 --depth 4 --num-heads 4 --decoder-embed-dim 96"
+_GPU = "--img-size 112 112 --num-frames 16 --embed-dim 384 --depth 12 --num-heads 6 --decoder-embed-dim 192 "
+_GPU += "--decoder-depth 4 --mask-ratio 0.95 --batch-size 128"
+SIZES: dict[str, list[str]] = {
+    "small": ["--preset", "sprites"],
+    "medium": ["--preset", "sprites", *_MEDIUM.split(), "--mask-ratio", "0.95", "--warmup-steps", "20"],
+    "gpu": [
+        "--preset",
+        "sprites",
+        *_GPU.split(),
+        "--decoder-depth",
+        "4",
+        "--mask-ratio",
+        "0.95",
+        "--batch-size",
+        "128",
+    ],
+    "real": ["--preset", "demo"],
+}
+Size = Literal["small", "medium", "gpu", "real"]
+
+
+@dataclass(frozen=True)
+class Options:
+    """Size of the study."""
+
+    variants: tuple[str, ...] = ("random", "tube", "frame", "exact", "pooled", "pixels", "fast")
+    """Of VARIANTS."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Of weights, masks and clips."""
+    size: Size = "small"
+    """Of clips and model."""
+    steps: int = 4000
+    """Optimiser steps of random masking."""
+    budget: Literal["steps", "time"] = "steps"
+    """What is equal: the number of steps, or their time."""
+    normalize_target: bool = False
+    """Normalised targets, as in the paper, or raw pixels."""
+    probe: bool = True
+    """Train a linear probe."""
+    probe_labels: int = 4000
+    """Labelled clips for it."""
+    test_clips: int = 2000
+    """Clips for its accuracy, of a seed of their own."""
+    jobs: int = 2
+    """Runs at a time, each in one thread; on a GPU give 1."""
+    output: Path = Path(__file__).parent / "results" / "study_cpu.csv"
+    """CSV file for the rows."""
+
+    def __post_init__(self) -> None:
+        if strangers := [name for name in self.variants if name not in VARIANTS]:
+            raise ValueError(f"no variant {', '.join(strangers)}; there are {', '.join(VARIANTS)}.")
+        if self.probe and self.size == "real":
+            raise ValueError("the bundled video has no labels for a probe: add --no-probe.")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One run."""
+
+    variant: str
+    seed: int
+    size: str
+    budget: str
+    steps: int
+    mask_ratio: float
+    normalize_target: bool
+    step_time: float  # relative to random masking, measured in turns
+    p_ratio: float | None  # mean p of tokens that move over that of still ones
+    visible_moving: float | None  # share of visible tokens that move
+    reconstruction: float  # on the same random masks for all
+    probe_top1: float | None  # percent, as the next two
+    probe_direction: float | None
+    probe_shape: float | None
+    seconds: float
+    device: str
+    torch: str
+    commit: str
+
+
+def arguments(options: Options, variant: str, seed: int) -> list[str]:
+    """The command line of pretrain.py, but for its steps and its output."""
+    target = "--normalize-target" if options.normalize_target else "--no-normalize-target"
+    data = [] if options.size == "real" else ["--data", f"sprites:8000:{seed}"]
+    return [*SIZES[options.size], *data, *VARIANTS[variant], target, "--seed", str(seed), "--workers", "0"]
+
+
+def relative_step_times(options: Options) -> dict[str, float]:
+    """Seconds of a training step over those of random masking, in turns, on one thread or on the GPU."""
+    import torch
+
+    from adamae_sampler import AdaMAELoss
+    from common.cli import parse_arguments
+    from common.pretrain_recipe import PretrainRecipe
+
+    torch.set_num_threads(1)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    clocks = {}
+    for variant in dict.fromkeys(("random", *options.variants)):
+        recipe, _ = parse_arguments(PretrainRecipe, arguments(options, variant, 0), "sprites", None)
+        clocks[variant] = _clock(recipe, AdaMAELoss, device)
+    times = take_turns(clocks, 60.0, (5, 40))
+    return {variant: ratio(times[variant], times["random"]) for variant in options.variants}
+
+
+def _clock(recipe: Any, loss: Any, device: Any) -> Any:
+    """A function that does a step and returns its seconds."""
+    import timm
+    import torch
+
+    model = timm.create_model(recipe.model, **recipe.model_args()).to(device)
+    criterion = loss(normalize=recipe.normalize_target, patch_size=recipe.patch_size, estimator=recipe.estimator)
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    video = torch.rand(recipe.batch_size, 3, recipe.num_frames, *recipe.img_size, device=device)
+
+    def step() -> float:
+        began = time.perf_counter()
+        prediction, sample = model(video)
+        criterion(prediction, video, sample).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - began
+
+    return step
+
+
+def run(options: Options, variant: str, seed: int, relative: float, folder: str, commit: str) -> Row:
+    """Pre-trains, measures and probes once; `commit` is the code's, for the row."""
+    began = time.perf_counter()
+    import linear_probe
+    import pretrain
+    import torch
+
+    from common.cli import parse_arguments
+    from common.pretrain_recipe import PretrainRecipe
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cpu":
+        torch.set_num_threads(max((os.cpu_count() or 1) // options.jobs, 1))
+    place = Path(folder) / f"{variant}-{seed}"
+    place.mkdir(parents=True)
+    steps = options.steps if options.budget == "steps" else max(1, round(options.steps / relative))
+    settings = [*arguments(options, variant, seed), "--steps", str(steps), "--output", str(place / "pretrain")]
+    top1 = direction = shape = None
+    with (place / "log.txt").open("w") as log, contextlib.redirect_stdout(log):
+        pretrain.main(settings)
+        recipe, _ = parse_arguments(PretrainRecipe, settings, "sprites", None)
+        weights = place / "pretrain" / "model.safetensors"
+        p_ratio, visible_moving, reconstruction = measure(recipe, weights, device)
+        if options.probe:
+            data = ["--train", f"sprites:{options.probe_labels}:{1000 + seed}", "--val"]
+            data += [f"sprites:{options.test_clips}:5000", "--cache", str(place / "cache"), "--workers", "0"]
+            probe = ["--checkpoint", str(weights), "--batch-size", "100", "--output", str(place / "probe")]
+            linear_probe.main([*probe, *data, "--seed", str(seed)])
+            top1, direction, shape = accuracies(place / "probe" / "predictions.csv")
+    return Row(
+        variant, seed, options.size, options.budget, steps, recipe.mask_ratio, options.normalize_target, relative,
+        p_ratio, visible_moving, reconstruction, top1, direction, shape, time.perf_counter() - began,
+        device_name(device), torch.__version__, commit,
+    )  # fmt: skip
+
+
+def measure(recipe: Any, weights: Path, device: Any) -> tuple[float | None, float | None, float]:
+    """p(moving) / p(still), the share of visible tokens that move, and the loss on random masks, of unseen clips.
+
+    For masks without a p the share of draws in which a token is visible stands in its place. On the bundled video,
+    where nothing is known to move, the first two are None.
+    """
+    import timm
+    import torch
+
+    from adamae_sampler import AdaMAELoss, RandomTokenSampler
+    from adamae_sampler.models import load_checkpoint
+    from common.datasets import ClipStream
+    from common.devices import Normalise
+    from common.sources import pretrain_source
+    from common.sprites import Sprites
+
+    model = timm.create_model(recipe.model, **recipe.model_args()).to(device)
+    load_checkpoint(model, weights)
+    model.eval()
+    model.sampler.num_masks = 1
+    moving: Any = None
+    if recipe.data.startswith("sprites"):
+        sizes = {"num_frames": recipe.num_frames, "img_size": recipe.img_size[0], "patch_size": recipe.patch_size}
+        clips = [Sprites(256, seed=4000, **sizes)[index] for index in range(256)]
+        video = torch.stack([clip["video"] for clip in clips])
+        moving = torch.stack([clip["moving"] for clip in clips]).to(device)
+    else:
+        stream = ClipStream(pretrain_source(recipe), 0, 64, seed=4000)
+        video = torch.cat([stream[index]["video"] for index in range(64)])
+    generator = torch.Generator(device).manual_seed(0)
+    random_masks = RandomTokenSampler(model.sampler.grid_size, recipe.mask_ratio)
+    criterion = AdaMAELoss(
+        normalize=recipe.normalize_target, patch_size=recipe.patch_size, tubelet_size=recipe.tubelet_size
+    )
+    visible, weight, losses = [], [], []
+    with torch.no_grad():
+        for part in video.split(32):
+            pixels = Normalise(device)(part.to(device))
+            samples = [model.draw_mask(pixels) for _ in range(20)]
+            visible.append(torch.stack([~sample.mask for sample in samples]).float().mean(0))
+            log_probs = samples[0].log_probs
+            weight.append(visible[-1] if log_probs is None else log_probs.exp())
+            mask = random_masks(torch.zeros(len(part), random_masks.num_tokens, 1, device=device), generator=generator)
+            prediction, sample = model(pixels, mask=mask)
+            losses.append(float(criterion(prediction, part.to(device), sample).reconstruction))
+    loss = statistics.mean(losses)
+    if moving is None:
+        return None, None, loss
+    p, seen = torch.cat(weight), torch.cat(visible)
+    return float(p[moving].mean() / p[~moving].mean()), float(seen[moving].sum() / seen.sum()), loss
+
+
+def run_all(options: Options) -> Iterator[Row]:
+    """All runs, several at a time, each in a process of its own."""
+    relative = relative_step_times(options)
+    context, commit = multiprocessing.get_context("spawn"), current_commit()
+    with tempfile.TemporaryDirectory() as folder, ProcessPoolExecutor(options.jobs, context) as pool:
+        runs = [(variant, seed) for seed in options.seeds for variant in options.variants]
+        tasks = [pool.submit(run, options, name, seed, relative[name], folder, commit) for name, seed in runs]
+        for task in tqdm(tasks, unit="run"):
+            yield task.result()
+
+
+def study_table(rows: Sequence[Mapping[str, str]]) -> str:
+    """Mean and standard deviation over the seeds of what a file's rows say, as Markdown."""
+    columns = {
+        "step_time": ("step, of random's", 2),
+        "p_ratio": ("p(moving) / p(still)", 2),
+        "visible_moving": ("visible tokens that move", 3),
+        "reconstruction": ("loss on random masks", 4),
+        "probe_top1": ("probe: class", 1),
+        "probe_direction": ("direction", 1),
+        "probe_shape": ("shape", 1),
+    }
+    shown = {name: about for name, about in columns.items() if any(row[name] for row in rows)}
+    lines = [
+        f"| variant | steps | {' | '.join(title for title, _ in shown.values())} |",
+        "| --- " * (len(shown) + 2) + "|",
+    ]
+    for variant in dict.fromkeys(row["variant"] for row in rows):
+        mine = [row for row in rows if row["variant"] == variant]
+        cells = [
+            _spread([float(row[name]) for row in mine if row[name]], digits) for name, (_, digits) in shown.items()
+        ]
+        lines.append(f"| {variant} | {mine[0]['steps']} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _spread(values: Sequence[float], digits: int) -> str:
+    if not values:
+        return ""
+    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
+    return f"{statistics.mean(values):.{digits}f}" + (f" ± {deviation:.{digits}f}" if deviation else "")
+
+
+def main(options: Options) -> None:
+    """Runs, writes rows as they come, prints the table."""
+    began = time.perf_counter()
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    with options.output.open("w", newline="") as file:
+        writer = csv.DictWriter(file, [each.name for each in fields(Row)], lineterminator="\n")
+        writer.writeheader()
+        for row in run_all(options):
+            values = {
+                name: f"{value:.6g}" if isinstance(value, float) else value for name, value in asdict(row).items()
+            }
+            writer.writerow(values)
+            file.flush()
+    with options.output.open(newline="") as file:
+        print(study_table(list(csv.DictReader(file))))
+    print(f"{len(options.seeds)} seeds, {(time.perf_counter() - began) / 60:.1f} minutes")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options, description=__doc__))

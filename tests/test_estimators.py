@@ -1,0 +1,150 @@
+"""The estimators of the sampler's gradient, against enumerations of every mask that can be drawn."""
+
+import itertools
+import math
+
+import pytest
+import torch
+
+from adamae_sampler import AdaMAELoss, MaskSample, sampling_loss
+from adamae_sampler.estimators import leave_one_out, set_log_prob
+
+
+def sample_of(log_probs, visible):
+    mask = torch.ones(1, len(log_probs), dtype=torch.bool)
+    mask[0, list(visible)] = False
+    return MaskSample.from_mask(mask, len(visible))._replace(log_probs=log_probs[None])
+
+
+def probability(p, visible):
+    """Of the set, summed over every order in which it can be drawn."""
+    total = 0.0
+    for order in itertools.permutations(visible):
+        chance, left = 1.0, 1.0
+        for token in order:
+            chance, left = chance * p[token] / left, left - p[token]
+        total = total + chance
+    return total
+
+
+def gradient(of, scores):
+    return torch.autograd.grad(of, scores, retain_graph=True)[0]
+
+
+@pytest.mark.parametrize("spread", [0.1, 1.0, 4.0])
+@pytest.mark.parametrize(("tokens", "visible"), [(6, 2), (7, 4), (5, 4), (6, 1)])
+def test_the_probability_of_a_set_is_the_sum_over_its_orders(tokens, visible, spread):
+    scores = (torch.randn(tokens, dtype=torch.float64) * spread).requires_grad_()
+    log_probs = scores.log_softmax(0)
+    for chosen in itertools.combinations(range(tokens), visible):
+        got = set_log_prob(sample_of(log_probs, chosen))[0]
+        wanted = probability(log_probs.exp(), chosen).log()
+        torch.testing.assert_close(got, wanted, rtol=0, atol=1e-5)
+        torch.testing.assert_close(gradient(got, scores), gradient(wanted, scores), rtol=0, atol=1e-5)
+
+
+def test_the_probabilities_of_all_sets_are_one():
+    log_probs = (torch.randn(9) * 2).log_softmax(0)
+    sets = itertools.combinations(range(9), 4)
+    total = sum(float(set_log_prob(sample_of(log_probs, chosen)).exp()) for chosen in sets)
+    assert total == pytest.approx(1, abs=1e-5)
+
+
+def test_the_size_of_a_real_mask_in_single_precision_and_certain_tokens():
+    scores = torch.randn(2, 1568)
+    scores[1, :70] += 200  # all but certain to be seen
+    log_probs = scores.log_softmax(1).requires_grad_()
+    visible = torch.stack([torch.randperm(1568)[:78].sort().values, torch.arange(78)])
+    sample = MaskSample.from_mask(torch.ones(2, 1568, dtype=torch.bool).scatter(1, visible, False), 78)
+    found = set_log_prob(sample._replace(log_probs=log_probs))
+    torch.testing.assert_close(
+        found, set_log_prob(sample._replace(log_probs=log_probs.double())).float(), rtol=1e-4, atol=1e-3
+    )
+    assert torch.autograd.grad(found.sum(), log_probs)[0].isfinite().all()
+
+
+TOKENS, VISIBLE = 5, 2
+SETS = list(itertools.combinations(range(TOKENS), VISIBLE))
+
+
+@pytest.fixture
+def errors():
+    """e_i of the masked tokens for every mask: any function of it."""
+    torch.manual_seed(3)
+    return {chosen: torch.rand(1, TOKENS - VISIBLE, dtype=torch.float64) * 3 for chosen in SETS}
+
+
+def exact_gradient(scores, errors):
+    """Of the expected error of a mask."""
+    p = scores.softmax(0)
+    return gradient(sum(probability(p, chosen) * errors[chosen].mean() for chosen in SETS), scores)
+
+
+@pytest.mark.parametrize(("estimator", "sign"), [("plackett_luce", 1), ("plackett_luce_max", -1)])
+@pytest.mark.parametrize("num_masks", [1, 2])
+def test_the_policy_gradient_is_unbiased(estimator, sign, num_masks, errors):
+    """Over every pair of masks: two of one clip, or one of each of two clips of the same p."""
+    scores = torch.randn(TOKENS, dtype=torch.float64, requires_grad=True)
+    log_probs = scores.log_softmax(0)
+    expected = torch.zeros_like(scores)
+    for pair in itertools.product(SETS, repeat=2):
+        samples = [sample_of(log_probs, chosen) for chosen in pair]
+        both = MaskSample(*(torch.cat(each) for each in zip(*(sample[:4] for sample in samples), strict=True)))
+        error = torch.cat([errors[chosen] for chosen in pair])
+        loss = sampling_loss(both, error, estimator=estimator, num_masks=num_masks)
+        chance = math.prod(float(probability(log_probs.exp().detach(), chosen)) for chosen in pair)
+        expected += chance * gradient(loss, scores)
+    torch.testing.assert_close(expected, sign * exact_gradient(scores, errors), rtol=0, atol=1e-5)
+
+
+def test_the_papers_estimator_is_no_gradient_of_the_expected_error(errors):
+    """What benchmarks/estimator_bias.py measures: it points elsewhere, whatever its length and sign."""
+    scores = torch.randn(TOKENS, dtype=torch.float64, requires_grad=True)
+    log_probs = scores.log_softmax(0)
+    expected = torch.zeros_like(scores)
+    for chosen in SETS:
+        loss = sampling_loss(sample_of(log_probs, chosen), errors[chosen])
+        expected += float(probability(log_probs.exp(), chosen)) * gradient(loss, scores)
+    cosine = torch.nn.functional.cosine_similarity(expected, exact_gradient(scores, errors), dim=0)
+    assert abs(float(cosine)) < 0.98
+
+
+@pytest.mark.parametrize("decoded", [1, 2])
+def test_losses_of_a_part_of_the_masked_tokens_are_unbiased(decoded):
+    """Over every part that may be decoded, with the model's own errors for it: means are those over all tokens."""
+    log_probs = torch.randn(1, TOKENS).log_softmax(1).requires_grad_()
+    sample = sample_of(log_probs[0], (1, 3))
+    video, prediction = torch.rand(1, 1, 1, 2, 2 * TOKENS), torch.rand(1, TOKENS - VISIBLE, 4)
+    criterion = AdaMAELoss(normalize=False, patch_size=2, tubelet_size=1)
+    whole = criterion(prediction, video, sample)
+    parts = []
+    for places in itertools.combinations(range(TOKENS - VISIBLE), decoded):
+        part = sample._replace(decoded_idx=sample.masked_idx[:, list(places)])
+        parts.append(criterion(prediction[:, list(places)], video, part))
+    for name in ("reconstruction", "sampling"):
+        mean = torch.stack([getattr(part, name) for part in parts]).mean()
+        torch.testing.assert_close(mean, getattr(whole, name))
+    gradients = [torch.autograd.grad(part.sampling, log_probs, retain_graph=True)[0] for part in parts]
+    wanted = torch.autograd.grad(whole.sampling, log_probs, retain_graph=True)[0]
+    torch.testing.assert_close(torch.stack(gradients).mean(0), wanted)
+
+
+def test_leave_one_out():
+    reward = torch.tensor([1.0, 2.0, 6.0, 5.0, 5.0, 5.0])
+    assert leave_one_out(reward, 3).tolist() == [-3, -1.5, 4.5, 0, 0, 0]
+    assert leave_one_out(torch.tensor([1.0, 3.0]), 1).tolist() == [-2, 2]  # of two clips
+    assert leave_one_out(torch.tensor([4.0]), 1).tolist() == [4]  # nothing to compare with
+
+
+def test_what_cannot_be_is_refused():
+    sample = sample_of(torch.randn(5).log_softmax(0), (1, 3))
+    with pytest.raises(ValueError, match=r"estimator='pl', expected one of 'categorical', 'plackett_luce'"):
+        AdaMAELoss(estimator="pl")
+    with pytest.raises(ValueError, match=r"estimator='pl'"):
+        sampling_loss(sample, torch.rand(1, 3), estimator="pl")
+    with pytest.raises(ValueError, match="no distribution to learn"):
+        set_log_prob(sample._replace(log_probs=None))
+    with pytest.raises(ValueError, match=r"takes no decode_mask"):
+        AdaMAELoss(estimator="plackett_luce", patch_size=2, tubelet_size=1)(
+            torch.rand(1, 4, 12), torch.rand(1, 3, 1, 2, 10), sample, torch.tensor([[False, True, False, False, False]])
+        )

@@ -1,0 +1,265 @@
+"""The options of the reference model beside the exact method: what each must not change, and what makes no sense."""
+
+import pytest
+import torch
+from conftest import tiny_model
+
+from adamae_sampler import (
+    AdaMAELoss,
+    AdaptiveTokenSampler,
+    FrameTokenSampler,
+    MaskSample,
+    RandomTokenSampler,
+    TubeTokenSampler,
+)
+from adamae_sampler.losses import DeferredPrediction
+from adamae_sampler.models.adamae import thumbnails
+from adamae_sampler.networks import MHAScoreNetwork, PooledScoreNetwork
+from adamae_sampler.ops import patchify
+
+GRID = (4, 4, 4)
+FAST = {"score_network": "pooled", "sample_from": "pixels", "decode_ratio": 0.5}
+CRITERION = AdaMAELoss(patch_size=8)
+
+
+def clips(batch=2):
+    return torch.randn(batch, 3, 8, 32, 32)
+
+
+def without_dropout(model):
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    return model
+
+
+def step(model, video, **kwargs):
+    """Losses, and the gradient of every parameter."""
+    model.zero_grad()
+    prediction, sample = model(video, **kwargs)
+    out = CRITERION(prediction, video, sample)
+    out.loss.backward()
+    return out, sample, {name: each.grad.clone() for name, each in model.named_parameters()}
+
+
+@pytest.mark.parametrize("options", [{}, {"sample_from": "pixels"}, {"score_network": "pooled", "decode_ratio": 0.5}])
+def test_several_masks_of_a_clip_are_as_many_clips(options):
+    model, video = without_dropout(tiny_model(num_masks=3, **options)).train(), clips()
+    out, sample, gradients = step(model, video)
+    assert sample.mask.shape == (6, 64)
+    assert not torch.equal(sample.mask[0], sample.mask[1])
+    assert torch.equal(sample.log_probs[0], sample.log_probs[2])  # one p
+    again, _, wanted = step(model, video.repeat_interleave(3, 0), mask=sample._replace(log_probs=None))
+    for name in ("loss", "reconstruction", "sampling", "token_error"):
+        torch.testing.assert_close(getattr(out, name), getattr(again, name))
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, wanted[name], rtol=1e-4, atol=1e-7, msg=name)
+
+
+@pytest.mark.parametrize("kind", [AdaptiveTokenSampler, RandomTokenSampler, TubeTokenSampler, FrameTokenSampler])
+def test_every_sampler_draws_several_masks(kind):
+    first = (8,) if kind is AdaptiveTokenSampler else ()
+    sampler = kind(*first, GRID, 0.75, num_masks=4)
+    sample = sampler(torch.randn(3, 64, 8))
+    assert sample.visible_idx.shape == (12, sampler.num_visible)
+    assert len({tuple(row.tolist()) for row in sample.visible_idx}) > 3
+    assert "num_masks=4" in repr(sampler)
+    given = sampler(torch.randn(3, 64, 8), mask=sample.mask[:6])  # two of each
+    assert torch.equal(given.visible_idx, sample.visible_idx[:6])
+    assert (given.log_probs is None) == (kind is not AdaptiveTokenSampler)
+    with pytest.raises(ValueError, match=r"mask has shape \(4, 64\), expected \(3, 64\).*several rows for each clip"):
+        sampler(torch.randn(3, 64, 8), mask=sample.mask[:4])
+    with pytest.raises(ValueError, match="num_masks=0, expected a whole number"):
+        kind(*first, GRID, 0.75, num_masks=0)
+
+
+def test_embedding_the_visible_tokens_alone_changes_nothing():
+    video = clips()
+    usual, visible_alone = tiny_model(masking="random"), tiny_model(masking="random", sample_from="pixels")
+    visible_alone.load_state_dict(usual.state_dict())
+    mask = usual.draw_mask(video).mask
+    one, _, gradients = step(usual.train(), video, mask=mask)
+    two, _, others = step(visible_alone.train(), video, mask=mask)
+    torch.testing.assert_close(one.token_error, two.token_error)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, others[name], rtol=1e-4, atol=1e-7, msg=name)
+
+
+def test_thumbnails_are_the_means_of_pixels():
+    model, video = tiny_model(), clips()
+    small = thumbnails(video, model.size)
+    assert small.shape == (2, 64, 2 * 4 * 4 * 3)
+    pixels = patchify(video, 8, 2).view(2, 64, 2, 8, 8, 3)
+    torch.testing.assert_close(small.view(2, 64, 2, 4, 4, 3)[:, :, 1, 2, 3], pixels[:, :, 1, 4:6, 6:8].mean((2, 3)))
+
+
+def test_the_sampler_learns_from_pixels():
+    """All of its weights have a gradient, and the tokenizer's is the reconstruction's alone."""
+    model = tiny_model(**FAST).train()
+    _, _, gradients = step(model, clips())
+    sampler = {name: each for name, each in gradients.items() if name.startswith("sampler.")}
+    assert all(each.abs().sum() > 0 for name, each in sampler.items() if not name.endswith("head.bias"))
+    assert len(sampler) > 10
+
+
+@pytest.mark.parametrize("masking", ["adaptive", "random"])
+def test_a_part_of_the_masked_tokens_is_decoded_in_training_alone(masking):
+    model, video = tiny_model(masking=masking, decode_ratio=0.5).train(), clips()
+    prediction, sample = model(video)
+    assert prediction.shape[1] == 24
+    assert sample.masked_idx.shape[1] == 48
+    decoded, masked = (set(each[0].tolist()) for each in (sample.decoded_idx, sample.masked_idx))
+    assert decoded < masked
+    assert sample.decoded_idx[0].tolist() == sorted(decoded)
+    assert CRITERION(prediction, video, sample).token_error.shape == (2, 24)
+    prediction, sample = model.eval()(video)
+    assert prediction.shape[1] == 48
+    assert sample.decoded_idx is None
+
+
+def test_every_masked_token_is_decoded_as_often_as_any_other():
+    model = tiny_model(decode_ratio=0.25)
+    from adamae_sampler.sampler import draw_decoded
+
+    sample = model.draw_mask(clips(1))
+    counts = torch.zeros(64)
+    for _ in range(800):
+        counts[draw_decoded(sample, 12).decoded_idx[0]] += 1
+    assert counts[sample.visible_idx[0]].sum() == 0
+    assert counts[sample.masked_idx[0]].sub(200).abs().max() < 5 * (800 * 0.25 * 0.75) ** 0.5
+
+
+def test_a_decoder_that_gets_a_part_sees_that_part_in_its_places():
+    """Without attention between tokens a prediction depends on its own place: so it is that of the whole."""
+    model, video = tiny_model().eval(), clips()
+    for block in model.decoder.blocks:
+        torch.nn.init.zeros_(block.attn.proj.weight)
+    sample = model.draw_mask(video)
+    whole, _ = model(video, mask=sample)
+    chosen = torch.tensor([[1, 5, 40], [0, 2, 47]])
+    part, _ = model(video, mask=sample._replace(decoded_idx=sample.masked_idx.gather(1, chosen)))
+    torch.testing.assert_close(part, whole.gather(1, chosen[:, :, None].expand(-1, -1, whole.shape[2])))
+
+
+@pytest.mark.parametrize("options", [{}, {"decode_ratio": 0.5}, {"num_masks": 2}])
+def test_the_head_in_chunks_gives_the_same(options):
+    video, found = clips(), []
+    for chunks in (1, 5):
+        torch.manual_seed(0)
+        model = without_dropout(tiny_model(head_chunks=chunks, **options)).train()
+        torch.manual_seed(1)
+        found.append(step(model, video))
+    (one, _, gradients), (two, _, others) = found
+    assert torch.equal(one.token_error, two.token_error)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, others[name], rtol=1e-5, atol=1e-8, msg=name)
+
+
+def test_the_head_in_chunks_holds_no_whole_prediction():
+    model, video = tiny_model(head_chunks=6).train(), clips()
+    sizes = []
+
+    def seen(tensor):
+        sizes.append(tensor.numel())
+        return tensor
+
+    prediction, sample = model(video)
+    assert isinstance(prediction, DeferredPrediction)
+    with torch.autograd.graph.saved_tensors_hooks(seen, lambda tensor: tensor):
+        CRITERION(prediction, video, sample).loss.backward()
+    assert max(sizes) <= max(2 * 48 * 384 // 6, video.numel())
+    assert prediction.whole().shape == (2, 48, 384)
+    assert isinstance(model.eval()(video)[0], torch.Tensor)
+
+
+@pytest.mark.parametrize("grid", [(4, 4, 4), (8, 14, 14), (3, 5, 7), (1, 14, 14), (1, 1, 3)])
+def test_pooled_scores_of_any_grid(grid):
+    tokens = torch.randn(2, grid[0] * grid[1] * grid[2], 12)
+    network = PooledScoreNetwork(12, grid, width=24, num_heads=2).eval()
+    scores = network(tokens)
+    assert scores.shape == tokens.shape[:2]
+    assert len(set(scores[0].tolist())) == tokens.shape[1]  # tokens of a cell differ
+    scores.square().sum().backward()
+    assert all(each.grad.abs().sum() > 0 for each in network.parameters())
+
+
+@pytest.mark.parametrize(
+    ("grid", "pool"),
+    [
+        ((8, 14, 14), (2, 2, 2)),
+        ((16, 14, 14), (2, 2, 2)),
+        ((32, 14, 14), (4, 2, 2)),
+        ((32, 24, 24), (4, 4, 4)),
+        ((1, 14, 14), (1, 2, 2)),
+    ],
+)
+def test_cells_grow_with_the_grid(grid, pool):
+    network = PooledScoreNetwork(8, grid, width=24, num_heads=2)
+    assert network.pool == pool
+    assert network.pos_embed.shape[1] <= 400
+
+
+def test_pooled_scores_see_the_other_cells_and_their_own_place():
+    network = PooledScoreNetwork(12, GRID, width=24, num_heads=2).eval()
+    torch.nn.init.normal_(network.pos_embed)
+    tokens = torch.randn(1, 64, 12, requires_grad=True)
+    (gradient,) = torch.autograd.grad(network(tokens)[0, 0], tokens)
+    assert (gradient[0].abs().sum(1) > 0).all()
+    same = torch.ones(1, 64, 12)
+    by_cell = network(same).view(2, 2, 2, 2, 2, 2).permute(0, 2, 4, 1, 3, 5).reshape(8, 8)
+    assert torch.equal(by_cell.amin(1), by_cell.amax(1))  # the position is the cell's
+    assert len(set(by_cell[:, 0].tolist())) == 8
+
+
+def test_temperature_and_exploration():
+    tokens = torch.randn(2, 64, 8)
+    torch.manual_seed(0)
+    plain = AdaptiveTokenSampler(8, GRID, 0.75, network="mlp")
+    scores = plain.scores(tokens)
+    for options, wanted in (
+        ({"temperature": 2.0}, (scores / 2).softmax(1)),
+        ({"exploration": 0.25}, 0.75 * scores.softmax(1) + 0.25 / 64),
+        ({"temperature": 0.5, "exploration": 0.1}, 0.9 * (scores * 2).softmax(1) + 0.1 / 64),
+    ):
+        sampler = AdaptiveTokenSampler(8, GRID, 0.75, network="mlp", **options)
+        sampler.load_state_dict(plain.state_dict())
+        torch.testing.assert_close(sampler(tokens).log_probs.exp(), wanted)
+        given = sampler(tokens, mask=sampler(tokens).mask)
+        torch.testing.assert_close(given.log_probs.exp(), wanted)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"masking": "random", "exploration": 0.1}, "exploration: only masking='adaptive' takes it"),
+        ({"masking": "tube", "score_network": "pooled"}, "score_network: only masking='adaptive' takes it"),
+        (
+            {"masking": RandomTokenSampler(GRID, 0.75), "temperature": 2.0},
+            "temperature: .* the sampler given has its own",
+        ),
+        ({"masking": RandomTokenSampler(GRID, 0.75), "num_masks": 2}, "num_masks=2, and the sampler given has 1"),
+        ({"decode_ratio": 0.0}, "decode_ratio=0.0, expected a share of the masked tokens"),
+        ({"decode_ratio": 1.5}, "decode_ratio=1.5, expected"),
+        ({"head_chunks": 0}, "head_chunks=0, expected 1 or more"),
+        ({"sample_from": "frames"}, "sample_from='frames', expected 'tokens' or 'pixels'"),
+        ({"temperature": 0.0}, "temperature=0.0, expected a positive number"),
+        ({"exploration": 1.0}, "exploration=1.0, expected a share of p"),
+        ({"score_network": "mla"}, "network='mla', expected 'mha', 'mlp', 'pooled'"),
+    ],
+)
+def test_options_that_make_no_sense_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        tiny_model(**options)
+    with pytest.raises(ValueError, match="5 heads do not divide the score network's width 192"):
+        PooledScoreNetwork(12, GRID, num_heads=5)
+
+
+def test_the_defaults_are_the_exact_method():
+    model = tiny_model().train()
+    assert isinstance(model.sampler.network, MHAScoreNetwork)
+    prediction, sample = model(clips())
+    assert isinstance(prediction, torch.Tensor)
+    assert sample.decoded_idx is None
+    assert torch.equal(sample.target_idx, sample.masked_idx)
+    assert model.sampler.num_masks == 1
+    assert MaskSample._fields[:4] == ("visible_idx", "masked_idx", "mask", "log_probs")
