@@ -35,6 +35,7 @@ import matplotlib.pyplot as plt
 _FAST: dict[str, Any] = {"score_network": "pooled", "sample_from": "pixels", "decode_ratio": 0.5}
 # Frames and height of clips, in tokens of 2 x 16 x 16.
 _CLIPS = ((16, 224), (32, 224), (64, 224), (64, 384))
+SCALE = "one clip"  # the group of the parts alone
 _COLOURS = {"encoder": "#777777", "exact": "#b5533c", "pooled": "#8fb8d8", "pixels": "#1b6ca8"}
 
 
@@ -170,29 +171,42 @@ def main(options: Options) -> None:
         print(options_table([row for row in rows if row.group == name]), flush=True)
     for frames, height in ((16, 64), (32, 64)) if options.quick else _CLIPS:
         num_tokens, parts = part_clocks(frames, height, device, options.quick)
-        add("one clip", dict.fromkeys(parts, num_tokens), take_turns(parts, options.seconds / 2, (3, 9)))
-    folder.mkdir(parents=True, exist_ok=True)
+        add(SCALE, dict.fromkeys(parts, num_tokens), take_turns(parts, options.seconds / 2, (3, 9)))
     path = folder / f"options_{device_slug(device)}.csv"
+    write(rows, path)
+    plot(rows, path.with_suffix(".png"))
+    print(scale_table(rows))
+
+
+def write(rows: Sequence[Row], path: Path) -> None:
+    """Writes the rows."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, [each.name for each in fields(Row)], lineterminator="\n")
         writer.writeheader()
         for row in rows:
             values = asdict(row).items()
             writer.writerow({name: f"{value:.6g}" if isinstance(value, float) else value for name, value in values})
-    plot(rows, path.with_suffix(".png"))
-    print(scale_table(rows))
+
+
+def read_option_rows(path: Path) -> list[Row]:
+    """The rows of a file that `write` wrote."""
+    kinds = {"int": int, "float": float, "str": str}
+    of = {each.name: kinds[str(each.type)] for each in fields(Row)}
+    with path.open(newline="") as file:
+        return [Row(**{name: of[name](text) for name, text in row.items()}) for row in csv.DictReader(file)]
 
 
 def options_table(rows: Sequence[Row]) -> str:
     """A line for each step, as Markdown."""
-    lines = ["| beside | step | seconds | ratio |", "| --- | --- | --- | --- |"]
-    lines += [f"| {row.group} | {row.what} | {row.median_s:.3g} | {row.of_first:.2f} |" for row in rows]
+    lines = ["| beside | step | time | ratio |", "| --- | --- | --- | --- |"]
+    lines += [f"| {row.group} | {row.what} | {row.median_s:.3g} s | {row.of_first:.2f} |" for row in rows]
     return "\n".join(lines)
 
 
 def scale_table(rows: Sequence[Row]) -> str:
     """A line for each number of tokens: seconds of each part, and how many times those of the fewest tokens."""
-    scale = [row for row in rows if row.group == "one clip"]
+    scale = [row for row in rows if row.group == SCALE]
     parts = list(dict.fromkeys(row.what for row in scale))
     fewest = {row.what: row.median_s for row in reversed(scale)}
     lines = [f"| tokens | {' | '.join(parts)} |", "| --- " * (len(parts) + 1) + "|"]
@@ -213,10 +227,10 @@ def plot(rows: Sequence[Row], path: Path) -> None:
         "pixels": "pooled sampler, from pixels",
     }
     for name, colour in _COLOURS.items():
-        mine = [row for row in rows if row.group == "one clip" and row.what == name]
+        mine = [row for row in rows if row.group == SCALE and row.what == name]
         axes.plot([row.tokens for row in mine], [row.median_s for row in mine], "o-", color=colour, label=labels[name])
     axes.set(xscale="log", yscale="log", xlabel="tokens of a clip", ylabel="seconds, forward and backward")
-    axes.set_xticks([row.tokens for row in rows if row.group == "one clip" and row.what == "encoder"])
+    axes.set_xticks([row.tokens for row in rows if row.group == SCALE and row.what == "encoder"])
     axes.xaxis.set_major_formatter(matplotlib.ticker.ScalarFormatter())
     axes.minorticks_off()
     axes.legend(fontsize=8)

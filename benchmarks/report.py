@@ -6,6 +6,7 @@ python benchmarks/report.py --readme copy.md
 
 from __future__ import annotations
 
+import csv
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,10 +17,14 @@ import plots
 import tyro
 from host_steps import PATCHED, UNPATCHED
 from official_repository import ADAMAE, VIDEOMAE
+from options_cost import SCALE, options_table, read_option_rows, scale_table
 from rows import COMPILED, OFFICIAL, OURS, PRODUCTS, RESULTS, TORCH_BACKEND, Row, find, format_seconds, read_rows
+from study import study_facts, study_table, study_title
 
 BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
 HOSTS_BEGIN, HOSTS_END = "<!-- hosts: begin -->", "<!-- hosts: end -->"
+OPTIONS = "<!-- options: begin -->", "<!-- options: end -->"
+STUDY = "<!-- study: begin -->", "<!-- study: end -->"
 
 _SSV2_CLIPS = 168_913
 _PAPER_EPOCH_S = {"adaptive 95%": 9 * 60 + 11, "tube 90%": 9 * 60 + 49}  # on 8 GPUs; supplement, Table 4
@@ -57,6 +62,9 @@ def main(options: Options) -> None:
     hosts = [row for rows in devices.values() for row in rows if row.suite == "hosts"]
     if hosts:
         text = insert(text, patched_hosts(hosts), options.readme, (HOSTS_BEGIN, HOSTS_END))
+    for markers, tables in ((OPTIONS, options_tables), (STUDY, study_tables)):
+        if found := tables(options.results):
+            text = insert(text, found, options.readme, markers)
     for device, rows in devices.items():
         for picture in plots.draw(rows, options.results, device):
             print(f"wrote {picture}")
@@ -107,6 +115,27 @@ def markdown(devices: dict[str, list[Row]]) -> str:
             ops = [row for row in rows if row.suite == suite and row.direction != "step"]
             parts.append(comparison(ops, "Op" if suite == "ops" else "Op, over the tokens of a clip"))
     return "\n\n".join(filter(None, parts))
+
+
+def options_tables(results: Path) -> str:
+    """What the options cost, on each device that there are rows of options_cost.py from; empty without."""
+    parts = []
+    for path in sorted(results.glob("options_*.csv"), reverse=True):
+        rows = read_option_rows(path)
+        first = rows[0]
+        facts = f"{first.device}, torch {first.torch}, {first.threads} threads, commit {first.commit}; `{path.name}`."
+        parts += [options_table([row for row in rows if row.group != SCALE]), scale_table(rows), facts]
+    return "\n\n".join(parts)
+
+
+def study_tables(results: Path) -> str:
+    """A table for each file of rows of study.py, under its settings; empty without."""
+    parts = []
+    for path in sorted(results.glob("study*.csv"), key=lambda path: (len(path.name), path.name)):
+        with path.open(newline="") as file:
+            rows = list(csv.DictReader(file))
+        parts += [f"**{study_title(rows)}**", study_table(rows), study_facts(rows, path)]
+    return "\n\n".join(parts)
 
 
 def patched_hosts(rows: Sequence[Row]) -> str:

@@ -138,7 +138,17 @@ def arguments(options: Options, variant: str, seed: int) -> list[str]:
     """The command line of pretrain.py, but for its steps and its output."""
     target = "--normalize-target" if options.normalize_target else "--no-normalize-target"
     data = [] if options.size == "real" else ["--data", f"sprites:8000:{seed}"]
-    return [*SIZES[options.size], *data, *VARIANTS[variant], target, "--seed", str(seed), "--workers", "0"]
+    settings = [*SIZES[options.size], *data, *VARIANTS[variant], target, "--seed", str(seed), "--workers", "0"]
+    if "--num-masks" not in settings:
+        return settings
+    # As many masks in a step as the others have, of fewer clips, at the same learning rate.
+    from common.cli import parse_arguments
+    from common.pretrain_recipe import PretrainRecipe
+
+    recipe, _ = parse_arguments(PretrainRecipe, settings, "sprites", None)
+    fewer = {"--batch-size": recipe.batch_size // recipe.num_masks}
+    rates = {"--base-lr": recipe.base_lr * recipe.num_masks, "--min-base-lr": recipe.min_base_lr * recipe.num_masks}
+    return [*settings, *(str(each) for pair in (fewer | rates).items() for each in pair)]
 
 
 def relative_step_times(options: Options) -> dict[str, float]:
@@ -304,6 +314,23 @@ def study_table(rows: Sequence[Mapping[str, str]]) -> str:
         ]
         lines.append(f"| {variant} | {mine[0]['steps']} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def study_title(rows: Sequence[Mapping[str, str]]) -> str:
+    """What the runs of a file have in common."""
+    first = rows[0]
+    clips = {"small": "64 tokens", "medium": "512 tokens", "gpu": "392 tokens", "real": "the bundled video"}
+    target = "normalised" if first["normalize_target"] == "True" else "raw"
+    equal = "as many steps" if first["budget"] == "steps" else "as much time"
+    masked = f"{100 * float(first['mask_ratio']):g}% masked"
+    seeds = len({row["seed"] for row in rows})
+    return f"{clips[first['size']]}, {masked}, {target} pixels, {equal} each, {seeds} seeds"
+
+
+def study_facts(rows: Sequence[Mapping[str, str]], path: Path) -> str:
+    """Where the rows are from."""
+    first = rows[0]
+    return f"`{path.name}`, {first['device']}, torch {first['torch']}, commit {first['commit']}."
 
 
 def _spread(values: Sequence[float], digits: int) -> str:

@@ -7,10 +7,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import estimator_bias
+import options_cost
 import pytest
 import report
 import report_examples
 import scaling
+import study
 import torch
 from downstream import accuracies, downstream_table
 from finetune_step import FinetuneStep
@@ -184,3 +187,68 @@ def test_a_reader_with_other_frames_is_found():
     check_readers({"a video": [entry]}, {"right": read_pyav})
     with pytest.raises(AssertionError, match=r"a video, late: frames differ by .* of 255"):
         check_readers({"a video": [entry]}, {"late": lambda entry, generator: read_pyav(entry, generator).roll(1, 0)})
+
+
+def test_the_bias_of_the_estimators(tmp_path, capsys):
+    estimator_bias.main(estimator_bias.Options(trials=3, output=tmp_path / "rows.csv"))
+    rows = list(csv.DictReader((tmp_path / "rows.csv").open()))
+    cosines = {row["estimator"]: float(row["cosine"]) for row in rows}
+    assert cosines["plackett_luce"] == pytest.approx(1, abs=1e-3)
+    assert cosines["plackett_luce_max"] == pytest.approx(-1, abs=1e-3)
+    assert abs(cosines["categorical"]) < 0.95
+    assert len(rows) == 9
+    assert "errors of the token" in capsys.readouterr().out
+
+
+def test_every_option_is_timed_as_a_step_that_trains():
+    device, seen = torch.device("cpu"), set()
+    for group, cases in options_cost.groups(device, quick=True).items():
+        assert len(cases) > 1, group
+        for case in cases.values():
+            assert math.isfinite(float(case.make(device)()))
+            seen |= case.options.keys()
+    assert seen == {"score_network", "sample_from", "num_masks", "decode_ratio", "head_chunks"}
+    tokens, parts = options_cost.part_clocks(16, 64, device, quick=True)
+    assert tokens == 128
+    assert all(clock() > 0 for clock in parts.values())
+
+
+def test_tables_of_options_are_of_rows(tmp_path):
+    facts = {"threads": 2, "device": "a CPU", "torch": "2", "commit": "abc", "repeats": 3, "q1_s": 1.0, "q3_s": 1.0}
+    rows = [
+        options_cost.Row("random masking", what, tokens=1568, median_s=seconds, of_first=seconds, **facts)
+        for what, seconds in (("random", 1.0), ("exact", 1.5))
+    ]
+    rows += [
+        options_cost.Row(options_cost.SCALE, "encoder", tokens=tokens, median_s=seconds, of_first=1.0, **facts)
+        for tokens, seconds in ((1568, 2.0), (3136, 5.0))
+    ]
+    options_cost.write(rows, tmp_path / "options_cpu.csv")
+    text = report.options_tables(tmp_path)
+    assert "| random masking | exact | 1.5 s | 1.50 |" in text
+    assert "| 3,136 | 5 s (2.5) |" in text
+    assert "a CPU, torch 2, 2 threads, commit abc; `options_cpu.csv`." in text
+    assert report.options_tables(tmp_path / "nowhere") == ""
+
+
+def test_the_study_of_options_trains_measures_and_probes(tmp_path):
+    options = study.Options(variants=("fast", "plackett-luce"), steps=2, probe_labels=40, test_clips=30, jobs=2)
+    rows = [study.run(options, name, 3, 1.25, str(tmp_path), "abc") for name in options.variants]
+    log = (tmp_path / "plackett-luce-3" / "log.txt").read_text()
+    assert "num_masks=4, estimator=plackett_luce" in log
+    assert "4 videos x 1 devices" in log
+    assert "0.064 x 4 / 256 = 0.001" in log
+    for row in rows:
+        assert row.p_ratio > 0.2
+        assert 0 < row.visible_moving < 1
+        assert row.reconstruction < 1
+        assert 0 <= row.probe_top1 <= 100
+    timed = study.run(study.Options(budget="time", steps=4, probe=False), "half", 3, 2.0, str(tmp_path), "abc")
+    assert timed.steps == 2
+    assert timed.probe_top1 is None
+    text = study.study_table(
+        [{name: "" if each is None else str(each) for name, each in vars(row).items()} for row in rows]
+    )
+    assert text.count("| 1.25 |") == 2
+    with pytest.raises(ValueError, match="no variant quick; there are random, tube"):
+        study.Options(variants=("quick",))
