@@ -106,11 +106,11 @@ def draw_mask(num_tokens: int, num_visible: int, noise: bool = False) -> None:
     OPS.log_softmax_backward(scores, scores)
 
 
-def gather_tokens(width: int, dtype: torch.dtype) -> None:
+def gather_tokens(width: int, dtype: torch.dtype, masks: int = 1) -> None:
     """The gather, and both ways back: to the tokens, and to a position table shared by the clips."""
-    x, idx = torch.empty(CLIPS, N, width, dtype=dtype), torch.empty(CLIPS, K, dtype=torch.int64)
+    x, idx = torch.empty(CLIPS, N, width, dtype=dtype), torch.empty(CLIPS * masks, K, dtype=torch.int64)
     grad = OPS.gather_tokens(x, idx, torch.empty(1, N, width))
-    OPS.scatter_tokens(grad, idx, N, dtype)
+    OPS.scatter_tokens(grad, idx, CLIPS, N, dtype)
     OPS.scatter_tokens_sum(grad, idx, N, torch.float32)
 
 
@@ -122,9 +122,12 @@ def assemble_tokens(width: int, dtype: torch.dtype, restore: bool) -> None:
     OPS.sum_masked_rows(grad, idx[:, :K], restore)
 
 
-def reconstruction_error(dtype: torch.dtype, video_dtype: torch.dtype, kind: str, normalize: bool) -> None:
+def reconstruction_error(
+    dtype: torch.dtype, video_dtype: torch.dtype, kind: str, normalize: bool, masks: int = 1
+) -> None:
     """The error and its gradient, for 2x16x16 patches of three channels."""
-    prediction, idx = torch.empty(CLIPS, N - K, 1536, dtype=dtype), torch.empty(CLIPS, N - K, dtype=torch.int64)
+    rows = CLIPS * masks
+    prediction, idx = torch.empty(rows, N - K, 1536, dtype=dtype), torch.empty(rows, N - K, dtype=torch.int64)
     video = torch.empty(CLIPS, 3, 16, 224, 224, dtype=video_dtype)
     stats = [None, None] if video_dtype == torch.uint8 else [[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]]
     how = (kind, normalize, [2, 16, 16], *stats)
@@ -161,6 +164,10 @@ for _dtype in (torch.float32, torch.bfloat16, torch.float16):
         CASES[f"reconstruction_error, {_name}, {_video_name} video"] = partial(
             reconstruction_error, _dtype, _video, "mse", True
         )
+CASES["gather_tokens, 768 wide, bfloat16, 4 masks of a clip"] = partial(gather_tokens, 768, torch.bfloat16, 4)
+CASES["reconstruction_error, bfloat16, uint8 video, 4 masks of a clip"] = partial(
+    reconstruction_error, torch.bfloat16, torch.uint8, "mse", True, 4
+)
 CASES["reconstruction_error, bfloat16, uint8 video, raw l1"] = partial(
     reconstruction_error, torch.bfloat16, torch.uint8, "l1", False
 )

@@ -120,7 +120,7 @@ def test_addresses_past_two_to_the_31():
     gathered = ops.gather_tokens(x, idx)
     assert gathered.numel() > 2**31
     assert torch.equal(gathered[-1], x[-1, idx[-1]])
-    scattered = OPS.scatter_tokens(gathered, idx, tokens, torch.bfloat16)
+    scattered = OPS.scatter_tokens(gathered, idx, clips, tokens, torch.bfloat16)
     assert torch.equal(scattered[-1, idx[-1]], gathered[-1])
     assert int((scattered[-1] != 0).any(-1).sum()) <= 1948
     del scattered

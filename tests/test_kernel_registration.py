@@ -32,7 +32,7 @@ def op_calls():
         "draw_mask": (scores, 3, None, seed),
         "log_softmax_backward": (scores.detach(), scores.detach()),
         "gather_tokens": (x, sample.visible_idx, pos),
-        "scatter_tokens": (visible.detach(), sample.visible_idx, 9, torch.float32),
+        "scatter_tokens": (visible.detach(), sample.visible_idx, len(visible), 9, torch.float32),
         "scatter_tokens_sum": (visible.detach(), sample.visible_idx, 9, torch.bfloat16),
         "assemble_tokens": (visible, mask_token, pos, *idx, True),
         "sum_masked_rows": (x.detach(), sample.visible_idx, False),

@@ -333,7 +333,7 @@ def test_an_index_out_of_range_gives_nan_and_touches_nothing_else():
     for bad in (-1, 4, 2**40):
         idx = torch.tensor([[1, bad, 3]], device=DEVICE)
         assert OPS.gather_tokens(x, idx, pos).isnan().all(-1).tolist() == [[False, True, False]]
-        scattered = OPS.scatter_tokens(x[:, :3], idx, 4, torch.float32)
+        scattered = OPS.scatter_tokens(x[:, :3], idx, 1, 4, torch.float32)
         assert torch.equal(scattered[0, [1, 3]], x[0, [0, 2]])
         assert not scattered[0, [0, 2]].any()
         full = OPS.assemble_tokens(x[:, :3], x[0, 0], pos, idx, torch.tensor([[0]], device=DEVICE), False)
@@ -350,7 +350,7 @@ def test_an_index_out_of_range_gives_nan_and_touches_nothing_else():
 def test_a_token_named_twice_has_a_nan_gradient():
     """Plain writes cannot add, so the kernel says that it could not."""
     grad, idx = whole_numbers(1, 3, 2), torch.tensor([[1, 3, 1]], device=DEVICE)
-    assert OPS.scatter_tokens(grad, idx, 4, torch.float32).isnan().all(-1).tolist() == [[False, True, False, False]]
+    assert OPS.scatter_tokens(grad, idx, 1, 4, torch.float32).isnan().all(-1).tolist() == [[False, True, False, False]]
     assert OPS.scatter_tokens_sum(grad, idx, 4, torch.float32).isnan().all(-1).tolist() == [[False, True, False, False]]
     full = OPS.assemble_tokens(grad, grad[0, 0], grad.new_zeros(1, 5, 2), idx, idx[:, :2], True)
     assert full.isnan().all(-1).tolist() == [[False, True, False, False, False]]
