@@ -263,3 +263,24 @@ def test_the_defaults_are_the_exact_method():
     assert torch.equal(sample.target_idx, sample.masked_idx)
     assert model.sampler.num_masks == 1
     assert MaskSample._fields[:4] == ("visible_idx", "masked_idx", "mask", "log_probs")
+
+
+@pytest.mark.parametrize(
+    ("options", "estimator"),
+    [
+        ({**FAST, "temperature": 2.0, "exploration": 0.1}, "categorical"),
+        ({"num_masks": 2, "head_chunks": 3}, "plackett_luce"),
+    ],
+)
+def test_a_step_is_one_graph(options, estimator):
+    model, criterion = tiny_model(**options).train(), AdaMAELoss(patch_size=8, estimator=estimator)
+
+    def step(video):
+        prediction, sample = model(video)
+        return criterion(prediction, video, sample).loss
+
+    torch._dynamo.reset()
+    loss = torch.compile(step, fullgraph=True, backend="aot_eager")(clips())
+    loss.backward()
+    assert loss.isfinite()
+    assert all(each.grad is not None for each in model.parameters())
