@@ -36,7 +36,8 @@ from common.cli import Run, parse_arguments
 from common.costs import forward_flops
 from common.datasets import ClipSource
 from common.devices import Normalise, make_accelerator, precision_of
-from common.engine import Loop, Resumed, run_to_the_end
+from common.endings import run_to_the_end
+from common.engine import Loop, Resumed
 from common.evaluation import Evaluation, evaluate, write_results
 from common.finetune_recipe import FinetuneRecipe
 from common.metrics import DeviceMetrics

@@ -31,7 +31,8 @@ from common.cli import Run, parse_arguments
 from common.costs import forward_flops
 from common.datasets import ClipSource, ClipStream
 from common.devices import Normalise, make_accelerator
-from common.engine import Loop, Resumed, run_to_the_end
+from common.endings import run_to_the_end
+from common.engine import Loop, Resumed
 from common.metrics import PretrainMetrics
 from common.pretrain_recipe import SAMPLER_SETTINGS, PretrainRecipe
 from common.recipe import Schedule

@@ -40,6 +40,8 @@ def test_ratios_that_the_host_cannot_take(case):
     grid = grid_of(model)
     with pytest.raises(ValueError, match="grid_size"):
         patch(model, sampler=RandomTokenSampler((grid[0], grid[1], grid[2] + 1), 0.5))
+    with pytest.raises(ValueError, match=r"draws 2 masks of each clip, and .* takes one"):
+        patch(model, sampler=RandomTokenSampler(grid, 0.5, num_masks=2))
     with pytest.raises(ValueError, match="not both"):
         patch(model, 0.5, sampler=RandomTokenSampler(grid, 0.5))
     assert snapshot_of(model) == before

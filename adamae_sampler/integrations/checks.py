@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from adamae_sampler.integrations.host import AdaptiveHost, HostShape, Patched, SeamError
-from adamae_sampler.networks import MHAScoreNetwork, MLPScoreNetwork
+from adamae_sampler.networks import MHAScoreNetwork, MLPScoreNetwork, PooledScoreNetwork
 from adamae_sampler.sampler import TokenSampler
 
 
@@ -29,6 +29,11 @@ def check_sampler(sampler: TokenSampler, shape: HostShape, name: str) -> None:
         raise ValueError(
             f"the sampler's grid_size is {sampler.grid_size}, but the tokens of this {name} are "
             f"{tuple(shape.grid_size)} (time, height, width). Build the sampler with that grid."
+        )
+    if sampler.num_masks > 1:
+        raise ValueError(
+            f"the sampler draws {sampler.num_masks} masks of each clip, and {name} takes one; use num_masks=1, or "
+            "repeat the clips in the batch."
         )
     if getattr(sampler, "embed_dim", shape.embed_dim) != shape.embed_dim:
         raise ValueError(
@@ -55,7 +60,7 @@ def check_same(
 ) -> None:
     """Raises ValueError if a patched model is to be patched with other settings, which would lose its sampler."""
     own = getattr(model.sampler, "network", None)
-    kinds = {"mha": MHAScoreNetwork, "mlp": MLPScoreNetwork}
+    kinds = {"mha": MHAScoreNetwork, "mlp": MLPScoreNetwork, "pooled": PooledScoreNetwork}
     same_network = own is network or (network in kinds and isinstance(own, kinds[network]))
     asked = {
         "mask_ratio": (mask_ratio, model.sampler.mask_ratio, mask_ratio == model.sampler.mask_ratio),

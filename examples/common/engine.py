@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 import sys
 import uuid
 from collections.abc import Callable, Generator, Iterator, Mapping
@@ -23,6 +22,7 @@ from tqdm import tqdm
 from common.costs import Clock, memory_gib, utilisation
 from common.datasets import ClipSource, ClipStream, collate_clips, digest
 from common.devices import autocast, deepspeed_config, uses_deepspeed
+from common.endings import TrainingError
 from common.files import replacing
 from common.interrupts import READERS, Interrupted, Interrupts, Request
 from common.metrics import DeviceMetrics, RunLog
@@ -38,7 +38,6 @@ from common.state import (
     restore_random_state,
     set_aside,
 )
-from common.video import VideoError
 
 _SHOWN = {
     "loss": "loss",
@@ -48,10 +47,6 @@ _SHOWN = {
     "cover": "coverage",
     "data": "data_time",
 }  # fmt: skip - metrics on the progress bar
-
-
-class TrainingError(RuntimeError):
-    """A run that cannot go on; the message says why, and from where it can be resumed."""
 
 
 class Resumed(NamedTuple):
@@ -390,26 +385,3 @@ def _warn_about_nonfinite(step: int, values: Mapping[str, float | None]) -> None
     names = [name for name in values if name.startswith("nonfinite_") or name == "skipped_steps"]
     if any(values[name] for name in names):
         tqdm.write(f"step {step}: " + ", ".join(f"{name} {values[name]:g}" for name in names))
-
-
-def run_to_the_end(train: Callable[[], None]) -> None:
-    """Runs what a script is for; what ends it early is one line, without a traceback, and an exit code.
-
-    128 + 15 is what a shell gives for SIGTERM, after which a scheduler may start the job again. SIGUSR1 would end the
-    process where nobody waits for it, before and after training.
-    """
-    if hasattr(signal, "SIGUSR1"):
-        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-    try:
-        train()
-    except Interrupted:
-        sys.exit(128 + 15)
-    except (TrainingError, VideoError) as error:  # a process that reads puts its traceback before the message
-        sys.exit(f"error: {str(error).rpartition('VideoError: ')[2].strip()}")
-    except RuntimeError as error:
-        # A DataLoader's words for a reader that is gone, raised wherever the main process is at that moment.
-        if not str(error).startswith("DataLoader worker"):
-            raise
-        sys.exit(
-            f"error: a process that reads videos died ({error}) It may have run out of memory: try fewer --workers."
-        )
