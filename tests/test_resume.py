@@ -66,12 +66,11 @@ pretrain.main({[str(each) for each in [*arguments, "--output", folder]]!r})
     assert subprocess.run([sys.executable, "-c", script], capture_output=True, check=False).returncode == 3
 
 
-@pytest.mark.parametrize("log_every", [1, 3])
-def test_a_resumed_run_equals_an_uninterrupted_one(log_every, tmp_path):
+def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path):
     """Bit for bit: weights, order of data, augmentation, masks, dropout, optimiser, learning rate, and the means that
     were being taken when the checkpoint was written."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    common = [*TINY_PRETRAIN, "--log-every", log_every, "--save-every", 2, "--steps", 6]
+    common = [*TINY_PRETRAIN, "--log-every", 3, "--save-every", 2, "--steps", 6]
     succeeded(pretrain(*common, "--output", whole))
     run_until(parts, 3, *common)
     with (parts / "metrics.jsonl").open("a") as file:
