@@ -62,7 +62,7 @@ def _mode(log_rate: Tensor) -> tuple[Tensor, Tensor]:
         middle = (low + high) / 2
         rises = 1 - middle.exp() + _phi(log_rate + middle).sum(1, keepdim=True) > 0
         low, high = torch.where(rises, middle, low), torch.where(rises, high, middle)
-    x = (log_rate + low).clamp_max(80.0).exp()
+    x = (log_rate + low).clamp_max(4.4).exp()  # as far as phi is told from 0
     phi = _phi(log_rate + low)
     # phi(x) = x / (exp(x) - 1) has x phi'(x) = phi (1 - phi - x).
     curvature = low.exp() - (phi * (1 - phi - x)).sum(1, keepdim=True)

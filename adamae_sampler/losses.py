@@ -146,13 +146,14 @@ class AdaMAELoss(nn.Module):
 
     Args:
         sampling_weight: weight of the sampling loss, 1e-4 in the paper.
-        kind: see `reconstruction_error`, as for all further arguments but the last.
+        kind: see `reconstruction_error`, as for all further arguments but the last two.
         normalize: see `reconstruction_error`.
         patch_size: see `reconstruction_error`.
         tubelet_size: see `reconstruction_error`.
         mean: see `reconstruction_error`.
         std: see `reconstruction_error`.
         estimator: of the sampler's gradient, see `sampling_loss`.
+        num_masks: R, masks of each clip; prediction and sample then have R rows for each clip of the video.
 
     Raises:
         ValueError: an unknown estimator.
@@ -169,11 +170,13 @@ class AdaMAELoss(nn.Module):
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
         estimator: Estimator = "categorical",
+        num_masks: int = 1,
     ) -> None:
         super().__init__()
         if estimator not in _ESTIMATORS:
             raise ValueError(f"estimator={estimator!r}, expected one of {', '.join(map(repr, _ESTIMATORS))}.")
         self.estimator: Estimator = estimator
+        self.num_masks = num_masks
         self.sampling_weight = sampling_weight
         self.kind: Kind = kind
         self.normalize = normalize
@@ -201,6 +204,12 @@ class AdaMAELoss(nn.Module):
         Raises:
             TypeError, ValueError: shapes, dtypes or arguments that do not fit each other.
         """
+        _check_sample(sample)
+        if sample.mask.shape[0] != video.shape[0] * self.num_masks:
+            raise ValueError(
+                f"the sample has {sample.mask.shape[0]} masks for {video.shape[0]} clips, expected num_masks="
+                f"{self.num_masks} for each. Give AdaMAELoss the num_masks of the sampler."
+            )
         share: Tensor | float = 1.0  # of the tokens decoded that are masked
         if decode_mask is not None:
             if isinstance(prediction, DeferredPrediction):
@@ -215,8 +224,7 @@ class AdaMAELoss(nn.Module):
             return LossOutput(reconstruction, reconstruction, error.new_zeros(()), error)
         if decode_mask is not None and self.estimator != "categorical":
             raise ValueError(f"estimator={self.estimator!r} takes no decode_mask; use decode_ratio of the model.")
-        num_masks = sample.mask.shape[0] // max(video.shape[0], 1)
-        sampling = sampling_loss(sample, error, estimator=self.estimator, num_masks=num_masks) / share
+        sampling = sampling_loss(sample, error, estimator=self.estimator, num_masks=self.num_masks) / share
         return LossOutput(reconstruction + self.sampling_weight * sampling, reconstruction, sampling, error)
 
     def _error(self, prediction: Tensor | DeferredPrediction, video: Tensor, sample: MaskSample) -> Tensor:

@@ -61,7 +61,7 @@ class TokenSampler(nn.Module, abc.ABC):
         Args:
             tokens: [B, N, D].
             mask: in place of a draw: [B, N] bool, True = masked, with `num_visible` False in each row; or a
-                MaskSample, which may leave any number visible. Or B R rows, R masks of each clip, whatever `num_masks`.
+                MaskSample, which may leave any number visible. Or B `num_masks` rows, those of a clip after each other.
             generator: source of the draw's randomness; torch's default one of the tokens' device if None. A score
                 network's dropout, in training mode, always takes the default one.
 
@@ -82,10 +82,14 @@ class TokenSampler(nn.Module, abc.ABC):
             kind = type(mask).__name__
             raise TypeError(f"mask is {kind}, expected a bool tensor [B, N], True = masked, or a MaskSample.")
         shape = tuple((mask.mask if isinstance(mask, MaskSample) else mask).shape)
-        if len(shape) != 2 or shape[1] != tokens.shape[1] or _uneven(shape[0], tokens.shape[0]):
+        if (
+            len(shape) != 2
+            or shape[1] != tokens.shape[1]
+            or shape[0] not in (len(tokens), len(tokens) * self.num_masks)
+        ):
             raise ValueError(
-                f"mask has shape {shape}, expected {tuple(tokens.shape[:2])}: clips, tokens; or several rows for each "
-                "clip, as many for one as for another."
+                f"mask has shape {shape}, expected {tuple(tokens.shape[:2])}: clips, tokens; or num_masks="
+                f"{self.num_masks} rows for each clip."
             )
         given = mask if isinstance(mask, MaskSample) else MaskSample.from_mask(mask, self.num_visible)
         return self.describe(tokens, given)
@@ -181,9 +185,11 @@ class AdaptiveTokenSampler(TokenSampler):
         if self.temperature != 1:
             scores = scores / self.temperature
         if self.exploration:
-            log_probs, _ = token_log_probs(scores)
+            finite = scores.isfinite()  # others keep their meaning: drawn first or last, and counted
+            log_probs, _ = token_log_probs(torch.where(finite, scores, -torch.inf))
             even = torch.full_like(log_probs, math.log(self.exploration / self.num_tokens))
-            scores = torch.logaddexp(log_probs + math.log1p(-self.exploration), even)
+            mixed = torch.logaddexp(log_probs + math.log1p(-self.exploration), even)
+            scores = torch.where(finite, mixed, scores.to(mixed.dtype))
         return scores
 
     def draw(self, tokens: Tensor, generator: torch.Generator | None) -> MaskSample:
@@ -254,7 +260,7 @@ def draw_decoded(sample: MaskSample, num_decoded: int, generator: torch.Generato
     """The sample with `decoded_idx`: so many of each row's masked tokens, uniformly.
 
     Every masked token is as likely to be among them as any other, so means over them are unbiased for means over all
-    masked ones: both losses' are.
+    masked ones of the errors that the decoder makes, which sees fewer mask tokens then.
 
     Args:
         sample: a mask.
@@ -267,11 +273,6 @@ def draw_decoded(sample: MaskSample, num_decoded: int, generator: torch.Generato
     even = torch.zeros(sample.masked_idx.shape, device=sample.masked_idx.device)
     chosen = draw_mask(even, num_decoded, generator=generator).visible_idx  # [B, M'], ascending
     return sample._replace(decoded_idx=sample.masked_idx.gather(1, chosen))
-
-
-def _uneven(rows: int, clips: int) -> bool:
-    """Whether rows are not a whole number of masks, one at least, for each clip."""
-    return rows != clips and (clips == 0 or rows == 0 or rows % clips != 0)
 
 
 def _repeat_rows(x: Tensor, times: int) -> Tensor:

@@ -25,7 +25,6 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from adamae_sampler import MaskSample, sampling_loss
-from adamae_sampler.estimators import set_log_prob
 from adamae_sampler.losses import Estimator
 
 _TOKENS, _VISIBLE = 6, 2
@@ -73,6 +72,17 @@ KINDS: dict[str, Callable[[torch.Generator], dict[tuple[int, ...], Tensor]]] = {
 }
 
 
+def probability(p: Tensor, visible: tuple[int, ...]) -> Tensor:
+    """Of a set, summed over every order in which it can be drawn."""
+    total = torch.zeros((), dtype=p.dtype)
+    for order in itertools.permutations(visible):
+        chance, left = torch.ones((), dtype=p.dtype), torch.ones((), dtype=p.dtype)
+        for token in order:
+            chance, left = chance * p[token] / left, left - p[token]
+        total = total + chance
+    return total
+
+
 def compare(estimator: Estimator, errors: dict[tuple[int, ...], Tensor], scores: Tensor) -> tuple[float, float]:
     """Cosine with the descent of E[f], and the relative error of the best multiple."""
     scores = scores.detach().requires_grad_()
@@ -81,7 +91,7 @@ def compare(estimator: Estimator, errors: dict[tuple[int, ...], Tensor], scores:
     sample = MaskSample.from_mask(torch.tensor(masks), _VISIBLE)
     rows = log_probs.expand(len(_SETS), -1)
     sample = sample._replace(log_probs=rows)
-    chance = set_log_prob(sample).exp()
+    chance = torch.stack([probability(log_probs.exp(), chosen) for chosen in _SETS])
     error = torch.stack([errors[chosen] for chosen in _SETS])
     (exact,) = torch.autograd.grad((chance * error.mean(1)).sum(), scores, retain_graph=True)
     # The mean of every mask's own loss, weighted by its chance; another clip's error is the baseline, so none is here.

@@ -187,7 +187,7 @@ def make_step(case: StepCase, device: torch.device) -> Step:
 
 
 def _our_forward(case: StepCase, device: torch.device) -> tuple[nn.Module, Step]:
-    model, criterion = our_model(case, device), AdaMAELoss()
+    model, criterion = our_model(case, device), AdaMAELoss(num_masks=case.num_masks)
     video = torch.randint(256, case.video_shape, dtype=torch.uint8, device=device)
     mean, std = (
         255 * torch.tensor(each, device=device, dtype=case.dtype).view(1, 3, 1, 1, 1)

@@ -119,7 +119,7 @@ class Row:
     size: str
     budget: str
     steps: int
-    mask_ratio: float
+    mask_ratio: float  # what it comes to, in whole tokens, places or time steps
     normalize_target: bool
     step_time: float  # relative to random masking, measured in turns
     p_ratio: float | None  # mean p of tokens that move over that of still ones
@@ -175,13 +175,21 @@ def _clock(recipe: Any, loss: Any, device: Any) -> Any:
     import torch
 
     model = timm.create_model(recipe.model, **recipe.model_args()).to(device)
-    criterion = loss(normalize=recipe.normalize_target, patch_size=recipe.patch_size, estimator=recipe.estimator)
+    criterion = loss(
+        normalize=recipe.normalize_target,
+        kind=recipe.loss,
+        patch_size=recipe.patch_size,
+        tubelet_size=recipe.tubelet_size,
+        estimator=recipe.estimator,
+        num_masks=recipe.num_masks,
+    )
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     video = torch.rand(recipe.batch_size, 3, recipe.num_frames, *recipe.img_size, device=device)
 
     def step() -> float:
         began = time.perf_counter()
-        prediction, sample = model(video)
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            prediction, sample = model(video)
         criterion(prediction, video, sample).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -214,7 +222,7 @@ def run(options: Options, variant: str, seed: int, relative: float, folder: str,
         pretrain.main(settings)
         recipe, _ = parse_arguments(PretrainRecipe, settings, "sprites", None)
         weights = place / "pretrain" / "model.safetensors"
-        p_ratio, visible_moving, reconstruction = measure(recipe, weights, device)
+        p_ratio, visible_moving, reconstruction, masked = measure(recipe, weights, device)
         if options.probe:
             data = ["--train", f"sprites:{options.probe_labels}:{1000 + seed}", "--val"]
             data += [f"sprites:{options.test_clips}:5000", "--cache", str(place / "cache"), "--workers", "0"]
@@ -222,14 +230,15 @@ def run(options: Options, variant: str, seed: int, relative: float, folder: str,
             linear_probe.main([*probe, *data, "--seed", str(seed)])
             top1, direction, shape = accuracies(place / "probe" / "predictions.csv")
     return Row(
-        variant, seed, options.size, options.budget, steps, recipe.mask_ratio, options.normalize_target, relative,
+        variant, seed, options.size, options.budget, steps, masked, options.normalize_target, relative,
         p_ratio, visible_moving, reconstruction, top1, direction, shape, time.perf_counter() - began,
         device_name(device), torch.__version__, commit,
     )  # fmt: skip
 
 
-def measure(recipe: Any, weights: Path, device: Any) -> tuple[float | None, float | None, float]:
-    """p(moving) / p(still), the share of visible tokens that move, and the loss on random masks, of unseen clips.
+def measure(recipe: Any, weights: Path, device: Any) -> tuple[float | None, float | None, float, float]:
+    """p(moving) / p(still), the share of visible tokens that move, and the loss on random masks, of unseen clips; and
+    the share of tokens that is masked.
 
     For masks without a p the share of draws in which a token is visible stands in its place. On the bundled video,
     where nothing is known to move, the first two are None.
@@ -273,11 +282,11 @@ def measure(recipe: Any, weights: Path, device: Any) -> tuple[float | None, floa
             mask = random_masks(torch.zeros(len(part), random_masks.num_tokens, 1, device=device), generator=generator)
             prediction, sample = model(pixels, mask=mask)
             losses.append(float(criterion(prediction, part.to(device), sample).reconstruction))
-    loss = statistics.mean(losses)
+    loss, masked = statistics.mean(losses), 1 - model.sampler.num_visible / model.sampler.num_tokens
     if moving is None:
-        return None, None, loss
+        return None, None, loss, masked
     p, seen = torch.cat(weight), torch.cat(visible)
-    return float(p[moving].mean() / p[~moving].mean()), float(seen[moving].sum() / seen.sum()), loss
+    return float(p[moving].mean() / p[~moving].mean()), float(seen[moving].sum() / seen.sum()), loss, masked
 
 
 def run_all(options: Options) -> Iterator[Row]:
@@ -322,7 +331,7 @@ def study_title(rows: Sequence[Mapping[str, str]]) -> str:
     clips = {"small": "64 tokens", "medium": "512 tokens", "gpu": "392 tokens", "real": "the bundled video"}
     target = "normalised" if first["normalize_target"] == "True" else "raw"
     equal = "as many steps" if first["budget"] == "steps" else "as much time"
-    masked = f"{100 * float(first['mask_ratio']):g}% masked"
+    masked = ", ".join(dict.fromkeys(f"{100 * float(row['mask_ratio']):.3g}%" for row in rows)) + " masked"
     seeds = len({row["seed"] for row in rows})
     return f"{clips[first['size']]}, {masked}, {target} pixels, {equal} each, {seeds} seeds"
 

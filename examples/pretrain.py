@@ -84,6 +84,7 @@ def train(recipe: PretrainRecipe, job: Job) -> None:
         patch_size=recipe.patch_size,
         tubelet_size=recipe.tubelet_size,
         estimator=recipe.estimator,
+        num_masks=recipe.num_masks,
     )
     flops = forward_flops(model, 1, 3, recipe.num_frames, *recipe.img_size)
     better = ("reconstruction", -1)
@@ -140,7 +141,7 @@ def finish(
     model.load_state_dict(weights)
     save_weights(model, recipe.output / "model.safetensors", recipe)
     video = ClipStream(source, 0, 1, recipe.seed)[0]["video"][:1].to(normalise.mean.device)
-    model.sampler.num_masks = 1
+    model.sampler.num_masks = criterion.num_masks = 1  # one for the picture
     generator = torch.Generator(video.device).manual_seed(recipe.seed)
     prediction, sample = model.eval()(normalise(video), generator=generator)
     out = criterion(prediction, video, sample)

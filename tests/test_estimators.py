@@ -61,6 +61,10 @@ def test_the_size_of_a_real_mask_in_single_precision_and_certain_tokens():
         found, set_log_prob(sample._replace(log_probs=log_probs.double())).float(), rtol=1e-4, atol=1e-3
     )
     assert torch.autograd.grad(found.sum(), log_probs)[0].isfinite().all()
+    # The certain ones left out, the chance of the other eight among the tokens that remain is what is left.
+    rest = scores[1:, 70:].log_softmax(1)
+    eight = MaskSample.from_mask(torch.arange(1498)[None] >= 8, 8)._replace(log_probs=rest)
+    torch.testing.assert_close(found[1:], set_log_prob(eight), rtol=1e-4, atol=1e-3)
 
 
 TOKENS, VISIBLE = 5, 2

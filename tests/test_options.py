@@ -37,7 +37,8 @@ def step(model, video, **kwargs):
     """Losses, and the gradient of every parameter."""
     model.zero_grad()
     prediction, sample = model(video, **kwargs)
-    out = CRITERION(prediction, video, sample)
+    criterion = AdaMAELoss(patch_size=8, num_masks=len(sample.mask) // len(video))
+    out = criterion(prediction, video, sample)
     out.loss.backward()
     return out, sample, {name: each.grad.clone() for name, each in model.named_parameters()}
 
@@ -64,10 +65,12 @@ def test_every_sampler_draws_several_masks(kind):
     assert sample.visible_idx.shape == (12, sampler.num_visible)
     assert len({tuple(row.tolist()) for row in sample.visible_idx}) > 3
     assert "num_masks=4" in repr(sampler)
-    given = sampler(torch.randn(3, 64, 8), mask=sample.mask[:6])  # two of each
-    assert torch.equal(given.visible_idx, sample.visible_idx[:6])
+    given = sampler(torch.randn(3, 64, 8), mask=sample.mask)
+    assert torch.equal(given.visible_idx, sample.visible_idx)
     assert (given.log_probs is None) == (kind is not AdaptiveTokenSampler)
-    with pytest.raises(ValueError, match=r"mask has shape \(4, 64\), expected \(3, 64\).*several rows for each clip"):
+    with pytest.raises(
+        ValueError, match=r"mask has shape \(4, 64\), expected \(3, 64\).*num_masks=4 rows for each clip"
+    ):
         sampler(torch.randn(3, 64, 8), mask=sample.mask[:4])
     with pytest.raises(ValueError, match="num_masks=0, expected a whole number"):
         kind(*first, GRID, 0.75, num_masks=0)
@@ -273,7 +276,8 @@ def test_the_defaults_are_the_exact_method():
     ],
 )
 def test_a_step_is_one_graph(options, estimator):
-    model, criterion = tiny_model(**options).train(), AdaMAELoss(patch_size=8, estimator=estimator)
+    model = tiny_model(**options).train()
+    criterion = AdaMAELoss(patch_size=8, estimator=estimator, num_masks=model.sampler.num_masks)
 
     def step(video):
         prediction, sample = model(video)
@@ -284,3 +288,22 @@ def test_a_step_is_one_graph(options, estimator):
     loss.backward()
     assert loss.isfinite()
     assert all(each.grad is not None for each in model.parameters())
+
+
+def test_as_many_masks_as_were_said():
+    """A sample of four clips is none of two masks of two clips."""
+    model, video = tiny_model(num_masks=2).train(), clips(2)
+    prediction, sample = model(video)
+    with pytest.raises(ValueError, match="the sample has 4 masks for 2 clips, expected num_masks=1 for each"):
+        CRITERION(prediction, video, sample)
+
+
+def test_scores_that_are_not_finite_keep_their_meaning_with_exploration():
+    sampler = AdaptiveTokenSampler(8, GRID, 0.75, network=torch.nn.Flatten(2), exploration=0.5)
+    tokens = torch.zeros(1, 64, 1)
+    sampler.embed_dim, sampler.network = 1, torch.nn.Sequential(torch.nn.Flatten(1))
+    tokens[0, 3], tokens[0, 5], tokens[0, 9] = torch.nan, torch.inf, -torch.inf
+    sample = sampler(tokens)
+    assert sample.num_nonfinite.tolist() == [3]
+    assert not sample.mask[0, 5]
+    assert sample.mask[0, [3, 9]].all()

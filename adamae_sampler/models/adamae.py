@@ -169,7 +169,9 @@ class AdaMAE(nn.Module):
         num_masked = sample.target_idx.shape[1]
         if self.training and self.head_chunks > 1:
             features, head = self.decoder.features(x, num_masked), self.decoder.head
-            return DeferredPrediction(features, head.weight, head.bias, self.head_chunks), sample
+            # Copies: a parameter that leaves the forward pass is taken back by FSDP2 and counts as unused for DDP.
+            weight, bias = (each.to(features.dtype, copy=True) for each in (head.weight, head.bias))
+            return DeferredPrediction(features, weight, bias, self.head_chunks), sample
         prediction: Tensor = self.decoder(x, num_masked)  # [B, M, P]
         return prediction, sample
 
@@ -216,8 +218,8 @@ class AdaMAE(nn.Module):
 def thumbnails(video: Tensor, size: VideoSize) -> Tensor:
     """Each patch, shrunk to at most 4 x 4 pixels: [B, C, T, H, W] -> [B, N, values], laid out (t p1 p2 c)."""
     sides = [math.gcd(_THUMBNAIL, side) for side in size.patch]
-    small = F.avg_pool3d(video, (1, *(side // kept for side, kept in zip(size.patch, sides, strict=True))))
-    return patchify(small, (sides[0], sides[1]), size.tubelet)
+    small = F.avg_pool3d(video.float(), (1, *(side // kept for side, kept in zip(size.patch, sides, strict=True))))
+    return patchify(small, (sides[0], sides[1]), size.tubelet).to(video.dtype)
 
 
 def _thumbnail_values(size: VideoSize) -> int:

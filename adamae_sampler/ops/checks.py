@@ -41,7 +41,7 @@ def check_index_shape(name: str, idx: Tensor, batch: int, device: torch.device, 
         )
     if idx.dtype != torch.int64:
         raise TypeError(f"{name} has dtype {idx.dtype}, expected torch.int64; use {name}.long().")
-    if idx.ndim != 2 or (idx.shape[0] % batch if several and batch else idx.shape[0] != batch):
+    if idx.ndim != 2 or (idx.shape[0] == 0 or idx.shape[0] % batch if several and batch else idx.shape[0] != batch):
         rows = f"a row for each clip, or R for each: [{batch} R, K]" if several else "a row for each clip"
         raise ValueError(f"{name} has shape {tuple(idx.shape)}, expected [{batch}, K]: {rows}.")
     check_device(name, idx, device)
