@@ -52,10 +52,7 @@ class MHAScoreNetwork(nn.Module):
             )
         self.project = nn.Linear(embed_dim, width, bias=False) if width != embed_dim else nn.Identity()
         self.pos_embed = nn.Parameter(torch.zeros(1, num_tokens, width))
-        self.blocks = nn.ModuleList(
-            Block(width, num_heads, mlp_ratio, proj_drop=drop, norm_layer=nn.LayerNorm, mlp_layer=_mlp)
-            for _ in range(depth)
-        )
+        self.blocks = _blocks(depth, width, num_heads, mlp_ratio, drop)
         self.head = nn.Linear(width, 1)
         init_linear_layers(self)
 
@@ -109,10 +106,7 @@ class PooledScoreNetwork(nn.Module):
         self.cells = _cells(grid_size, self.pool)
         self.project = nn.Linear(embed_dim, width, bias=False)
         self.pos_embed = nn.Parameter(torch.zeros(1, math.prod(self.cells), width))
-        self.blocks = nn.ModuleList(
-            Block(width, num_heads, mlp_ratio, proj_drop=drop, norm_layer=nn.LayerNorm, mlp_layer=_mlp)
-            for _ in range(depth)
-        )
+        self.blocks = _blocks(depth, width, num_heads, mlp_ratio, drop)
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, 1)
         init_linear_layers(self)
@@ -173,6 +167,14 @@ class MLPScoreNetwork(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         """[B, N, D] -> [B, N] fp32."""
         return _score(self.head, self.act(self.hidden(tokens)))
+
+
+def _blocks(depth: int, width: int, num_heads: int, mlp_ratio: float, drop: float) -> nn.ModuleList:
+    """Blocks whose every branch ends in dropout."""
+    return nn.ModuleList(
+        Block(width, num_heads, mlp_ratio, proj_drop=drop, norm_layer=nn.LayerNorm, mlp_layer=_mlp)
+        for _ in range(depth)
+    )
 
 
 def _mlp(*, drop: float, **kwargs: Any) -> Mlp:
