@@ -110,16 +110,26 @@ class PooledScoreNetwork(nn.Module):
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, 1)
         init_linear_layers(self)
+        nn.init.zeros_(self.head.weight)  # from even scores it learns faster than from random ones: benchmarks/study.py
 
     def forward(self, tokens: Tensor) -> Tensor:
         """[B, N, D] -> [B, N] fp32."""
         own = self.project(tokens)  # [B, N, width]
-        grid = own.transpose(1, 2).unflatten(2, self.grid_size)  # [B, width, T, H, W]
-        cells = F.avg_pool3d(grid, self.pool, ceil_mode=True, count_include_pad=False)
-        x = cells.flatten(2).transpose(1, 2) + self.pos_embed  # [B, cells, width]
+        x = self._pool(own) + self.pos_embed  # [B, cells, width]
         for block in self.blocks:
             x = block(x)
         return _score(self.head, F.gelu(self.norm(own + self._expand(x))))
+
+    def _pool(self, x: Tensor) -> Tensor:
+        """[B, N, width] -> [B, cells, width], the mean of each cell's tokens."""
+        # Axis by axis, since avg_pool3d wants the width first and has no deterministic gradient on a GPU.
+        grid = x.unflatten(1, self.grid_size)  # [B, T, H, W, width]
+        for axis, (cell, side) in enumerate(zip(self.pool, self.grid_size, strict=True), start=1):
+            whole = side - side % cell
+            means = grid.narrow(axis, 0, whole).unflatten(axis, (-1, cell)).mean(axis + 1)
+            rest = [grid.narrow(axis, whole, side - whole).mean(axis, keepdim=True)] if whole < side else []
+            grid = torch.cat([means, *rest], axis)
+        return grid.flatten(1, 3)
 
     def _expand(self, x: Tensor) -> Tensor:
         """[B, cells, width] -> [B, N, width], each token its cell's."""

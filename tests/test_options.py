@@ -1,8 +1,11 @@
 """The options of the reference model beside the exact method: what each must not change, and what makes no sense."""
 
+import math
+
 import pytest
 import torch
 from conftest import tiny_model
+from torch.nn.functional import avg_pool3d
 
 from adamae_sampler import (
     AdaMAELoss,
@@ -30,6 +33,8 @@ def without_dropout(model):
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
+        if isinstance(module, PooledScoreNetwork):  # whose scores are even at first
+            torch.nn.init.normal_(module.head.weight)
     return model
 
 
@@ -98,7 +103,7 @@ def test_thumbnails_are_the_means_of_pixels():
 
 def test_the_sampler_learns_from_pixels():
     """All of its weights have a gradient, and the tokenizer's is the reconstruction's alone."""
-    model = tiny_model(**FAST).train()
+    model = without_dropout(tiny_model(**FAST)).train()
     _, _, gradients = step(model, clips())
     sampler = {name: each for name, each in gradients.items() if name.startswith("sampler.")}
     assert all(each.abs().sum() > 0 for name, each in sampler.items() if not name.endswith("head.bias"))
@@ -179,11 +184,26 @@ def test_the_head_in_chunks_holds_no_whole_prediction():
 def test_pooled_scores_of_any_grid(grid):
     tokens = torch.randn(2, grid[0] * grid[1] * grid[2], 12)
     network = PooledScoreNetwork(12, grid, width=24, num_heads=2).eval()
+    assert not network(tokens).any()  # every mask is as likely as any other at first
+    torch.nn.init.normal_(network.head.weight)
     scores = network(tokens)
     assert scores.shape == tokens.shape[:2]
     assert len(set(scores[0].tolist())) == tokens.shape[1]  # tokens of a cell differ
     scores.square().sum().backward()
     assert all(each.grad.abs().sum() > 0 for each in network.parameters())
+
+
+@pytest.mark.parametrize(("grid", "pool"), [((4, 4, 4), (2, 2, 2)), ((3, 5, 7), (2, 3, 4)), ((1, 1, 3), (1, 1, 2))])
+def test_a_cell_is_the_mean_of_its_tokens(grid, pool):
+    network = PooledScoreNetwork(8, grid, pool=pool, width=24, num_heads=2)
+    seen = torch.randn(2, math.prod(grid), 24)
+    as_image = seen.transpose(1, 2).unflatten(2, grid)
+    wanted = avg_pool3d(as_image, pool, ceil_mode=True, count_include_pad=False).flatten(2).transpose(1, 2)
+    inputs = []
+    network.blocks[0].register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
+    network.project = torch.nn.Identity()
+    network(seen)
+    torch.testing.assert_close(inputs[0], wanted)  # the position is 0 at first
 
 
 @pytest.mark.parametrize(
@@ -204,7 +224,8 @@ def test_cells_grow_with_the_grid(grid, pool):
 
 def test_pooled_scores_see_the_other_cells_and_their_own_place():
     network = PooledScoreNetwork(12, GRID, width=24, num_heads=2).eval()
-    torch.nn.init.normal_(network.pos_embed)
+    for each in (network.pos_embed, network.head.weight):
+        torch.nn.init.normal_(each)
     tokens = torch.randn(1, 64, 12, requires_grad=True)
     (gradient,) = torch.autograd.grad(network(tokens)[0, 0], tokens)
     assert (gradient[0].abs().sum(1) > 0).all()
