@@ -12,21 +12,19 @@ from __future__ import annotations
 import contextlib
 import csv
 import json
-import multiprocessing
 import os
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import tyro
-from rows import current_commit, device_name
-from tqdm import tqdm
+from rows import current_commit, device_name, read_texts, write_rows
+from studies import run_all, spread
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 from common.sprites import DIRECTIONS
@@ -142,16 +140,6 @@ def accuracies(predictions: Path) -> tuple[float, float, float]:
     return of_class, of_direction, of_shape
 
 
-def run_all(options: Options) -> Iterator[Row]:
-    """All runs, several at a time, each in a process of its own."""
-    context, commit = multiprocessing.get_context("spawn"), current_commit()
-    with tempfile.TemporaryDirectory() as folder, ProcessPoolExecutor(options.jobs, context) as pool:
-        runs = [(start, seed) for seed in options.seeds for start in options.starts]
-        tasks = [pool.submit(run, options, start, seed, folder, commit) for start, seed in runs]
-        for task in tqdm(tasks, unit="run"):
-            yield task.result()
-
-
 def downstream_table(rows: Sequence[Mapping[str, str]]) -> str:
     """Mean and standard deviation over the seeds of what a file's rows say, as Markdown."""
     columns = ["probe_top1", "probe_direction", "probe_shape", "finetune_top1", "finetune_direction", "finetune_shape"]
@@ -162,30 +150,20 @@ def downstream_table(rows: Sequence[Mapping[str, str]]) -> str:
     ]
     for start in dict.fromkeys(row["start"] for row in rows):
         mine = [row for row in rows if row["start"] == start]
-        spreads = [_spread([float(row[name]) for row in mine]) for name in columns]
+        spreads = [spread([float(row[name]) for row in mine], 1) for name in columns]
         losses = [float(row["reconstruction"]) for row in mine if row["reconstruction"]]
         lines.append(f"| {start} | {' | '.join(spreads)} | {f'{statistics.mean(losses):.4f}' if losses else ''} |")
     return "\n".join(lines)
 
 
-def _spread(values: Sequence[float]) -> str:
-    return f"{statistics.mean(values):.1f}" + (f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else "")
-
-
 def main(options: Options) -> None:
     """Runs, writes rows as they come, prints the table."""
     began = time.perf_counter()
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    with options.output.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [each.name for each in fields(Row)], lineterminator="\n")
-        writer.writeheader()
-        for row in run_all(options):
-            writer.writerow(
-                {name: f"{value:.6g}" if isinstance(value, float) else value for name, value in asdict(row).items()}
-            )
-            file.flush()
-    with options.output.open(newline="") as file:
-        print(downstream_table(list(csv.DictReader(file))))
+    with tempfile.TemporaryDirectory() as folder:
+        commit = current_commit()
+        calls = [(options, start, seed, folder, commit) for seed in options.seeds for start in options.starts]
+        write_rows(options.output, Row, run_all(run, calls, options.jobs))
+    print(downstream_table(read_texts(options.output)))
     print(f"{len(options.seeds)} seeds, {(time.perf_counter() - began) / 60:.1f} minutes; chance is 5%, 25% and 20%")
 
 

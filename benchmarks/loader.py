@@ -10,7 +10,6 @@ with the same code. Rows go to benchmarks/results/loader_cpu.csv, tables by repo
 
 from __future__ import annotations
 
-import csv
 import importlib
 import importlib.metadata
 import importlib.util
@@ -24,7 +23,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,7 +32,7 @@ import av
 import numpy as np
 import torch
 import tyro
-from rows import RESULTS, current_commit, device_name
+from rows import RESULTS, current_commit, device_name, read_texts, write_rows
 from steps import StepCase, cpu_clocks
 from timing import Times, take_turns
 from torch import Tensor
@@ -222,11 +221,8 @@ def main(options: Options) -> None:
         with cpu_clocks([_STEP] if options.step else []) as steps:
             times = take_turns({**clocks, **steps}, options.seconds, options.rounds)
     rows = [row_of(name, each, options, sizes, commit) for name, each in times.items()]
-    with options.output.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [each.name for each in fields(Row)], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(asdict(row) for row in rows)
-    print(loader_table(read_loader_rows(options.output)))
+    write_rows(options.output, Row, rows)
+    print(loader_table(read_texts(options.output)))
 
 
 def row_of(name: Any, times: Times, options: Options, sizes: Mapping[str, float], commit: str) -> Row:
@@ -252,12 +248,6 @@ def row_of(name: Any, times: Times, options: Options, sizes: Mapping[str, float]
         torch=torch.__version__,
         commit=commit,
     )
-
-
-def read_loader_rows(path: Path) -> list[dict[str, str]]:
-    """The rows of a file."""
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
 
 
 def loader_table(rows: Sequence[Mapping[str, str]]) -> str:

@@ -9,11 +9,10 @@ round. The sampler's forward and backward pass stand beside the encoder's on 5% 
 
 from __future__ import annotations
 
-import csv
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,11 +20,12 @@ from typing import Any
 import matplotlib
 import torch
 import tyro
-from rows import OFFICIAL, RESULTS, current_commit, device_name, device_slug
+from rows import OFFICIAL, RESULTS, current_commit, device_name, device_slug, write_rows
 from steps import StepCase, cpu_clocks, make_step
 from timing import Times, ratio, take_turns
 from torch import Tensor, nn
 
+from adamae_sampler.models.adamae import thumbnails
 from adamae_sampler.models.encoder import Encoder, VideoSize
 from adamae_sampler.networks import MHAScoreNetwork, PooledScoreNetwork
 
@@ -35,6 +35,7 @@ import matplotlib.pyplot as plt
 _FAST: dict[str, Any] = {"score_network": "pooled", "sample_from": "pixels", "decode_ratio": 0.5}
 # Frames and height of clips, in tokens of 2 x 16 x 16.
 _CLIPS = ((16, 224), (32, 224), (64, 224), (64, 384))
+_SCALE_CLIPS = 1
 SCALE = "one clip"  # the group of the parts alone
 _COLOURS = {"encoder": "#777777", "exact": "#b5533c", "pooled": "#8fb8d8", "pixels": "#1b6ca8"}
 
@@ -123,22 +124,27 @@ def part_clocks(frames: int, height: int, device: torch.device, quick: bool) -> 
     """N, and for each part a function that does its forward and backward pass and returns its seconds."""
     size = VideoSize.of(height, frames, 16, 2, 3)
     width, depth = (48, 1) if quick else (768, 12)
-    values = 2 * 4 * 4 * 3  # of a thumbnail
-    parts: dict[str, tuple[nn.Module, Tensor]] = {
-        "encoder": (Encoder(size, width, depth, 12).blocks, torch.randn(1, size.num_tokens // 20, width)),
-        "exact": (MHAScoreNetwork(width, size.num_tokens), torch.randn(1, size.num_tokens, width)),
-        "pooled": (PooledScoreNetwork(width, size.grid), torch.randn(1, size.num_tokens, width)),
-        "pixels": (PooledScoreNetwork(values, size.grid), torch.randn(1, size.num_tokens, values)),
+    tokens, visible = (
+        torch.randn(_SCALE_CLIPS, n, width, device=device) for n in (size.num_tokens, size.num_tokens // 20)
+    )
+    video = torch.randn(_SCALE_CLIPS, *size.video, device=device)
+    pixels = partial(thumbnails, video, size)
+    modules: dict[str, tuple[nn.Module, Callable[[], Tensor]]] = {
+        "encoder": (Encoder(size, width, depth, 12).blocks, lambda: visible.requires_grad_()),
+        "exact": (MHAScoreNetwork(width, size.num_tokens), lambda: tokens.requires_grad_()),
+        "pooled": (PooledScoreNetwork(width, size.grid), lambda: tokens.requires_grad_()),
+        "pixels": (PooledScoreNetwork(pixels().shape[-1], size.grid), pixels),
     }
     clocks = {}
-    for name, (module, x) in parts.items():
-        clocks[name] = partial(_seconds, partial(_both_ways, module.to(device), x.to(device)), device)
+    for name, (module, make_input) in modules.items():
+        clocks[name] = partial(_seconds, partial(_both_ways, module.to(device), make_input), device)
     return size.num_tokens, clocks
 
 
-def _both_ways(module: nn.Module, x: Tensor) -> None:
-    module.zero_grad()
-    module(x).sum().backward()
+def _both_ways(module: nn.Module, make_input: Callable[[], Tensor]) -> None:
+    x = make_input()
+    loss = module(x).square().sum()
+    torch.autograd.grad(loss, [*module.parameters(), *([x] if x.requires_grad else [])])
 
 
 def _seconds(call: Callable[[], object], device: torch.device) -> float:
@@ -173,28 +179,9 @@ def main(options: Options) -> None:
         num_tokens, parts = part_clocks(frames, height, device, options.quick)
         add(SCALE, dict.fromkeys(parts, num_tokens), take_turns(parts, options.seconds / 2, (3, 9)))
     path = folder / f"options_{device_slug(device)}.csv"
-    write(rows, path)
+    write_rows(path, Row, rows)
     plot(rows, path.with_suffix(".png"))
     print(scale_table(rows))
-
-
-def write(rows: Sequence[Row], path: Path) -> None:
-    """Writes the rows."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [each.name for each in fields(Row)], lineterminator="\n")
-        writer.writeheader()
-        for row in rows:
-            values = asdict(row).items()
-            writer.writerow({name: f"{value:.6g}" if isinstance(value, float) else value for name, value in values})
-
-
-def read_option_rows(path: Path) -> list[Row]:
-    """The rows of a file that `write` wrote."""
-    kinds = {"int": int, "float": float, "str": str}
-    of = {each.name: kinds[str(each.type)] for each in fields(Row)}
-    with path.open(newline="") as file:
-        return [Row(**{name: of[name](text) for name, text in row.items()}) for row in csv.DictReader(file)]
 
 
 def options_table(rows: Sequence[Row]) -> str:

@@ -6,7 +6,6 @@ python benchmarks/report.py --readme copy.md
 
 from __future__ import annotations
 
-import csv
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,8 +16,21 @@ import plots
 import tyro
 from host_steps import PATCHED, UNPATCHED
 from official_repository import ADAMAE, VIDEOMAE
-from options_cost import SCALE, options_table, read_option_rows, scale_table
-from rows import COMPILED, OFFICIAL, OURS, PRODUCTS, RESULTS, TORCH_BACKEND, Row, find, format_seconds, read_rows
+from options_cost import SCALE, options_table, scale_table
+from options_cost import Row as OptionRow
+from rows import (
+    COMPILED,
+    OFFICIAL,
+    OURS,
+    PRODUCTS,
+    RESULTS,
+    TORCH_BACKEND,
+    Row,
+    find,
+    format_seconds,
+    read_rows,
+    read_texts,
+)
 from study import study_facts, study_table, study_title
 
 BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
@@ -81,7 +93,7 @@ def read_devices(folder: Path) -> dict[str, list[Row]]:
     found: dict[str, list[Row]] = {}
     for suite in ("steps", "sweep", "ops", "hosts"):
         for file in sorted(folder.glob(f"{suite}_*.csv")):
-            rows = read_rows(file)
+            rows = read_rows(file, Row)
             if rows:
                 found.setdefault(file.stem.removeprefix(f"{suite}_"), []).extend(rows)
     if not found:
@@ -121,7 +133,7 @@ def options_tables(results: Path) -> str:
     """What the options cost, on each device that there are rows of options_cost.py from; empty without."""
     parts = []
     for path in sorted(results.glob("options_*.csv"), reverse=True):
-        rows = read_option_rows(path)
+        rows = read_rows(path, OptionRow)
         first = rows[0]
         facts = f"{first.device}, torch {first.torch}, {first.threads} threads, commit {first.commit}; `{path.name}`."
         parts += [options_table([row for row in rows if row.group != SCALE]), scale_table(rows), facts]
@@ -132,8 +144,7 @@ def study_tables(results: Path) -> str:
     """A table for each file of rows of study.py, under its settings; empty without."""
     parts = []
     for path in sorted(results.glob("study*.csv"), key=lambda path: (len(path.name), path.name)):
-        with path.open(newline="") as file:
-            rows = list(csv.DictReader(file))
+        rows = read_texts(path)
         parts += [f"**{study_title(rows)}**", study_table(rows), study_facts(rows, path)]
     return "\n\n".join(parts)
 

@@ -10,16 +10,15 @@ on 8 GPUs (supplement, Table 4), data loading included. The study's tables are o
 
 from __future__ import annotations
 
-import csv
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
 from downstream import downstream_table
-from loader import loader_table, read_loader_rows
+from loader import loader_table
 from report import insert
-from rows import OURS, RESULTS, Row, read_rows
+from rows import OURS, RESULTS, Row, read_rows, read_texts
 from scaling import PAPER, Pace, scaling_table
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
@@ -50,7 +49,7 @@ class Options:
 def fastest(results: Path, kind: type[Recipe]) -> Row | None:
     """The fastest measured training step of a stage, on a GPU if there are rows of one."""
     paths = [*results.glob("steps_*.csv"), *results.glob("finetune_*.csv")]
-    rows = [row for path in sorted(paths) for row in read_rows(path)]
+    rows = [row for path in sorted(paths) for row in read_rows(path, Row)]
     mine = [row for row in rows if row.op == _STEPS[kind] and row.implementation == OURS and row.clips_per_s]
     on_gpu = [row for row in mine if "NVIDIA" in row.device]
     return max(on_gpu or mine, key=lambda row: row.clips_per_s or 0.0, default=None)
@@ -90,7 +89,7 @@ def scaling(results: Path) -> str:
 
 def loader(results: Path) -> str:
     """The table of readers."""
-    rows = read_loader_rows(results / "loader_cpu.csv")
+    rows = read_texts(results / "loader_cpu.csv")
     first = rows[0]
     return f"{loader_table(rows)}\n\n{first['device']}, torch {first['torch']}, commit {first['commit']}."
 
@@ -99,8 +98,7 @@ def study(results: Path) -> str:
     """A table for each file of rows, under its settings; the first is the study itself."""
     parts = []
     for path in sorted(results.glob("downstream*.csv"), key=lambda path: (len(path.name), path.name)):
-        with path.open(newline="") as file:
-            rows = list(csv.DictReader(file))
+        rows = read_texts(path)
         first = rows[0]
         target = "normalised" if first["normalize_target"] == "True" else "raw"
         steps = max(int(row["pretrain_steps"]) for row in rows)

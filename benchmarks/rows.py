@@ -12,12 +12,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from timing import Times
 
 RESULTS = Path(__file__).parent / "results"
+T = TypeVar("T")
 OURS, TORCH_BACKEND = "adamae_sampler", "torch backend"
 OFFICIAL, COMPILED = "official", "official compiled"
 COPY, PRODUCTS = "device copy", "matrix products alone"  # what bounds an op, and a step
@@ -183,10 +184,27 @@ def find(rows: Iterable[Row], implementation: str, graph: bool = False) -> Row |
     return next(found, None)
 
 
-def read_rows(path: Path) -> list[Row]:
-    """The rows of a file that `RowWriter` wrote."""
+def write_rows(path: Path, kind: type[Any], rows: Iterable[Any]) -> None:
+    """Writes rows of a dataclass, each when it comes, so that a run cut short keeps what it has."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow([each.name for each in fields(kind)])
+        for row in rows:
+            writer.writerow([_text(getattr(row, each.name)) for each in fields(kind)])
+            file.flush()
+
+
+def read_rows(path: Path, kind: type[T]) -> list[T]:
+    """The rows of a file that `write_rows` or `RowWriter` wrote."""
+    types = {each.name: str(each.type) for each in fields(kind)}  # type: ignore[arg-type]
+    return [kind(**{name: _value(types[name], text) for name, text in row.items()}) for row in read_texts(path)]
+
+
+def read_texts(path: Path) -> list[dict[str, str]]:
+    """The rows of a CSV file as they stand there."""
     with path.open(newline="", encoding="utf-8") as file:
-        return [Row(**{name: _value(name, text) for name, text in each.items()}) for each in csv.DictReader(file)]
+        return list(csv.DictReader(file))
 
 
 def device_name(device: torch.device) -> str:
@@ -210,11 +228,7 @@ def format_seconds(seconds: float) -> str:
     return f"{seconds / scale:.3g} {unit}"
 
 
-_TYPES = {each.name: str(each.type) for each in fields(Row)}
-
-
-def _value(name: str, text: str) -> Any:
-    kind = _TYPES[name]
+def _value(kind: str, text: str) -> Any:
     if not text and "None" in kind:
         return None
     return int(text) if kind.startswith("int") else float(text) if kind.startswith("float") else text

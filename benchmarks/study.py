@@ -14,24 +14,21 @@ variants are timed in turns before anything is trained.
 from __future__ import annotations
 
 import contextlib
-import csv
-import multiprocessing
 import os
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import tyro
 from downstream import accuracies
-from rows import current_commit, device_name
+from rows import current_commit, device_name, read_texts, write_rows
+from studies import run_all, spread
 from timing import ratio, take_turns
-from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 
@@ -54,24 +51,13 @@ VARIANTS: dict[str, list[str]] = {
     "plackett-luce-max": [*_MASKS, "--estimator", "plackett_luce_max"],
     "explore": ["--exploration", "0.1"],
 }
-_MEDIUM = "--img-size 64 64 --num-frames 16 --embed-dim 192 --depth 4 --num-heads 4 --decoder-embed-dim 96"
-_GPU = "--img-size 112 112 --num-frames 16 --embed-dim 384 --depth 12 --num-heads 6 --decoder-embed-dim 192 "
-_GPU += "--decoder-depth 4 --mask-ratio 0.95 --batch-size 128"
-SIZES: dict[str, list[str]] = {
-    "small": ["--preset", "sprites"],
-    "medium": ["--preset", "sprites", *_MEDIUM.split(), "--mask-ratio", "0.95", "--warmup-steps", "20"],
-    "gpu": [
-        "--preset",
-        "sprites",
-        *_GPU.split(),
-        "--decoder-depth",
-        "4",
-        "--mask-ratio",
-        "0.95",
-        "--batch-size",
-        "128",
-    ],
-    "real": ["--preset", "demo"],
+SIZES = {
+    "small": "--preset sprites",
+    "medium": "--preset sprites --img-size 64 64 --num-frames 16 --embed-dim 192 --depth 4 --num-heads 4 "
+    "--decoder-embed-dim 96 --mask-ratio 0.95 --warmup-steps 20",
+    "gpu": "--preset sprites --img-size 112 112 --num-frames 16 --embed-dim 384 --depth 12 --num-heads 6 "
+    "--decoder-embed-dim 192 --decoder-depth 4 --mask-ratio 0.95 --batch-size 128",
+    "real": "--preset demo",
 }
 Size = Literal["small", "medium", "gpu", "real"]
 
@@ -138,7 +124,7 @@ def arguments(options: Options, variant: str, seed: int) -> list[str]:
     """The command line of pretrain.py, but for its steps and its output."""
     target = "--normalize-target" if options.normalize_target else "--no-normalize-target"
     data = [] if options.size == "real" else ["--data", f"sprites:8000:{seed}"]
-    settings = [*SIZES[options.size], *data, *VARIANTS[variant], target, "--seed", str(seed), "--workers", "0"]
+    settings = [*SIZES[options.size].split(), *data, *VARIANTS[variant], target, "--seed", str(seed), "--workers", "0"]
     if "--num-masks" not in settings:
         return settings
     # As many masks in a step as the others have, of fewer clips, at the same learning rate.
@@ -289,17 +275,6 @@ def measure(recipe: Any, weights: Path, device: Any) -> tuple[float | None, floa
     return float(p[moving].mean() / p[~moving].mean()), float(seen[moving].sum() / seen.sum()), loss, masked
 
 
-def run_all(options: Options) -> Iterator[Row]:
-    """All runs, several at a time, each in a process of its own."""
-    relative = relative_step_times(options)
-    context, commit = multiprocessing.get_context("spawn"), current_commit()
-    with tempfile.TemporaryDirectory() as folder, ProcessPoolExecutor(options.jobs, context) as pool:
-        runs = [(variant, seed) for seed in options.seeds for variant in options.variants]
-        tasks = [pool.submit(run, options, name, seed, relative[name], folder, commit) for name, seed in runs]
-        for task in tqdm(tasks, unit="run"):
-            yield task.result()
-
-
 def study_table(rows: Sequence[Mapping[str, str]]) -> str:
     """Mean and standard deviation over the seeds of what a file's rows say, as Markdown."""
     columns = {
@@ -318,9 +293,7 @@ def study_table(rows: Sequence[Mapping[str, str]]) -> str:
     ]
     for variant in dict.fromkeys(row["variant"] for row in rows):
         mine = [row for row in rows if row["variant"] == variant]
-        cells = [
-            _spread([float(row[name]) for row in mine if row[name]], digits) for name, (_, digits) in shown.items()
-        ]
+        cells = [spread([float(row[name]) for row in mine if row[name]], digits) for name, (_, digits) in shown.items()]
         lines.append(f"| {variant} | {mine[0]['steps']} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -328,7 +301,7 @@ def study_table(rows: Sequence[Mapping[str, str]]) -> str:
 def study_title(rows: Sequence[Mapping[str, str]]) -> str:
     """What the runs of a file have in common."""
     first = rows[0]
-    clips = {"small": "64 tokens", "medium": "512 tokens", "gpu": "392 tokens", "real": "the bundled video"}
+    clips = {"small": "64 tokens", "medium": "512 tokens", "gpu": "1568 tokens", "real": "the bundled video"}
     target = "normalised" if first["normalize_target"] == "True" else "raw"
     equal = "as many steps" if first["budget"] == "steps" else "as much time"
     masked = ", ".join(dict.fromkeys(f"{100 * float(row['mask_ratio']):.3g}%" for row in rows)) + " masked"
@@ -342,28 +315,15 @@ def study_facts(rows: Sequence[Mapping[str, str]], path: Path) -> str:
     return f"`{path.name}`, {first['device']}, torch {first['torch']}, commit {first['commit']}."
 
 
-def _spread(values: Sequence[float], digits: int) -> str:
-    if not values:
-        return ""
-    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
-    return f"{statistics.mean(values):.{digits}f}" + (f" ± {deviation:.{digits}f}" if deviation else "")
-
-
 def main(options: Options) -> None:
     """Runs, writes rows as they come, prints the table."""
     began = time.perf_counter()
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    with options.output.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [each.name for each in fields(Row)], lineterminator="\n")
-        writer.writeheader()
-        for row in run_all(options):
-            values = {
-                name: f"{value:.6g}" if isinstance(value, float) else value for name, value in asdict(row).items()
-            }
-            writer.writerow(values)
-            file.flush()
-    with options.output.open(newline="") as file:
-        print(study_table(list(csv.DictReader(file))))
+    relative, commit = relative_step_times(options), current_commit()
+    with tempfile.TemporaryDirectory() as folder:
+        runs = [(variant, seed) for seed in options.seeds for variant in options.variants]
+        calls = [(options, variant, seed, relative[variant], folder, commit) for variant, seed in runs]
+        write_rows(options.output, Row, run_all(run, calls, options.jobs))
+    print(study_table(read_texts(options.output)))
     print(f"{len(options.seeds)} seeds, {(time.perf_counter() - began) / 60:.1f} minutes")
 
 

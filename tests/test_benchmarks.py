@@ -20,6 +20,7 @@ from finetune_step import FinetuneStep
 from loader import check as check_readers
 from loader import read_pyav
 from op_cases import DrawMask, GatherTokens, ReconstructionError
+from rows import write_rows
 
 from adamae_sampler import ops
 from common.lists import VideoEntry
@@ -223,7 +224,7 @@ def test_tables_of_options_are_of_rows(tmp_path):
         options_cost.Row(options_cost.SCALE, "encoder", tokens=tokens, median_s=seconds, of_first=1.0, **facts)
         for tokens, seconds in ((1568, 2.0), (3136, 5.0))
     ]
-    options_cost.write(rows, tmp_path / "options_cpu.csv")
+    write_rows(tmp_path / "options_cpu.csv", options_cost.Row, rows)
     text = report.options_tables(tmp_path)
     assert "| random masking | exact | 1.5 s | 1.50 |" in text
     assert "| 3,136 | 5 s (2.5) |" in text

@@ -15,6 +15,8 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from adamae_sampler.losses import DeferredPrediction
+
 # Dense bf16 matrix products, in FLOP/s, from the makers' data sheets; by a part of the name that the driver reports.
 PEAKS = {
     "A100": 312e12,
@@ -53,7 +55,9 @@ def forward_flops(model: nn.Module, *shape: int) -> float:
     ):
         named = [*model.named_parameters(), *model.named_buffers()]
         weights: dict[str, Tensor] = {name: shapes_alone.from_tensor(tensor) for name, tensor in named}
-        functional_call(model, weights, torch.empty(shape, device=device))
+        out = functional_call(model, weights, torch.empty(shape, device=device))
+        if isinstance(out, tuple) and isinstance(out[0], DeferredPrediction):
+            out[0].whole()  # which the loss does in chunks
     return float(counter.get_total_flops())
 
 
