@@ -1,7 +1,7 @@
 """Makes tables and plots of the rows that run.py wrote, and of nothing else: no row, no figure.
 
-python benchmarks/report.py                     # into README.md, between its two "benchmarks" markers
-python benchmarks/report.py --readme copy.md
+    python benchmarks/report.py                     # into README.md, between its two "benchmarks" markers
+    python benchmarks/report.py --readme copy.md
 """
 
 from __future__ import annotations

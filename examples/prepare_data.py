@@ -1,12 +1,12 @@
 """Turns the annotations of public data sets into the list files that the training scripts read, and checks lists.
 
-python examples/prepare_data.py ssv2 --annotations labels --videos 20bn-something-something-v2 --output lists/ssv2
-python examples/prepare_data.py k400 --annotations annotations --videos k400 --output lists/k400
-python examples/prepare_data.py ucf101 --annotations ucfTrainTestlist --videos UCF-101 --output lists/ucf101
-python examples/prepare_data.py hmdb51 --annotations testTrainMulti_7030_splits --videos hmdb51 --output lists/hmdb51
-python examples/prepare_data.py check --data lists/k400/train.csv --workers 16
-python examples/prepare_data.py pack --data lists/k400/train.csv --output shards/k400 --workers 16
-python examples/prepare_data.py index --shards shards/from-elsewhere
+    python examples/prepare_data.py ssv2 --annotations labels --videos 20bn-something-something-v2 --output lists/ssv2
+    python examples/prepare_data.py k400 --annotations annotations --videos k400 --output lists/k400
+    python examples/prepare_data.py ucf101 --annotations ucfTrainTestlist --videos UCF-101 --output lists/ucf101
+    python examples/prepare_data.py hmdb51 --annotations SPLITS --videos hmdb51 --output lists/hmdb51
+    python examples/prepare_data.py check --data lists/k400/train.csv --workers 16
+    python examples/prepare_data.py pack --data lists/k400/train.csv --output shards/k400 --workers 16
+    python examples/prepare_data.py index --shards shards/from-elsewhere
 """
 
 from __future__ import annotations
