@@ -2,6 +2,8 @@
 
     python benchmarks/report.py                     # into README.md, between its two "benchmarks" markers
     python benchmarks/report.py --readme copy.md
+
+The plots go beside the rows.
 """
 
 from __future__ import annotations

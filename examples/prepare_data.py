@@ -7,6 +7,8 @@
     python examples/prepare_data.py check --data lists/k400/train.csv --workers 16
     python examples/prepare_data.py pack --data lists/k400/train.csv --output shards/k400 --workers 16
     python examples/prepare_data.py index --shards shards/from-elsewhere
+
+Each of them has a --help of its own.
 """
 
 from __future__ import annotations
