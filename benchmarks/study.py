@@ -1,6 +1,6 @@
 """What each option of the sampler costs and gives: every variant pre-trained on the same budget, over several seeds.
 
-    python benchmarks/study.py                                  # small clips, with a linear probe; an hour on two cores
+    python benchmarks/study.py                                  # small clips, with a linear probe; half an hour
     python benchmarks/study.py --size medium --steps 200 --no-probe --output ...       # 512 tokens, adaptivity alone
     python benchmarks/study.py --budget time                    # as many seconds as random masking takes for the steps
     python benchmarks/study.py --size real --no-probe ...       # the bundled video, for the loss alone
@@ -49,7 +49,8 @@ VARIANTS: dict[str, list[str]] = {
     "masks4": _MASKS,
     "plackett-luce": [*_MASKS, "--estimator", "plackett_luce"],
     "plackett-luce-max": [*_MASKS, "--estimator", "plackett_luce_max"],
-    "explore": ["--exploration", "0.1"],
+    "fast-exploration": [*_FAST, "--exploration", "0.1"],
+    "fast-temperature": [*_FAST, "--temperature", "2"],
 }
 SIZES = {
     "small": "--preset sprites",
@@ -66,7 +67,7 @@ Size = Literal["small", "medium", "gpu", "real"]
 class Options:
     """Size of the study."""
 
-    variants: tuple[str, ...] = ("random", "tube", "frame", "exact", "pooled", "pixels", "fast")
+    variants: tuple[str, ...] = ("random", "tube", "frame", "exact", "fast")
     """Of VARIANTS."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Of weights, masks and clips."""
