@@ -11,7 +11,7 @@ from timm.layers import Mlp
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-_MOST_CELLS = 400
+_MOST_CELLS = 200
 
 
 class MHAScoreNetwork(nn.Module):
@@ -75,7 +75,7 @@ class PooledScoreNetwork(nn.Module):
         embed_dim: D, width of the tokens.
         grid_size: (T, H, W) tokens; any, since cells at an end may be smaller.
         pool: tokens of a cell in time, height and width. If None, (2, 2, 2), doubled along the axis with the most cells
-            until there are 400 or fewer, so that the cost grows with the tokens and not with their square.
+            until there are 200 or fewer, so that the cost grows with the tokens at most, not with their square.
         width: of the blocks.
         depth: number of blocks.
         num_heads: attention heads; they must divide the width.
