@@ -86,7 +86,8 @@ def sampling_loss(
         num_masks: R, masks of each clip.
 
     Raises:
-        ValueError: the sample has no log-probabilities, an unknown estimator, or shapes that do not fit.
+        ValueError: the sample has no log-probabilities, an unknown estimator, shapes that do not fit, or one mask alone
+            for an estimator that compares masks.
     """
     _check_sample(sample)
     if sample.log_probs is None:
@@ -152,7 +153,8 @@ class AdaMAELoss(nn.Module):
         tubelet_size: see `reconstruction_error`.
         mean: see `reconstruction_error`.
         std: see `reconstruction_error`.
-        estimator: of the sampler's gradient, see `sampling_loss`.
+        estimator: of the sampler's gradient, see `adamae_sampler.sampling_loss`. It takes masks for drawn from p, those
+            given from outside too.
         num_masks: R, masks of each clip; prediction and sample then have R rows for each clip of the video.
 
     Raises:
@@ -207,8 +209,9 @@ class AdaMAELoss(nn.Module):
         _check_sample(sample)
         if sample.mask.shape[0] != video.shape[0] * self.num_masks:
             raise ValueError(
-                f"the sample has {sample.mask.shape[0]} masks for {video.shape[0]} clips, expected num_masks="
-                f"{self.num_masks} for each. Give AdaMAELoss the num_masks of the sampler."
+                f"the sample has {sample.mask.shape[0]} rows, expected {video.shape[0]} clips x num_masks="
+                f"{self.num_masks}. Give AdaMAELoss the num_masks of the sampler, and to the model, where it is given "
+                "a mask, a row for each."
             )
         share: Tensor | float = 1.0  # of the tokens decoded that are masked
         if decode_mask is not None:

@@ -114,6 +114,11 @@ class PooledScoreNetwork(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """[B, N, D] -> [B, N] fp32."""
+        if tokens.shape[1] != math.prod(self.grid_size):
+            raise ValueError(
+                f"tokens have shape {tuple(tokens.shape)}, expected {math.prod(self.grid_size)} tokens, for the "
+                f"network's grid {self.grid_size}. Build it with the sampler's grid_size."
+            )
         own = self.project(tokens)  # [B, N, width]
         x = self._pool(own) + self.pos_embed  # [B, cells, width]
         for block in self.blocks:

@@ -49,6 +49,7 @@ VARIANTS: dict[str, list[str]] = {
     "masks4": _MASKS,
     "plackett-luce": [*_MASKS, "--estimator", "plackett_luce"],
     "plackett-luce-max": [*_MASKS, "--estimator", "plackett_luce_max"],
+    "plackett-luce-weight1": [*_MASKS, "--estimator", "plackett_luce", "--sampling-weight", "1"],
     "fast-exploration": [*_FAST, "--exploration", "0.1"],
     "fast-temperature": [*_FAST, "--temperature", "2"],
 }

@@ -255,8 +255,8 @@ def test_temperature_and_exploration():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"masking": "random", "exploration": 0.1}, "exploration: only masking='adaptive' takes it"),
-        ({"masking": "tube", "score_network": "pooled"}, "score_network: only masking='adaptive' takes it"),
+        ({"masking": "random", "exploration": 0.1}, "exploration=0.1: only masking='adaptive' takes it"),
+        ({"masking": "tube", "score_network": "pooled"}, "score_network='pooled': only masking='adaptive' takes it"),
         (
             {"masking": RandomTokenSampler(GRID, 0.75), "temperature": 2.0},
             "temperature: .* the sampler given has its own",
@@ -264,7 +264,8 @@ def test_temperature_and_exploration():
         ({"masking": RandomTokenSampler(GRID, 0.75), "num_masks": 2}, "num_masks=2, and the sampler given has 1"),
         ({"decode_ratio": 0.0}, "decode_ratio=0.0, expected a share of the masked tokens"),
         ({"decode_ratio": 1.5}, "decode_ratio=1.5, expected"),
-        ({"head_chunks": 0}, "head_chunks=0, expected 1 or more"),
+        ({"head_chunks": 0}, "head_chunks=0, expected a whole number"),
+        ({"head_chunks": 1.5}, "head_chunks=1.5, expected a whole number"),
         ({"sample_from": "frames"}, "sample_from='frames', expected 'tokens' or 'pixels'"),
         ({"temperature": 0.0}, "temperature=0.0, expected a positive number"),
         ({"exploration": 1.0}, "exploration=1.0, expected a share of p"),
@@ -276,6 +277,8 @@ def test_options_that_make_no_sense_are_refused(options, message):
         tiny_model(**options)
     with pytest.raises(ValueError, match="5 heads do not divide the score network's width 192"):
         PooledScoreNetwork(12, GRID, num_heads=5)
+    with pytest.raises(ValueError, match="expected 64 tokens, for the network's grid"):
+        PooledScoreNetwork(12, GRID)(torch.randn(1, 32, 12))
 
 
 def test_the_defaults_are_the_exact_method():

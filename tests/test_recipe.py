@@ -48,6 +48,11 @@ def test_a_preset_with_a_stray_setting_is_refused(tmp_path, monkeypatch):
         load_preset(PretrainRecipe, "bad")
 
 
+def test_an_estimator_without_a_sampler_is_refused():
+    with pytest.raises(ValueError, match="estimator=plackett_luce: masking=tube learns nothing"):
+        PretrainRecipe(masking="tube", estimator="plackett_luce")
+
+
 def test_learning_rate_follows_the_effective_batch_whatever_the_devices():
     recipe = load_preset(PretrainRecipe, "ssv2")
     for devices in (1, 8, 64):

@@ -117,9 +117,11 @@ class AdaMAE(nn.Module):
         if sample_from not in ("tokens", "pixels"):
             raise ValueError(f"sample_from={sample_from!r}, expected 'tokens' or 'pixels'.")
         if not 0 < decode_ratio <= 1:
-            raise ValueError(f"decode_ratio={decode_ratio}, expected a share of the masked tokens, at most 1 for all.")
-        if head_chunks < 1:
-            raise ValueError(f"head_chunks={head_chunks}, expected 1 or more; 1 computes the head at once.")
+            raise ValueError(f"decode_ratio={decode_ratio}, expected a share of the masked tokens above 0, 1 for all.")
+        if not isinstance(head_chunks, int) or head_chunks < 1:
+            raise ValueError(
+                f"head_chunks={head_chunks!r}, expected a whole number, 1 or more; 1 computes the head at once."
+            )
         self.sample_from = sample_from
         self.decode_ratio = decode_ratio
         self.head_chunks = head_chunks
@@ -236,7 +238,8 @@ def _make_sampler(
 ) -> TokenSampler:
     if masking != "adaptive" and (given := [name for name, value in learned.items() if value != _LEARNED[name]]):
         what = "the sampler given has its own" if isinstance(masking, TokenSampler) else f"masking={masking!r} has none"
-        raise ValueError(f"{', '.join(given)}: only masking='adaptive' takes it, and {what}.")
+        values = ", ".join(f"{name}={learned[name]!r}" for name in given)
+        raise ValueError(f"{values}: only masking='adaptive' takes it, and {what}. Leave it out.")
     if isinstance(masking, TokenSampler):
         if num_masks not in (1, masking.num_masks):
             raise ValueError(

@@ -80,6 +80,10 @@ class PretrainRecipe(Recipe):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check_least(sampling_weight=0, num_masks=1, head_chunks=1)
+        if self.masking != "adaptive" and self.estimator != "categorical":
+            raise ValueError(
+                f"estimator={self.estimator}: masking={self.masking} learns nothing. Leave it out, or mask adaptively."
+            )
 
     def model_args(self) -> dict[str, Any]:
         """Keyword arguments for `timm.create_model`, which leaves out those that are None."""
