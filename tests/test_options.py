@@ -259,7 +259,7 @@ def test_temperature_and_exploration():
         ({"masking": "tube", "score_network": "pooled"}, "score_network='pooled': only masking='adaptive' takes it"),
         (
             {"masking": RandomTokenSampler(GRID, 0.75), "temperature": 2.0},
-            "temperature: .* the sampler given has its own",
+            "temperature=.*: .* the sampler given has its own",
         ),
         ({"masking": RandomTokenSampler(GRID, 0.75), "num_masks": 2}, "num_masks=2, and the sampler given has 1"),
         ({"decode_ratio": 0.0}, "decode_ratio=0.0, expected a share of the masked tokens"),
@@ -318,7 +318,7 @@ def test_as_many_masks_as_were_said():
     """A sample of four clips is none of two masks of two clips."""
     model, video = tiny_model(num_masks=2).train(), clips(2)
     prediction, sample = model(video)
-    with pytest.raises(ValueError, match="the sample has 4 masks for 2 clips, expected num_masks=1 for each"):
+    with pytest.raises(ValueError, match="the sample has 4 rows, expected 2 clips x num_masks=1"):
         CRITERION(prediction, video, sample)
 
 
