@@ -80,19 +80,14 @@ def leave_one_out(reward: Tensor, num_masks: int) -> Tensor:
 
     Args:
         reward: [B R], R masks of each clip after each other.
-        num_masks: R. For one mask the others are those of the other clips.
+        num_masks: R. For one mask the others are those of the other clips; a single one of a single clip has none,
+            and its gradient varies the most.
 
     Returns:
         [B R].
-
-    Raises:
-        ValueError: a single mask of a single clip, which has no others.
     """
     groups = reward.view(-1, num_masks) if num_masks > 1 else reward.view(1, -1)
     others = groups.shape[1] - 1
     if not others:
-        raise ValueError(
-            "one mask of one clip has nothing to be compared with, which its estimator needs. Use num_masks=2 or more, "
-            "in the sampler and the loss, or two clips or more."
-        )
+        return reward
     return (groups - (groups.sum(1, keepdim=True) - groups) / others).reshape(-1)

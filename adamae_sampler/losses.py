@@ -86,8 +86,7 @@ def sampling_loss(
         num_masks: R, masks of each clip.
 
     Raises:
-        ValueError: the sample has no log-probabilities, an unknown estimator, shapes that do not fit, or one mask alone
-            for an estimator that compares masks.
+        ValueError: the sample has no log-probabilities, an unknown estimator, or shapes that do not fit.
     """
     _check_sample(sample)
     if sample.log_probs is None:
