@@ -22,7 +22,7 @@ def run_all(run: Callable[..., T], calls: Sequence[tuple[Any, ...]], jobs: int) 
 
 
 def spread(values: Sequence[float], digits: int) -> str:
-    """Mean ± standard deviation; the mean alone of one value, and nothing of none."""
-    if len(values) < 2:
-        return "".join(f"{value:.{digits}f}" for value in values)
+    """Mean ± standard deviation; the mean alone where all are the same, and nothing of none."""
+    if len(set(values)) < 2:
+        return "".join(f"{value:.{digits}f}" for value in set(values))
     return f"{statistics.mean(values):.{digits}f} ± {statistics.stdev(values):.{digits}f}"
