@@ -143,7 +143,6 @@ def relative_step_times(options: Options) -> dict[str, float]:
     """Seconds of a training step over those of random masking, in turns, on one thread or on the GPU."""
     import torch
 
-    from adamae_sampler import AdaMAELoss
     from common.cli import parse_arguments
     from common.pretrain_recipe import PretrainRecipe
 
@@ -152,25 +151,20 @@ def relative_step_times(options: Options) -> dict[str, float]:
     clocks = {}
     for variant in dict.fromkeys(("random", *options.variants)):
         recipe, _ = parse_arguments(PretrainRecipe, arguments(options, variant, 0), "sprites", None)
-        clocks[variant] = _clock(recipe, AdaMAELoss, device)
+        clocks[variant] = _clock(recipe, device)
     times = take_turns(clocks, 60.0, (5, 40))
     return {variant: ratio(times[variant], times["random"]) for variant in options.variants}
 
 
-def _clock(recipe: Any, loss: Any, device: Any) -> Any:
+def _clock(recipe: Any, device: Any) -> Any:
     """A function that does a step and returns its seconds."""
     import timm
     import torch
 
+    from adamae_sampler import AdaMAELoss
+
     model = timm.create_model(recipe.model, **recipe.model_args()).to(device)
-    criterion = loss(
-        normalize=recipe.normalize_target,
-        kind=recipe.loss,
-        patch_size=recipe.patch_size,
-        tubelet_size=recipe.tubelet_size,
-        estimator=recipe.estimator,
-        num_masks=recipe.num_masks,
-    )
+    criterion = AdaMAELoss(**recipe.loss_args())
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     video = torch.rand(recipe.batch_size, 3, recipe.num_frames, *recipe.img_size, device=device)
 

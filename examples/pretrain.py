@@ -77,15 +77,7 @@ def train(recipe: PretrainRecipe, job: Job) -> None:
     accelerator, source, schedule, model, resumed = job
     groups = param_groups_weight_decay(model, recipe.weight_decay, no_weight_decay_list=model.no_weight_decay())
     optimizer = torch.optim.AdamW(groups, lr=schedule.lr, betas=recipe.betas, fused=True)
-    criterion = AdaMAELoss(
-        recipe.sampling_weight,
-        kind=recipe.loss,
-        normalize=recipe.normalize_target,
-        patch_size=recipe.patch_size,
-        tubelet_size=recipe.tubelet_size,
-        estimator=recipe.estimator,
-        num_masks=recipe.num_masks,
-    )
+    criterion = AdaMAELoss(**recipe.loss_args())
     flops = forward_flops(model, 1, 3, recipe.num_frames, *recipe.img_size)
     better = ("reconstruction", -1)
     loop = Loop.begin(recipe, schedule, accelerator, model, optimizer, source, resumed, better)

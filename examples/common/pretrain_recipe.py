@@ -90,3 +90,8 @@ class PretrainRecipe(Recipe):
         decoder = ("decoder_embed_dim", "decoder_depth", "decoder_num_heads", "decode_ratio", "head_chunks")
         names = ("masking", "mask_ratio", "num_masks", *SAMPLER_SETTINGS, *decoder)
         return {**self.sizes(), **{name: getattr(self, name) for name in names}}
+
+    def loss_args(self) -> dict[str, Any]:
+        """Keyword arguments for `AdaMAELoss`."""
+        same = ("sampling_weight", "patch_size", "tubelet_size", "estimator", "num_masks")
+        return {"kind": self.loss, "normalize": self.normalize_target, **{name: getattr(self, name) for name in same}}
