@@ -94,6 +94,12 @@ class Options:
     def __post_init__(self) -> None:
         if strangers := [name for name in self.variants if name not in VARIANTS]:
             raise ValueError(f"no variant {', '.join(strangers)}; there are {', '.join(VARIANTS)}.")
+        for name in ("variants", "seeds"):
+            if not getattr(self, name):
+                raise ValueError(f"{name} is empty: name at least one.")
+        for name in ("steps", "probe_labels", "test_clips", "jobs"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}, expected 1 or more; --no-probe trains no probe.")
         if self.probe and self.size == "real":
             raise ValueError("the bundled video has no labels for a probe: add --no-probe.")
 

@@ -102,7 +102,7 @@ def build(recipe: FinetuneRecipe, run: Run) -> Job:
     model.set_grad_checkpointing(recipe.checkpoint_activations)
     resumed = Resumed.load(run.resume, recipe, schedule, clips)
     if accelerator.is_main_process:
-        print(describe(recipe, run.preset, schedule, model, accelerator, train, val))
+        print(describe(recipe, run.origin, schedule, model, accelerator, train, val))
         if resumed:
             print(resumed.describe(accelerator, recipe))
     if recipe.checkpoint and resumed is None:
@@ -230,7 +230,7 @@ def finish(recipe: FinetuneRecipe, job: Job) -> None:
 
 def describe(
     recipe: FinetuneRecipe,
-    preset: str,
+    origin: str,
     schedule: Schedule,
     model: VideoClassifier,
     accelerator: Accelerator,
@@ -239,7 +239,7 @@ def describe(
 ) -> str:
     """The resolved recipe, for people."""
     lines = {
-        "preset": preset,
+        "settings": origin,
         "train": f"{recipe.train or 'none given'}, {len(train)} videos",
         "val": f"{recipe.val or 'none given'}, {len(val)} videos, {recipe.test_clips} clips x {recipe.test_crops} "
         "crops",

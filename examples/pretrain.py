@@ -66,7 +66,7 @@ def build(recipe: PretrainRecipe, run: Run) -> Job:
     model.set_grad_checkpointing(recipe.checkpoint_activations)
     resumed = Resumed.load(run.resume, recipe, schedule, source)
     if accelerator.is_main_process:
-        print(describe(recipe, run.preset, schedule, model, accelerator, len(source)))
+        print(describe(recipe, run.origin, schedule, model, accelerator, len(source)))
         if resumed:
             print(resumed.describe(accelerator, recipe))
     return Job(accelerator, source, schedule, model, resumed)
@@ -99,12 +99,12 @@ def train(recipe: PretrainRecipe, job: Job) -> None:
 
 
 def describe(
-    recipe: PretrainRecipe, preset: str, schedule: Schedule, model: AdaMAE, accelerator: Accelerator, clips: int
+    recipe: PretrainRecipe, origin: str, schedule: Schedule, model: AdaMAE, accelerator: Accelerator, clips: int
 ) -> str:
     """The resolved recipe, for people."""
     visible, tokens = model.sampler.num_visible, model.sampler.num_tokens
     lines = {
-        "preset": preset,
+        "settings": origin,
         "data": f"{recipe.data or 'none given'}, {clips} videos",
         "clips": f"{describe_clips(recipe)}, {'flip' if recipe.flip else 'no flip'}",
         "model": describe_encoder(recipe.model, model),

@@ -253,3 +253,7 @@ def test_the_study_of_options_trains_measures_and_probes(tmp_path):
     assert text.count("| 1.25 |") == 2
     with pytest.raises(ValueError, match="no variant quick; there are random, tube"):
         study.Options(variants=("quick",))
+    with pytest.raises(ValueError, match="seeds is empty"):
+        study.Options(seeds=())
+    with pytest.raises(ValueError, match="probe_labels=0, expected 1 or more; --no-probe"):
+        study.Options(probe_labels=0)

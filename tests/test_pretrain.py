@@ -85,6 +85,7 @@ def test_a_trace_of_three_steps(tmp_path):
 
 def test_presets_can_be_looked_at_without_data():
     printed = succeeded(pretrain("--preset", "ssv2", "--dry-run"))
+    assert "settings  preset ssv2" in printed
     assert "800 epochs, 40 of warm-up; steps follow from the data" in printed
     assert "learning rate  0.00015 x 2048 / 256 = 0.0012" in printed
 

@@ -77,6 +77,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path):
         file.write('{"step": 5, "lo')  # as a kill may leave it
     printed = succeeded(pretrain("--resume", newest_checkpoint(parts)))  # its settings and its folder are the run's
     assert "from step 2" in printed
+    assert f"settings  those of {parts}" in printed
     same_numbers(whole, parts)
     same_weights(whole, parts)
 

@@ -28,6 +28,11 @@ class Run:
     dry_run: bool = False
     """Print the resolved recipe and exit."""
 
+    @property
+    def origin(self) -> str:
+        """Where the settings are from that the command line does not give."""
+        return f"preset {self.preset}" if self.resume is None else f"those of {self.resume}"
+
 
 @dataclass(frozen=True)
 class _Arguments(Generic[AnyRecipe]):
