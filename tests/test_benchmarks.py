@@ -243,6 +243,7 @@ def test_the_study_of_options_trains_measures_and_probes(tmp_path):
         assert row.p_ratio > 0.2
         assert 0 < row.visible_moving < 1
         assert row.reconstruction < 1
+        assert row.error_ratio > 1  # the background is learned first
         assert 0 <= row.probe_top1 <= 100
     timed = study.run(study.Options(budget="time", steps=4, probe=False), "half", 3, 2.0, str(tmp_path), "abc")
     assert timed.steps == 2
