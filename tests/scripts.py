@@ -2,6 +2,7 @@
 
 import io
 import json
+import signal
 import subprocess
 import sys
 import time
@@ -28,6 +29,17 @@ def refused(main, *arguments):
         main([str(each) for each in arguments])
     assert ended.value.code not in (0, None)
     return f"{ended.value.code}\n{out.getvalue()}"
+
+
+def run_here(main, *arguments):
+    """What a script says that succeeds; run in this process, for tests of what a run leaves and not of how it starts."""
+    previous = signal.getsignal(signal.SIGUSR1)  # which a script ignores once it is done
+    try:
+        with redirect_stdout(io.StringIO()) as out, redirect_stderr(out):
+            main([str(each) for each in arguments])
+    finally:
+        signal.signal(signal.SIGUSR1, previous)
+    return out.getvalue()
 
 
 def start_script(name, *arguments, launcher=()):

@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 
 import av
+import pretrain as pretrain_script
 import pytest
 from scripts import (
     EXAMPLES,
@@ -18,6 +19,7 @@ from scripts import (
     children,
     metrics,
     newest_checkpoint,
+    run_here,
     run_script,
     start_script,
     succeeded,
@@ -33,6 +35,7 @@ from common.metrics import RunLog
 from common.quarantine import Quarantine, read_quarantine
 
 pretrain = partial(run_script, "pretrain.py")
+pretrain_here = partial(run_here, pretrain_script.main)
 
 
 def folder_with_broken_videos(folder):
@@ -73,13 +76,13 @@ def test_a_resumed_run_keeps_the_quarantine(tmp_path):
     shutil.copy(EXAMPLES / "clips" / "bigbuckbunny.mp4", tmp_path / "good.mp4")
     (tmp_path / "list.csv").write_text("good.mp4 0\nlater.mp4 1\n")
     arguments = [*TINY_PRETRAIN, "--data", tmp_path / "list.csv", "--output", tmp_path / "run", "--max-broken", 0.5]
-    succeeded(pretrain(*arguments, "--steps", 2))
+    pretrain_here(*arguments, "--steps", 2)
     quarantine = tmp_path / "run" / "quarantine.txt"
     assert (
         quarantine.read_text()
         == f"{tmp_path / 'later.mp4'}\t{tmp_path / 'list.csv'}:2 (later.mp4): there is no such file\n"
     )
-    succeeded(pretrain("--resume", "auto", *arguments, "--steps", 4))
+    pretrain_here("--resume", "auto", *arguments, "--steps", 4)
     assert len(quarantine.read_text().splitlines()) == 1
 
 
@@ -142,7 +145,7 @@ def test_so_many_bad_steps_in_a_row_end_a_run_that_is_saved(tmp_path):
     named = [name for line in lines[2:4] for name in line.partition(": ")[2].split(", ")]
     assert sorted(named) == [f"sprites:8:3[{number}]" for number in range(8)]
     assert newest_checkpoint(tmp_path).name == "step_00000006.safetensors"
-    assert "from step 6" in succeeded(pretrain("--resume", newest_checkpoint(tmp_path)))
+    assert "from step 6" in pretrain_here("--resume", newest_checkpoint(tmp_path))
 
 
 def test_fewer_bad_steps_in_a_row_do_not(tmp_path):

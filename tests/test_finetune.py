@@ -12,7 +12,17 @@ import pytest
 import safetensors.torch
 import torch
 from conftest import tiny_model
-from scripts import ENCODER, EXAMPLES, TWO_PROCESSES, metrics, newest_checkpoint, refused, run_script, succeeded
+from scripts import (
+    ENCODER,
+    EXAMPLES,
+    TWO_PROCESSES,
+    metrics,
+    newest_checkpoint,
+    refused,
+    run_here,
+    run_script,
+    succeeded,
+)
 from test_checkpoint import renamed_as_official
 from test_classifier import tiny_classifier
 from torch.nn.functional import cross_entropy, log_softmax
@@ -28,6 +38,7 @@ from common.transforms import seed_libraries
 TINY = "--batch-size 4 --warmup-steps 1 --workers 0 --log-every 1 --stride 2 --test-clips 2".split()  # noqa: SIM905
 TINY += ["--effective-batch", "4"]
 run_finetune = partial(run_script, "finetune.py")
+finetune_here = partial(run_here, finetune.main)
 # Every parameter of the encoder is to be loaded, none left as it was.
 PARAMETERS = sum(name.startswith("encoder.") for name in tiny_classifier().state_dict())
 
@@ -79,7 +90,7 @@ def test_a_run_from_a_pretraining_file(run_of_three, data):
 def test_weights_of_a_run_are_evaluated_alike(run_of_three, data, tmp_path):
     folder, _ = run_of_three
     arguments = ["--eval-only", "--checkpoint", folder / "model.safetensors", *data[2:], "--workers", 0]
-    printed = succeeded(run_finetune(*arguments, "--output", tmp_path))  # stride and views are the run's
+    printed = finetune_here(*arguments, "--output", tmp_path)  # stride and views are the run's
     assert f"{PARAMETERS + 4} parameters loaded" in printed  # fc_norm and head too
     assert (tmp_path / "predictions.csv").read_text() == (folder / "predictions.csv").read_text()
 
@@ -95,7 +106,7 @@ def test_the_encoder_of_other_formats_is_loaded_whole(data, tmp_path):
     transformers.VideoMAEForPreTraining(config).save_pretrained(tmp_path / "hf")
     for checkpoint, sizes, name in (("official.pth", ENCODER, "official AdaMAE"), ("hf", [], "Hugging Face VideoMAE")):
         arguments = [*TINY, *sizes, *data, "--checkpoint", tmp_path / checkpoint, "--steps", 1, "--eval-every", 0]
-        printed = succeeded(run_finetune(*arguments, "--output", tmp_path / name))
+        printed = finetune_here(*arguments, "--output", tmp_path / name)
         assert f"{name} checkpoint: {PARAMETERS} parameters loaded" in printed
         assert "in the file, not in the model: " in printed  # the decoder
         assert "left as they were" not in printed
@@ -160,7 +171,7 @@ def test_bad_input_is_named_with_its_line_and_the_rest_is_done(tmp_path):
         (tmp_path / f"{name}.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
     arguments = [*TINY, *ENCODER, "--train", tmp_path / "train.csv", "--val", tmp_path / "val.csv", "--num-classes", 2]
     arguments += ["--max-broken", 0.9, "--steps", 3, "--eval-every", 0]
-    printed = succeeded(run_finetune(*arguments, "--output", tmp_path / "out"))
+    printed = finetune_here(*arguments, "--output", tmp_path / "out")
     assert json.loads((tmp_path / "out" / "results.json").read_text())["videos"] == 4
     left_out, quarantine = (
         (tmp_path / "out" / name).read_text(encoding="utf-8") for name in ("left_out.txt", "quarantine.txt")
@@ -216,7 +227,7 @@ def test_what_is_odd_but_possible_is_said(data, pretrained, tmp_path):
     two = Path(data[1]).parent / "two.csv"
     two.write_text("\n".join(listed) + "\n", encoding="utf-8")
     arguments = [*TINY, "--train", two, *data[2:], "--checkpoint", pretrained, "--steps", 1, "--eval-every", 0]
-    printed = succeeded(run_finetune(*arguments, "--img-size", 48, 48, "--output", tmp_path))
+    printed = finetune_here(*arguments, "--img-size", 48, 48, "--output", tmp_path)
     assert "img_size (32, 32) there, (48, 48) here; position embeddings are computed anew" in printed
     assert (
         "videos of 2 to train on, of 3 to evaluate on; WARNING: 1 of val are never trained on, such as 2 (" in printed

@@ -9,12 +9,13 @@ import safetensors.torch
 import torch
 import yaml
 from conftest import tiny_model
-from scripts import EXAMPLES, TINY_PRETRAIN, metrics, refused, run_script, succeeded
+from scripts import EXAMPLES, TINY_PRETRAIN, metrics, refused, run_here, run_script, succeeded
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from adamae_sampler.models import load_checkpoint
 
 pretrain = partial(run_script, "pretrain.py")
+pretrain_here = partial(run_here, pretrain_script.main)
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +71,7 @@ def test_weights_of_a_run_load(run_of_three):
 
 @pytest.mark.parametrize("masking", ["random", "tube", "frame"])
 def test_fixed_maskings_run_by_the_same_recipe(masking, tmp_path):
-    succeeded(pretrain(*TINY_PRETRAIN, "--steps", 2, "--data", "sprites", "--masking", masking, "--output", tmp_path))
+    pretrain_here(*TINY_PRETRAIN, "--steps", 2, "--data", "sprites", "--masking", masking, "--output", tmp_path)
     for line in metrics(tmp_path):
         assert line["sampling"] is line["entropy"] is None
         assert line["loss"] == line["reconstruction"]
@@ -84,7 +85,7 @@ def test_a_trace_of_three_steps(tmp_path):
 
 
 def test_presets_can_be_looked_at_without_data():
-    printed = succeeded(pretrain("--preset", "ssv2", "--dry-run"))
+    printed = pretrain_here("--preset", "ssv2", "--dry-run")
     assert "settings  preset ssv2" in printed
     assert "800 epochs, 40 of warm-up; steps follow from the data" in printed
     assert "learning rate  0.00015 x 2048 / 256 = 0.0012" in printed
@@ -102,7 +103,7 @@ def test_nothing_but_broken_videos_ends_with_a_clear_line(workers, tmp_path):
 
 def test_a_new_run_sets_an_earlier_one_aside(tmp_path):
     for _ in range(2):
-        printed = succeeded(pretrain(*TINY_PRETRAIN, "--data", "sprites", "--steps", 2, "--output", tmp_path / "run"))
+        printed = pretrain_here(*TINY_PRETRAIN, "--data", "sprites", "--steps", 2, "--output", tmp_path / "run")
     assert f"the earlier run is now {tmp_path / 'run-1'}" in printed
     for name in ("run", "run-1"):
         assert [line["step"] for line in metrics(tmp_path / name)] == [1, 2]
@@ -110,9 +111,7 @@ def test_a_new_run_sets_an_earlier_one_aside(tmp_path):
 
 
 def test_dry_run_prints_the_recipe_and_writes_nothing(tmp_path):
-    printed = succeeded(
-        pretrain("--preset", "k400", "--data", EXAMPLES / "clips", "--dry-run", "--output", tmp_path / "x")
-    )
+    printed = pretrain_here("--preset", "k400", "--data", EXAMPLES / "clips", "--dry-run", "--output", tmp_path / "x")
     assert "learning rate  0.00015 x 2048 / 256 = 0.0012" in printed
     assert "adaptive, 78 of 1568 tokens visible (95.0% masked)" in printed
     assert "flip" in printed

@@ -23,6 +23,8 @@ from scripts import (
     metrics,
     metrics_so_far,
     newest_checkpoint,
+    refused,
+    run_here,
     run_script,
     start_script,
     succeeded,
@@ -33,6 +35,7 @@ from videos import write_video
 from common.state import BEST, Checkpoints, _put_tensors, _take_tensors
 
 pretrain = partial(run_script, "pretrain.py")
+pretrain_here = partial(run_here, pretrain_script.main)
 SPRITES = [*TINY_PRETRAIN, "--data", "sprites:64"]
 EXACT = ("loss", "reconstruction", "sampling", "entropy", "grad_norm", "coverage", "lr")
 
@@ -83,7 +86,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path):
 
 
 def test_what_is_another_run_is_refused(tmp_path):
-    succeeded(pretrain(*SPRITES, "--steps", 2, "--output", tmp_path / "run"))
+    pretrain_here(*SPRITES, "--steps", 2, "--output", tmp_path / "run")
     checkpoint = newest_checkpoint(tmp_path / "run")
     for change, message in (
         (["--base-lr", 1], "base_lr: 0.032 -> 1.0"),
@@ -92,13 +95,11 @@ def test_what_is_another_run_is_refused(tmp_path):
         (["--data", "sprites:32"], "number of videos: 64 -> 32"),
         (["--data", "sprites:64:1"], "videos: as many, with other names or in another order"),
     ):
-        with pytest.raises(SystemExit) as refused:
-            pretrain_script.main(["--resume", str(checkpoint), *map(str, change)])
-        assert message in str(refused.value)
+        assert message in refused(pretrain_script.main, "--resume", checkpoint, *change)
     # Going on in the folder of another run sets that one aside. What only saves memory may change.
-    succeeded(pretrain(*SPRITES, "--steps", 1, "--output", tmp_path / "other"))
+    pretrain_here(*SPRITES, "--steps", 1, "--output", tmp_path / "other")
     arguments = ["--steps", 3, "--head-chunks", 2, "--output", tmp_path / "other"]
-    printed = succeeded(pretrain("--resume", checkpoint, *arguments))
+    printed = pretrain_here("--resume", checkpoint, *arguments)
     assert f"the earlier run is now {tmp_path / 'other-1'}" in printed
     assert [line["step"] for line in metrics(tmp_path / "other")] == [3]
 
@@ -109,16 +110,16 @@ def test_data_that_moved_is_the_same_data(tmp_path):
         for name in ("a.mp4", "b.mp4"):
             write_video(tmp_path / place / name)
     arguments = [*TINY_PRETRAIN, "--stride", 1, "--output", tmp_path / "run", "--resume", "auto"]
-    succeeded(pretrain(*arguments, "--data", tmp_path / "here", "--steps", 1))
-    assert "from step 1" in succeeded(pretrain(*arguments, "--data", tmp_path / "there", "--steps", 2))
+    pretrain_here(*arguments, "--data", tmp_path / "here", "--steps", 1)
+    assert "from step 1" in pretrain_here(*arguments, "--data", tmp_path / "there", "--steps", 2)
     (tmp_path / "there" / "b.mp4").rename(tmp_path / "there" / "c.mp4")
-    refused = pretrain(*arguments, "--data", tmp_path / "there", "--steps", 3)
-    assert "videos: as many, with other names or in another order" in refused.stderr
+    said = refused(pretrain_script.main, *arguments, "--data", tmp_path / "there", "--steps", 3)
+    assert "videos: as many, with other names or in another order" in said
 
 
 def test_auto_begins_goes_on_and_passes_over_what_is_not_whole(tmp_path):
     common = [*SPRITES, "--save-every", 1, "--keep-checkpoints", 9, "--output", tmp_path / "run", "--resume", "auto"]
-    assert "a new run begins" in succeeded(pretrain(*common, "--steps", 3))
+    assert "a new run begins" in pretrain_here(*common, "--steps", 3)
     folder = tmp_path / "run" / "checkpoints"
     truncated = folder / "step_00000003.safetensors"
     truncated.write_bytes(truncated.read_bytes()[:-100])
@@ -128,7 +129,7 @@ def test_auto_begins_goes_on_and_passes_over_what_is_not_whole(tmp_path):
     safetensors.torch.save_file(
         {"a": torch.zeros(1)}, folder / "step_00000006.safetensors", {"state": json.dumps({**foreign, "kind": "x"})}
     )
-    printed = succeeded(pretrain(*common, "--steps", 4))
+    printed = pretrain_here(*common, "--steps", 4)
     assert "step_00000003.safetensors is truncated or no checkpoint" in printed
     assert "step_00000004.safetensors is not a training state of these scripts" in printed
     assert "step_00000005.safetensors is truncated or no checkpoint" in printed
@@ -297,7 +298,7 @@ def test_sigusr1_saves_and_sigterm_saves_and_stops(launcher, tmp_path):
 
 def test_another_number_of_processes_goes_on_with_the_same_videos(tmp_path):
     common = [*SPRITES, "--masking", "tube", "--save-every", 2]
-    succeeded(pretrain(*common, "--steps", 2, "--output", tmp_path / "run"))
+    pretrain_here(*common, "--steps", 2, "--output", tmp_path / "run")
     arguments = ["--resume", newest_checkpoint(tmp_path / "run"), "--steps", 4, "--batch-size", 2]
     printed = succeeded(pretrain(*arguments, launcher=TWO_PROCESSES))
     assert "1 processes there, 2 here: the same videos in each step, other masks and dropout" in printed
@@ -331,5 +332,5 @@ pretrain.main({[*map(str, common)]!r})
     assert "Traceback" not in run.stderr
     names = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
     assert names == ["best.safetensors", "step_00000001.safetensors"]  # no half-written file besides
-    assert "from step 1" in succeeded(pretrain(*common, "--resume", "auto"))
+    assert "from step 1" in pretrain_here(*common, "--resume", "auto")
     assert [line["step"] for line in metrics(tmp_path / "run")] == [1, 2, 3, 4]
