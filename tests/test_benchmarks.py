@@ -14,6 +14,7 @@ import report
 import report_examples
 import scaling
 import study
+import timm
 import torch
 from downstream import accuracies, downstream_table
 from finetune_step import FinetuneStep
@@ -22,8 +23,10 @@ from loader import read_pyav
 from op_cases import DrawMask, GatherTokens, ReconstructionError
 from rows import write_rows
 
-from adamae_sampler import ops
+from adamae_sampler import AdaMAELoss, ops
+from common.cli import parse_arguments
 from common.lists import VideoEntry
+from common.pretrain_recipe import PretrainRecipe
 
 ROOT = Path(__file__).parent.parent
 
@@ -230,6 +233,17 @@ def test_tables_of_options_are_of_rows(tmp_path):
     assert "| 3,136 | 5 s (2.5) |" in text
     assert "a CPU, torch 2, 2 threads, commit abc; `options_cpu.csv`." in text
     assert report.options_tables(tmp_path / "nowhere") == ""
+
+
+def test_every_size_and_variant_of_the_study_is_a_recipe_and_a_model():
+    pairs = [(size, "exact") for size in study.SIZES] + [("small", variant) for variant in study.VARIANTS]
+    for size, variant in pairs:
+        arguments = study.arguments(study.Options(size=size, probe=False), variant, 0)
+        recipe, _ = parse_arguments(PretrainRecipe, arguments, "sprites", None)
+        with torch.device("meta"):
+            model = timm.create_model(recipe.model, **recipe.model_args())
+        AdaMAELoss(**recipe.loss_args())
+        assert 0 < model.sampler.num_visible < model.sampler.num_tokens / 3
 
 
 def test_the_study_of_options_trains_measures_and_probes(tmp_path):
