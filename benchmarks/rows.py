@@ -231,6 +231,8 @@ def format_seconds(seconds: float) -> str:
 def _value(kind: str, text: str) -> Any:
     if not text and "None" in kind:
         return None
+    if kind == "bool":
+        return text == "True"
     return int(text) if kind.startswith("int") else float(text) if kind.startswith("float") else text
 
 

@@ -15,6 +15,7 @@ linear probe. Steps of all variants are timed in turns before anything is traine
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import sys
 import tempfile
@@ -26,7 +27,7 @@ from typing import Any, Literal, NamedTuple
 
 import tyro
 from downstream import accuracies
-from rows import current_commit, device_name, read_texts, write_rows
+from rows import current_commit, device_name, read_rows, read_texts, write_rows
 from studies import run_all, spread
 from timing import ratio, take_turns
 
@@ -93,6 +94,8 @@ class Options:
     """Runs at a time, each in one thread; on a GPU give 1."""
     output: Path = Path(__file__).parent / "results" / "study_cpu.csv"
     """CSV file for the rows."""
+    add: bool = False
+    """Keep the rows that the file has, of the same settings, and do the runs that it lacks."""
 
     def __post_init__(self) -> None:
         if strangers := [name for name in self.variants if name not in VARIANTS]:
@@ -105,6 +108,8 @@ class Options:
                 raise ValueError(f"{name}={getattr(self, name)}, expected 1 or more; --no-probe trains no probe.")
         if self.probe and self.size == "real":
             raise ValueError("the bundled video has no labels for a probe: add --no-probe.")
+        if self.add and self.budget == "time":
+            raise ValueError("--add: steps of equal time are measured anew in each study; use --budget steps.")
 
 
 @dataclass(frozen=True)
@@ -297,6 +302,20 @@ def measure(recipe: Any, weights: Path, device: Any) -> Measured:
     )
 
 
+def rows_to_keep(options: Options) -> list[Row]:
+    """The rows of the output with --add; raises ValueError for rows of other settings."""
+    rows = read_rows(options.output, Row) if options.add and options.output.exists() else []
+    mine = options.size, options.budget, options.steps, options.normalize_target, options.probe
+    for row in rows:
+        its = row.size, row.budget, row.steps, row.normalize_target, row.probe_top1 is not None
+        if its != mine:
+            raise ValueError(
+                f"--add: {options.output} has a run of {row.variant} with (size, budget, steps, normalize_target, "
+                f"probe) = {its}, and these are {mine}: give another --output."
+            )
+    return rows
+
+
 def study_table(rows: Sequence[Mapping[str, str]]) -> str:
     """Mean and standard deviation over the seeds of what a file's rows say, as Markdown."""
     columns = {
@@ -341,17 +360,20 @@ def study_title(rows: Sequence[Mapping[str, str]]) -> str:
 def study_facts(rows: Sequence[Mapping[str, str]], path: Path) -> str:
     """Where the rows are from."""
     first = rows[0]
-    return f"`{path.name}`, {first['device']}, torch {first['torch']}, commit {first['commit']}."
+    commits = ", ".join(dict.fromkeys(row["commit"] for row in rows))
+    return f"`{path.name}`, {first['device']}, torch {first['torch']}, commit {commits}."
 
 
 def main(options: Options) -> None:
     """Runs, writes rows as they come, prints the table."""
-    began = time.perf_counter()
+    began, kept = time.perf_counter(), rows_to_keep(options)
     relative, commit = relative_step_times(options), current_commit()
     with tempfile.TemporaryDirectory() as folder:
+        done = {(row.variant, row.seed) for row in kept}
         runs = [(variant, seed) for seed in options.seeds for variant in options.variants]
+        runs = [each for each in runs if each not in done]
         calls = [(options, variant, seed, relative[variant], folder, commit) for variant, seed in runs]
-        write_rows(options.output, Row, run_all(run, calls, options.jobs))
+        write_rows(options.output, Row, itertools.chain(kept, run_all(run, calls, options.jobs)))
     print(study_table(read_texts(options.output)))
     print(f"{len(options.seeds)} seeds, {(time.perf_counter() - began) / 60:.1f} minutes")
 

@@ -1,6 +1,7 @@
 """The benchmark suite in small: it checks before it times, writes its rows, and makes tables of rows alone."""
 
 import csv
+import dataclasses
 import importlib.util
 import math
 import subprocess
@@ -257,7 +258,7 @@ def test_the_study_of_options_trains_measures_and_probes(tmp_path):
         assert row.p_ratio > 0.2
         assert 0 < row.visible_moving < 1
         assert row.reconstruction < 1
-        assert row.error_ratio > 1  # the background is learned first
+        assert row.error_ratio > 1  # sprites are further from grey than their background
         assert 0 <= row.probe_top1 <= 100
     timed = study.run(study.Options(budget="time", steps=4, probe=False), "half", 3, 2.0, str(tmp_path), "abc")
     assert timed.steps == 2
@@ -266,6 +267,18 @@ def test_the_study_of_options_trains_measures_and_probes(tmp_path):
         [{name: "" if each is None else str(each) for name, each in vars(row).items()} for row in rows]
     )
     assert text.count("| 1.25 |") == 2
+    # A study that was cut short goes on, unless its settings have changed.
+    path = tmp_path / "rows.csv"
+    write_rows(path, study.Row, rows)
+    same = dataclasses.replace(options, output=path, add=True)
+    assert [(row.variant, row.normalize_target) for row in study.rows_to_keep(same)] == [
+        ("fast", False), ("plackett-luce", False)
+    ]  # fmt: skip
+    assert study.rows_to_keep(dataclasses.replace(same, add=False)) == []
+    with pytest.raises(
+        ValueError, match=r"'small', 'steps', 2, False, True\), and these are \('small', 'steps', 2, True"
+    ):
+        study.rows_to_keep(dataclasses.replace(same, normalize_target=True))
     with pytest.raises(ValueError, match="no variant quick; there are random, tube"):
         study.Options(variants=("quick",))
     with pytest.raises(ValueError, match="seeds is empty"):
