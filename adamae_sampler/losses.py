@@ -71,7 +71,8 @@ def sampling_loss(
     """L_S, a scalar whose gradient is the sampler's alone.
 
     "categorical", the paper's: -mean over masked tokens of log p_i * stop_gradient(e_i). It raises p where the error of
-    a token is large, and is no gradient of an expected loss.
+    a token is large, and is no gradient of an expected loss. It is at rest where p_i is proportional to the mean over
+    masks of the token's error, taken as 0 in masks that show it: p differs between tokens no more than errors do.
 
     "plackett_luce": mean over masks of log P(S) * stop_gradient(f - b), the policy gradient of the expected
     reconstruction error E[f]: f is the mask's mean error, P(S) the probability of its set of visible tokens, b the mean

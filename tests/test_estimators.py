@@ -101,6 +101,20 @@ def test_the_policy_gradient_is_unbiased(estimator, sign, num_masks, errors):
     torch.testing.assert_close(expected, sign * exact_gradient(scores, errors), rtol=0, atol=1e-5)
 
 
+def test_the_papers_estimator_makes_p_proportional_to_the_error_that_a_token_has_while_masked(errors):
+    """Its expected gradient for a score is p_i sum_j E[m_j e_j] - E[m_i e_i], over the number of masked tokens."""
+    scores = torch.randn(TOKENS, dtype=torch.float64, requires_grad=True)
+    log_probs = scores.log_softmax(0)
+    p = log_probs.exp().detach()
+    expected, masked_error = torch.zeros_like(p), torch.zeros_like(p)
+    for chosen in SETS:
+        chance, sample = float(probability(p, chosen)), sample_of(log_probs, chosen)
+        expected += chance * gradient(sampling_loss(sample, errors[chosen]), scores)
+        masked_error[sample.masked_idx[0]] += chance * errors[chosen][0]
+    wanted = (p * masked_error.sum() - masked_error) / (TOKENS - VISIBLE)
+    torch.testing.assert_close(expected, wanted, rtol=0, atol=1e-6)
+
+
 def test_the_papers_estimator_is_no_gradient_of_the_expected_error(errors):
     """What benchmarks/estimator_bias.py measures: it points elsewhere, whatever its length and sign."""
     scores = torch.randn(TOKENS, dtype=torch.float64, requires_grad=True)
