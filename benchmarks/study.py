@@ -251,7 +251,7 @@ def measure(recipe: Any, weights: Path, device: Any) -> Measured:
     import timm
     import torch
 
-    from adamae_sampler import AdaMAELoss, RandomTokenSampler
+    from adamae_sampler import RandomTokenSampler, reconstruction_error
     from adamae_sampler.models import load_checkpoint
     from common.datasets import ClipStream
     from common.devices import Normalise
@@ -273,9 +273,7 @@ def measure(recipe: Any, weights: Path, device: Any) -> Measured:
         video = torch.cat([stream[index]["video"] for index in range(64)])
     generator = torch.Generator(device).manual_seed(0)
     random_masks = RandomTokenSampler(model.sampler.grid_size, recipe.mask_ratio)
-    criterion = AdaMAELoss(
-        normalize=recipe.normalize_target, patch_size=recipe.patch_size, tubelet_size=recipe.tubelet_size
-    )
+    sizes = {"patch_size": recipe.patch_size, "tubelet_size": recipe.tubelet_size}
     visible, weight, errors, targets = [], [], [], []
     with torch.no_grad():
         for part in video.split(32):
@@ -286,7 +284,8 @@ def measure(recipe: Any, weights: Path, device: Any) -> Measured:
             weight.append(visible[-1] if log_probs is None else log_probs.exp())
             mask = random_masks(torch.zeros(len(part), random_masks.num_tokens, 1, device=device), generator=generator)
             prediction, sample = model(pixels, mask=mask)
-            errors.append(criterion(prediction, part.to(device), sample).token_error)
+            target = part.to(device)
+            errors.append(reconstruction_error(prediction, target, sample, normalize=recipe.normalize_target, **sizes))
             targets.append(sample.target_idx)
     error, masked = torch.cat(errors), 1 - model.sampler.num_visible / model.sampler.num_tokens
     if moving is None:
