@@ -196,9 +196,20 @@ def write_rows(path: Path, kind: type[Any], rows: Iterable[Any]) -> None:
 
 
 def read_rows(path: Path, kind: type[T]) -> list[T]:
-    """The rows of a file that `write_rows` or `RowWriter` wrote."""
+    """The rows of a file that `write_rows` or `RowWriter` wrote.
+
+    Columns that came later are None in the rows of an earlier file, where None is allowed: they were not measured.
+
+    Raises:
+        ValueError: a column that `kind` does not have, or one that it needs and the file lacks.
+    """
     types = {each.name: str(each.type) for each in fields(kind)}  # type: ignore[arg-type]
-    return [kind(**{name: _value(types[name], text) for name, text in row.items()}) for row in read_texts(path)]
+    rows = read_texts(path)
+    found = set(rows[0]) if rows else set(types)
+    needed = {name for name, its_type in types.items() if "None" not in its_type}
+    if wrong := sorted((found - set(types)) | (needed - found)):
+        raise ValueError(f"{path} has other columns than {kind.__name__}, which differs in {', '.join(wrong)}.")
+    return [kind(**{name: _value(its_type, row.get(name, "")) for name, its_type in types.items()}) for row in rows]
 
 
 def read_texts(path: Path) -> list[dict[str, str]]:

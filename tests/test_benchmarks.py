@@ -22,7 +22,7 @@ from finetune_step import FinetuneStep
 from loader import check as check_readers
 from loader import read_pyav
 from op_cases import DrawMask, GatherTokens, ReconstructionError
-from rows import write_rows
+from rows import read_texts, write_rows
 
 from adamae_sampler import AdaMAELoss, ops
 from common.cli import parse_arguments
@@ -279,9 +279,23 @@ def test_the_study_of_options_trains_measures_and_probes(tmp_path):
         ValueError, match=r"'small', 'steps', 2, False, True\), and these are \('small', 'steps', 2, True"
     ):
         study.rows_to_keep(dataclasses.replace(same, normalize_target=True))
+    # Columns that came later were not measured then; one that is needed is missed by its name.
+    earlier = [{name: text for name, text in row.items() if name != "error_ratio"} for row in read_texts(path)]
+    _write_texts(path, earlier)
+    assert [row.error_ratio for row in study.rows_to_keep(same)] == [None, None]
+    _write_texts(path, [{name: text for name, text in row.items() if name != "steps"} for row in earlier])
+    with pytest.raises(ValueError, match="other columns than Row, which differs in steps"):
+        study.rows_to_keep(same)
     with pytest.raises(ValueError, match="no variant quick; there are random, tube"):
         study.Options(variants=("quick",))
     with pytest.raises(ValueError, match="seeds is empty"):
         study.Options(seeds=())
     with pytest.raises(ValueError, match="probe_labels=0, expected 1 or more; --no-probe"):
         study.Options(probe_labels=0)
+
+
+def _write_texts(path, rows):
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
