@@ -77,7 +77,8 @@ def sampling_loss(
     "plackett_luce": mean over masks of log P(S) * stop_gradient(f - b), the policy gradient of the expected
     reconstruction error E[f]: f is the mask's mean error, P(S) the probability of its set of visible tokens, b the mean
     f of the clip's other masks, or of the other clips where there is one mask of each. It shows the encoder what lowers
-    the error of the rest. "plackett_luce_max" has the other sign: it raises the expected error, which is what the paper
+    the error of the rest. A single clip with a single mask has no b, and a gradient that varies the most.
+    "plackett_luce_max" has the other sign: it raises the expected error, which is what the paper
     says in words, and so hides what is hard.
 
     Args:
@@ -158,7 +159,7 @@ class AdaMAELoss(nn.Module):
         num_masks: R, masks of each clip; prediction and sample then have R rows for each clip of the video.
 
     Raises:
-        ValueError: an unknown estimator.
+        ValueError: an unknown estimator, or a number of masks below 1.
     """
 
     def __init__(
@@ -177,6 +178,10 @@ class AdaMAELoss(nn.Module):
         super().__init__()
         if estimator not in _ESTIMATORS:
             raise ValueError(f"estimator={estimator!r}, expected one of {', '.join(map(repr, _ESTIMATORS))}.")
+        if not isinstance(num_masks, int) or num_masks < 1:
+            raise ValueError(
+                f"num_masks={num_masks!r}, expected the sampler's number of masks for each clip, 1 or more."
+            )
         self.estimator: Estimator = estimator
         self.num_masks = num_masks
         self.sampling_weight = sampling_weight
@@ -264,7 +269,8 @@ class AdaMAELoss(nn.Module):
         """For print(loss)."""
         return (
             f"sampling_weight={self.sampling_weight}, kind={self.kind!r}, normalize={self.normalize}, "
-            f"patch_size={self.patch_size}, tubelet_size={self.tubelet_size}, estimator={self.estimator!r}"
+            f"patch_size={self.patch_size}, tubelet_size={self.tubelet_size}, estimator={self.estimator!r}, "
+            f"num_masks={self.num_masks}"
         )
 
 

@@ -65,7 +65,7 @@ class MHAScoreNetwork(nn.Module):
 
 
 class PooledScoreNetwork(nn.Module):
-    """Attention over cells of the grid in place of tokens, for a few percent of the cost of `MHAScoreNetwork`.
+    """Attention over cells of the grid in place of tokens, for a few percent of `MHAScoreNetwork`'s cost in ViT-B.
 
     Tokens are projected to a narrower width and averaged over cells; the blocks run on the cells, and what they find is
     added back to each token's own projection, so that tokens of a cell still differ. Not in the paper; measured in
@@ -76,7 +76,7 @@ class PooledScoreNetwork(nn.Module):
         grid_size: (T, H, W) tokens; any, since cells at an end may be smaller.
         pool: tokens of a cell in time, height and width. If None, (2, 2, 2), doubled along the axis with the most cells
             until there are 200 or fewer, so that the cost grows with the tokens at most, not with their square.
-        width: of the blocks.
+        width: of the blocks, whatever D is; give less to models that are narrow themselves.
         depth: number of blocks.
         num_heads: attention heads; they must divide the width.
         mlp_ratio: hidden width of a block's MLP over its width.

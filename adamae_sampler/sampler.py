@@ -163,7 +163,9 @@ class AdaptiveTokenSampler(TokenSampler):
         elif network == "pooled":
             self.network = PooledScoreNetwork(embed_dim, self.grid_size)
         else:
-            raise ValueError(f"network={network!r}, expected 'mha', 'mlp', 'pooled' or a module [B, N, D] -> [B, N].")
+            raise ValueError(
+                f"score network {network!r}, expected 'mha', 'mlp', 'pooled' or a module [B, N, D] -> [B, N]."
+            )
 
     def scores(self, tokens: Tensor) -> Tensor:
         """[B, N, D] -> [B, N], the network's; p = softmax(scores) but for temperature and exploration."""

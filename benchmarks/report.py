@@ -33,7 +33,7 @@ from rows import (
     read_rows,
     read_texts,
 )
-from study import study_facts, study_table, study_title
+from study_tables import study_facts, study_table, study_title
 
 BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
 HOSTS_BEGIN, HOSTS_END = "<!-- hosts: begin -->", "<!-- hosts: end -->"

@@ -2,10 +2,10 @@
 
     python benchmarks/study.py                                  # small clips, with a linear probe; half an hour
     python benchmarks/study.py --size medium --steps 200 --no-probe --output ...       # 512 tokens, adaptivity alone
-    python benchmarks/study.py --budget time                    # as many seconds as random masking takes for the steps
+    python benchmarks/study.py --budget time --output ...       # as many seconds as random masking takes for the steps
     python benchmarks/study.py --size real --no-probe ...       # the bundled video, for the loss alone
     python benchmarks/study.py --size tiny --normalize-target --steps 10000 --no-probe ...     # normalised targets
-    python benchmarks/study.py --size gpu                       # 1568 tokens, on a GPU
+    python benchmarks/study.py --size gpu --jobs 1 --output ...                        # 1568 tokens, on a GPU
 
 A row for each run: the time of a step relative to random masking, p(moving) / p(still), the share of visible tokens on
 what moves, the reconstruction loss and error(moving) / error(still) on one set of random masks, and the accuracy of a
@@ -20,7 +20,6 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -28,44 +27,12 @@ from typing import Any, Literal, NamedTuple
 import tyro
 from downstream import accuracies
 from rows import current_commit, device_name, read_rows, read_texts, write_rows
-from studies import run_all, spread
+from studies import run_all
+from study_tables import study_table
+from study_variants import SIZES, VARIANTS, Size, variants_help
 from timing import ratio, take_turns
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
-
-_POOLED = ["--score-network", "pooled"]
-_PIXELS = [*_POOLED, "--sample-from", "pixels"]
-_FAST = [*_PIXELS, "--decode-ratio", "0.5"]
-_MASKS = ["--num-masks", "4"]
-VARIANTS: dict[str, list[str]] = {
-    "random": ["--masking", "random"],
-    "tube": ["--masking", "tube"],
-    "frame": ["--masking", "frame"],
-    "exact": [],
-    "pooled": _POOLED,
-    "pixels": _PIXELS,
-    "half": ["--decode-ratio", "0.5"],
-    "fast": _FAST,
-    "random-fast": ["--masking", "random", "--sample-from", "pixels", "--decode-ratio", "0.5"],
-    "masks4": _MASKS,
-    "plackett-luce": [*_MASKS, "--estimator", "plackett_luce"],
-    "plackett-luce-max": [*_MASKS, "--estimator", "plackett_luce_max"],
-    "plackett-luce-weight1": [*_MASKS, "--estimator", "plackett_luce", "--sampling-weight", "1"],
-    "fast-exploration": [*_FAST, "--exploration", "0.1"],
-    "fast-temperature": [*_FAST, "--temperature", "2"],
-}
-SIZES = {
-    "small": "--preset sprites",
-    "medium": "--preset sprites --img-size 64 64 --num-frames 16 --embed-dim 192 --depth 4 --num-heads 4 "
-    "--decoder-embed-dim 96 --mask-ratio 0.95 --warmup-steps 20",
-    "gpu": "--preset sprites --img-size 112 112 --num-frames 16 --embed-dim 384 --depth 12 --num-heads 6 "
-    "--decoder-embed-dim 192 --decoder-depth 4 --mask-ratio 0.95 --batch-size 128",
-    "real": "--preset demo",
-    # For normalised targets, which are learned late: nothing of them shows in a patch's mean colour, so the decoder has
-    # to find the same place at another time and copy it. Small patches have less to copy, and the rate stays high.
-    "tiny": "--preset sprites --img-size 16 16 --patch-size 4 --mask-ratio 0.75 --min-base-lr 8e-3",
-}
-Size = Literal["small", "medium", "gpu", "real", "tiny"]
 
 
 @dataclass(frozen=True)
@@ -73,11 +40,11 @@ class Options:
     """Size of the study."""
 
     variants: tuple[str, ...] = ("random", "tube", "frame", "exact", "fast")
-    """Of VARIANTS."""
+    """Which to compare, see above."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Of weights, masks and clips."""
     size: Size = "small"
-    """Of clips and model."""
+    """Of clips and model, see above."""
     steps: int = 4000
     """Optimiser steps of random masking."""
     budget: Literal["steps", "time"] = "steps"
@@ -93,9 +60,9 @@ class Options:
     jobs: int = 2
     """Runs at a time, each in one thread; on a GPU give 1."""
     output: Path = Path(__file__).parent / "results" / "study_cpu.csv"
-    """CSV file for the rows."""
+    """CSV file for the rows. Rows that this study would not make again are never overwritten."""
     add: bool = False
-    """Keep the rows that the file has, of the same settings, and do the runs that it lacks."""
+    """Keep the rows that the file has, of the same settings, and do the runs that it lacks. Not with --budget time."""
 
     def __post_init__(self) -> None:
         if strangers := [name for name in self.variants if name not in VARIANTS]:
@@ -302,65 +269,31 @@ def measure(recipe: Any, weights: Path, device: Any) -> Measured:
 
 
 def rows_to_keep(options: Options) -> list[Row]:
-    """The rows of the output with --add; raises ValueError for rows of other settings."""
-    rows = read_rows(options.output, Row) if options.add and options.output.exists() else []
-    mine = options.size, options.budget, options.steps, options.normalize_target, options.probe
+    """The rows of the output with --add; raises ValueError for rows that would be lost, or are of other settings."""
+    rows = read_rows(options.output, Row) if options.output.exists() else []
+    equal = options.steps if options.budget == "steps" else None  # of equal time each variant has its own
+    mine = options.size, options.budget, equal, options.normalize_target, options.probe
     for row in rows:
-        its = row.size, row.budget, row.steps, row.normalize_target, row.probe_top1 is not None
+        its_equal = row.steps if row.budget == "steps" else None
+        its = row.size, row.budget, its_equal, row.normalize_target, row.probe_top1 is not None
         if its != mine:
             raise ValueError(
-                f"--add: {options.output} has a run of {row.variant} with (size, budget, steps, normalize_target, "
+                f"{options.output} has a run of {row.variant} with (size, budget, steps, normalize_target, "
                 f"probe) = {its}, and these are {mine}: give another --output."
             )
-    return rows
+    if options.add:
+        return rows
+    if lost := [f"{row.variant} {row.seed}" for row in rows if (row.variant, row.seed) not in runs_of(options)]:
+        raise ValueError(
+            f"{options.output} has runs that would be lost, since these do not repeat them: {', '.join(lost)}. "
+            "--add keeps them; or give another --output."
+        )
+    return []
 
 
-def study_table(rows: Sequence[Mapping[str, str]]) -> str:
-    """Mean and standard deviation over the seeds of what a file's rows say, as Markdown."""
-    columns = {
-        "step_time": ("step, of random's", 2),
-        "p_ratio": ("p(moving) / p(still)", 2),
-        "visible_moving": ("visible tokens that move", 3),
-        "reconstruction": ("loss on random masks", 4),
-        "error_ratio": ("error(moving) / error(still)", 2),
-        "probe_top1": ("probe: class", 1),
-        "probe_direction": ("direction", 1),
-        "probe_shape": ("shape", 1),
-    }
-    shown = {name: about for name, about in columns.items() if any(row.get(name) for row in rows)}
-    lines = [
-        f"| variant | steps | {' | '.join(title for title, _ in shown.values())} |",
-        "| --- " * (len(shown) + 2) + "|",
-    ]
-    for variant in dict.fromkeys(row["variant"] for row in rows):
-        mine = [row for row in rows if row["variant"] == variant]
-        cells = [spread([float(row[name]) for row in mine if row[name]], digits) for name, (_, digits) in shown.items()]
-        lines.append(f"| {variant} | {mine[0]['steps']} | {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
-def study_title(rows: Sequence[Mapping[str, str]]) -> str:
-    """What the runs of a file have in common."""
-    first = rows[0]
-    clips = {
-        "small": "64 tokens",
-        "medium": "512 tokens",
-        "gpu": "1568 tokens",
-        "real": "the bundled video",
-        "tiny": "64 tokens of 4 x 4 pixels",
-    }
-    target = "normalised" if first["normalize_target"] == "True" else "raw"
-    equal = "as many steps" if first["budget"] == "steps" else "as much time"
-    masked = ", ".join(dict.fromkeys(f"{100 * float(row['mask_ratio']):.3g}%" for row in rows)) + " masked"
-    seeds = len({row["seed"] for row in rows})
-    return f"{clips[first['size']]}, {masked}, {target} pixels, {equal} each, {seeds} seeds"
-
-
-def study_facts(rows: Sequence[Mapping[str, str]], path: Path) -> str:
-    """Where the rows are from."""
-    first = rows[0]
-    commits = ", ".join(dict.fromkeys(row["commit"] for row in rows))
-    return f"`{path.name}`, {first['device']}, torch {first['torch']}, commit {commits}."
+def runs_of(options: Options) -> list[tuple[str, int]]:
+    """Variant and seed of each run."""
+    return [(variant, seed) for seed in options.seeds for variant in options.variants]
 
 
 def main(options: Options) -> None:
@@ -369,8 +302,7 @@ def main(options: Options) -> None:
     relative, commit = relative_step_times(options), current_commit()
     with tempfile.TemporaryDirectory() as folder:
         done = {(row.variant, row.seed) for row in kept}
-        runs = [(variant, seed) for seed in options.seeds for variant in options.variants]
-        runs = [each for each in runs if each not in done]
+        runs = [each for each in runs_of(options) if each not in done]
         calls = [(options, variant, seed, relative[variant], folder, commit) for variant, seed in runs]
         write_rows(options.output, Row, itertools.chain(kept, run_all(run, calls, options.jobs)))
     print(study_table(read_texts(options.output)))
@@ -378,4 +310,7 @@ def main(options: Options) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Options, description=__doc__))
+    about = (
+        "Variants, as options of pretrain.py; with R masks of each clip a step has R times fewer clips. Yours go into"
+    )
+    main(tyro.cli(Options, description=f"{__doc__}\n{about} study_variants.py:\n\n{variants_help()}"))

@@ -15,6 +15,7 @@ import report
 import report_examples
 import scaling
 import study
+import study_tables
 import timm
 import torch
 from downstream import accuracies, downstream_table
@@ -263,10 +264,15 @@ def test_the_study_of_options_trains_measures_and_probes(tmp_path):
     timed = study.run(study.Options(budget="time", steps=4, probe=False), "half", 3, 2.0, str(tmp_path), "abc")
     assert timed.steps == 2
     assert timed.probe_top1 is None
-    text = study.study_table(
+    text = study_tables.study_table(
         [{name: "" if each is None else str(each) for name, each in vars(row).items()} for row in rows]
     )
     assert text.count("| 1.25 |") == 2
+    facts = study_tables.study_facts(
+        [{"variant": name, "device": "a CPU", "torch": "2", "commit": "abc"} for name in ("random", "exact", "masks4")],
+        Path("rows.csv"),
+    )
+    assert facts == "`rows.csv`, a CPU, torch 2, commit abc. Variants: masks4 `--num-masks 4`."
     # A study that was cut short goes on, unless its settings have changed.
     path = tmp_path / "rows.csv"
     write_rows(path, study.Row, rows)
@@ -274,7 +280,10 @@ def test_the_study_of_options_trains_measures_and_probes(tmp_path):
     assert [(row.variant, row.normalize_target) for row in study.rows_to_keep(same)] == [
         ("fast", False), ("plackett-luce", False)
     ]  # fmt: skip
-    assert study.rows_to_keep(dataclasses.replace(same, add=False)) == []
+    again = dataclasses.replace(same, add=False, seeds=(3,))
+    assert study.rows_to_keep(again) == []
+    with pytest.raises(ValueError, match="runs that would be lost, since these do not repeat them: plackett-luce 3"):
+        study.rows_to_keep(dataclasses.replace(again, variants=("fast",)))
     with pytest.raises(
         ValueError, match=r"'small', 'steps', 2, False, True\), and these are \('small', 'steps', 2, True"
     ):

@@ -262,6 +262,10 @@ def test_temperature_and_exploration():
             "temperature=.*: .* the sampler given has its own",
         ),
         ({"masking": RandomTokenSampler(GRID, 0.75), "num_masks": 2}, "num_masks=2, and the sampler given has 1"),
+        (
+            {"masking": AdaptiveTokenSampler(16, GRID), "sample_from": "pixels"},
+            "the sampler's embed_dim is 16, and it gets 96 values .*'pixels'",
+        ),
         ({"decode_ratio": 0.0}, "decode_ratio=0.0, expected a share of the masked tokens"),
         ({"decode_ratio": 1.5}, "decode_ratio=1.5, expected"),
         ({"head_chunks": 0}, "head_chunks=0, expected a whole number"),
@@ -269,7 +273,7 @@ def test_temperature_and_exploration():
         ({"sample_from": "frames"}, "sample_from='frames', expected 'tokens' or 'pixels'"),
         ({"temperature": 0.0}, "temperature=0.0, expected a positive number"),
         ({"exploration": 1.0}, "exploration=1.0, expected a share of p"),
-        ({"score_network": "mla"}, "network='mla', expected 'mha', 'mlp', 'pooled'"),
+        ({"score_network": "mla"}, "score network 'mla', expected 'mha', 'mlp', 'pooled'"),
     ],
 )
 def test_options_that_make_no_sense_are_refused(options, message):
@@ -318,6 +322,8 @@ def test_as_many_masks_as_were_said():
     """A sample of four clips is none of two masks of two clips."""
     model, video = tiny_model(num_masks=2).train(), clips(2)
     prediction, sample = model(video)
+    with pytest.raises(ValueError, match="num_masks=0, expected the sampler's number of masks"):
+        AdaMAELoss(num_masks=0)
     with pytest.raises(ValueError, match="the sample has 4 rows, expected 2 clips x num_masks=1"):
         CRITERION(prediction, video, sample)
 

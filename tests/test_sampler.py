@@ -132,7 +132,11 @@ def test_bad_input():
         (ValueError, r"59 tokens, but the grid \(4, 3, 5\) has 60", lambda: sampler(torch.zeros(1, 59, 16))),
         (ValueError, r"expected \[B, N, D\]", lambda: sampler(torch.zeros(60, 16))),
         (TypeError, "tokens has dtype torch.int64", lambda: sampler(torch.zeros(1, 60, 16, dtype=torch.int64))),
-        (ValueError, "network='cnn', expected 'mha', 'mlp'", lambda: AdaptiveTokenSampler(16, GRID, network="cnn")),
+        (
+            ValueError,
+            "score network 'cnn', expected 'mha', 'mlp'",
+            lambda: AdaptiveTokenSampler(16, GRID, network="cnn"),
+        ),
         (ValueError, r"grid_size=\(4, 3\), expected three", lambda: RandomTokenSampler((4, 3))),
         (
             ValueError,

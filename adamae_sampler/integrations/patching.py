@@ -47,7 +47,7 @@ def patch(
     The model keeps its type (as a subclass), parameters and outputs; it draws its masks with `model.sampler`, a new
     submodule, and adds the sampling loss to its loss in training. `model.last_step` has the latest mask and the two
     losses apart. Patch before the optimizer is made, and before DDP or `torch.compile` wraps the model. Other models
-    of the same class are untouched. Patching again with the same settings changes nothing.
+    of the same class are untouched. Patching again with the same settings, or with them left out, changes nothing.
 
     Args:
         model: one of the hosts in the README, or a subclass of one.

@@ -78,7 +78,7 @@ class AdaMAE(nn.Module):
         temperature: see there.
         exploration: see there.
         num_masks: R masks of each clip, from one tokenization and one p: the batch is R times as large from the encoder
-            on. Predictions and the sample have B R rows.
+            on. Predictions and the sample have B R rows, those of a clip after each other.
         sample_from: what the sampler sees, the "tokens", or small "pixels": patches shrunk to 4 x 4. Then the visible
             tokens alone are embedded, which saves time with fixed masks too.
         decode_ratio: share of the masked tokens that is decoded in training, drawn uniformly; all in evaluation.
@@ -248,6 +248,12 @@ def _make_sampler(
         if masking.grid_size != grid_size:
             raise ValueError(
                 f"the sampler's grid_size is {masking.grid_size}, the model's {grid_size}; build it with the model's."
+            )
+        if isinstance(masking, AdaptiveTokenSampler) and masking.embed_dim != embed_dim:
+            raise ValueError(
+                f"the sampler's embed_dim is {masking.embed_dim}, and it gets {embed_dim} values of a token, "
+                f"which are the model's embed_dim, or with sample_from='pixels' a patch shrunk to {_THUMBNAIL} x "
+                f"{_THUMBNAIL}; build it with that."
             )
         return masking
     if masking == "adaptive":

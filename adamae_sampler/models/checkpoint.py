@@ -151,7 +151,8 @@ def load_checkpoint(
         raise ValueError(
             f"the {file_format.name} checkpoint is of another architecture; {len(wrong_shape)} shapes differ:\n  "
             + "\n  ".join(wrong_shape[:8])
-            + "\nBuild the model with the checkpoint's img_size, num_frames, patch_size, widths and num_classes."
+            + "\nBuild the model with the checkpoint's img_size, num_frames, patch_size, widths and num_classes, and a "
+            "sampler with its score_network and sample_from."
         )
     missing = tuple(name for name in own if name not in weights)
     unused = tuple(name for name in weights if name not in own)

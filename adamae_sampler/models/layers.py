@@ -68,7 +68,8 @@ class Transformer(nn.ModuleList):
     ) -> None:
         if width % num_heads:
             raise ValueError(
-                f"{num_heads} heads do not divide the width {width}; choose the heads or the width to fit."
+                f"{num_heads} heads do not divide the width {width}; choose num_heads and embed_dim (of the "
+                "decoder decoder_num_heads and decoder_embed_dim) to fit."
             )
         super().__init__(
             EvaBlock(

@@ -367,7 +367,8 @@ def reconstruction_error(
         raise ValueError(
             f"prediction has shape {tuple(prediction.shape)}, expected {expected}: clips, masked tokens, and "
             f"{tubelet_size}x{p1}x{p2} pixels of {video.shape[1]} channels. Check patch_size and tubelet_size; a "
-            "decoder that predicts all tokens must be cut to the masked ones first."
+            "decoder that predicts all tokens must be cut to the masked ones first, and one that predicts a part of "
+            "them goes with sample.target_idx."
         )
     _check_target_indices(video, masked_idx, patch_size, tubelet_size)
     patch = [tubelet_size, p1, p2]
