@@ -1,5 +1,6 @@
 import json
 import os
+import signal
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,6 +32,12 @@ def pytest_collection_modifyitems(items) -> None:
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _signals() -> None:
+    """A script that ran in this process has left SIGUSR1 ignored, and processes started after it would inherit that."""
+    signal.signal(signal.SIGUSR1, signal.SIG_DFL)
 
 
 class Golden(NamedTuple):
