@@ -78,8 +78,8 @@ def sampling_loss(
     reconstruction error E[f]: f is the mask's mean error, P(S) the probability of its set of visible tokens, b the mean
     f of the clip's other masks, or of the other clips where there is one mask of each. It shows the encoder what lowers
     the error of the rest. A single clip with a single mask has no b, and a gradient that varies the most.
-    "plackett_luce_max" has the other sign: it raises the expected error, which is what the paper
-    says in words, and so hides what is hard.
+    "plackett_luce_max" has the other sign: it raises the expected error, which is what the paper says in words, and so
+    hides what is hard.
 
     Args:
         sample: a mask with log-probabilities.
