@@ -23,7 +23,8 @@ from pathlib import Path
 from typing import Literal
 
 import tyro
-from rows import current_commit, device_name, read_texts, write_rows
+from commit import current_commit
+from rows import device_name, read_texts, write_rows
 from studies import run_all, spread
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))

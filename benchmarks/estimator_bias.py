@@ -20,7 +20,8 @@ from pathlib import Path
 
 import torch
 import tyro
-from rows import RESULTS, current_commit
+from commit import current_commit
+from rows import RESULTS
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 

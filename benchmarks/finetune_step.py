@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import timm
 import torch
@@ -25,18 +24,26 @@ class FinetuneStep:
     Attributes:
         clips: of a batch.
         dtype: bfloat16 means autocast.
+        img_size: height and width of a frame.
+        depth: blocks of the encoder; ViT-B's if None.
     """
 
     clips: int
     dtype: torch.dtype = torch.float32
+    img_size: int = 224
+    depth: int | None = None
     implementation: str = OURS
-    compiled: bool = False
-    repository: Path | None = None
 
     @property
     def name(self) -> str:
         """For people."""
-        return f"ViT-B, fine-tuning, {self.clips} x 16x224x224, {str(self.dtype).removeprefix('torch.')}"
+        depth = "" if self.depth is None else f" of depth {self.depth}"
+        return f"ViT-B{depth}, fine-tuning, {self.clips} x {self.shape}, {str(self.dtype).removeprefix('torch.')}"
+
+    @property
+    def shape(self) -> str:
+        """Frames, height and width of a clip."""
+        return f"16x{self.img_size}x{self.img_size}"
 
     @property
     def label(self) -> str:
@@ -47,11 +54,15 @@ class FinetuneStep:
         """A function that does one step on random video."""
         with device:
             model: VideoClassifier = timm.create_model(
-                "adamae_vit_base_patch16_224", num_classes=_CLASSES, drop_path_rate=0.1
+                "adamae_vit_base_patch16_224",
+                num_classes=_CLASSES,
+                drop_path_rate=0.1,
+                img_size=self.img_size,
+                **({} if self.depth is None else {"depth": self.depth}),
             )
         groups = param_groups_layer_decay(model, 0.05, layer_decay=0.75)
         optimizer = torch.optim.AdamW(groups, lr=1e-3, fused=True, capturable=device.type == "cuda")
-        video = torch.randint(256, (self.clips, 3, 16, 224, 224), dtype=torch.uint8, device=device)
+        video = torch.randint(256, (self.clips, 3, 16, self.img_size, self.img_size), dtype=torch.uint8, device=device)
         target = torch.randint(_CLASSES, (self.clips,), device=device)
 
         def step() -> Tensor:
@@ -67,14 +78,15 @@ class FinetuneStep:
 
     def subject(self, suite: str) -> Subject:
         """The case as rows know it."""
+        tokens = 8 * (self.img_size // 16) ** 2
         return Subject(
             suite,
             case=self.name,
             op="training step of ViT-B, fine-tuning",
             direction="step",
             clips=self.clips,
-            tokens=1568,
-            visible=1568,
+            tokens=tokens,
+            visible=tokens,
             dtype=str(self.dtype).removeprefix("torch."),
-            shape="16x224x224",
+            shape=self.shape,
         )

@@ -32,7 +32,8 @@ import av
 import numpy as np
 import torch
 import tyro
-from rows import RESULTS, current_commit, device_name, read_texts, write_rows
+from commit import current_commit
+from rows import RESULTS, device_name, read_texts, write_rows
 from steps import StepCase, cpu_clocks
 from timing import Times, take_turns
 from torch import Tensor

@@ -1,20 +1,20 @@
-"""From a case to its rows: on a GPU one implementation after the other, on a CPU in turns."""
+"""From a case to its rows: on a CPU the implementations in turns, elsewhere one after the other."""
 
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any, TypeVar
 
 import torch
 import torch.multiprocessing as mp
-from finetune_step import FinetuneStep
-from op_base import CAPTURABLE, OpCase
-from rows import COPY, OFFICIAL, OURS, PRODUCTS, RowWriter
-from steps import AnyStep, StepCase, cpu_clocks, finite, matrix_flops
+from op_base import OpCase
+from rows import COPY, OFFICIAL, OURS, PRODUCTS, TORCH_BACKEND, Facts, Row, facts_of, make_row
+from steps import AnyStep, StepCase, check_step, cpu_clocks, finite, matrix_flops
 from timing import (
     Call,
     Times,
@@ -26,67 +26,177 @@ from timing import (
     time_alternated,
     time_events,
     time_graph,
+    time_wall,
 )
 
 _Found = TypeVar("_Found")
 
 _PRODUCT = {"cpu": (3136, 768, 3072), "cuda": (8192, 8192, 8192)}  # rows, inner, columns: large enough for full rate
+_TIMERS = {"events": time_events, "graph": time_graph, "wall": time_wall}
 
 
-def measure_op_cuda(case: OpCase, suite: str, writer: RowWriter, budget_s: float, names: Sequence[str]) -> None:
-    """Writes the rows of the implementations named, each timed for about `budget_s` seconds in each way."""
-    device = torch.device("cuda")
-    subject = case.subject(suite)
-    copy = time_graph(copy_calls(case.bytes, device), budget_s)
-    first = case.inputs(device)
-    sets = input_sets(sum(x.nbytes for x in first.values()), device)
-    inputs = [first, *(case.inputs(device) for _ in range(sets - 1))]
-    implementations = case.implementations(device)
-    for name in names:
-        if name == COPY:
-            writer.add(subject, COPY, copy, copy=copy)
-            continue
-        calls = [case.call(implementations[name], x) for x in inputs]
+# ------------------------------------------------------------------------------------------------ one by one
+
+
+@dataclass(frozen=True)
+class Unit:
+    """What is measured at a time: one implementation of one case, in each way that it can be timed.
+
+    Attributes:
+        suite: that it belongs to.
+        case: an op at one size, or a training step.
+        implementation: of an op; a step knows its own.
+    """
+
+    suite: str
+    case: OpCase | AnyStep
+    implementation: str = OURS
+
+    @property
+    def label(self) -> str:
+        """The implementation as rows name it."""
+        return self.implementation if isinstance(self.case, OpCase) else self.case.label
+
+    @property
+    def name(self) -> str:
+        """For people."""
+        return f"{self.case.subject(self.suite).case}, {self.label}"
+
+    def timings(self, device: torch.device) -> tuple[str, ...]:
+        """How it is timed. The official code reads from the device, which no CUDA graph can hold."""
+        if device.type == "cpu":
+            return ("wall",)
+        if self.label in (COPY, PRODUCTS):
+            return ("graph",)
+        ours = self.label.startswith(OURS) and getattr(self.case, "compiled", "") != "whole"
+        return ("events", "graph") if ours or self.label == TORCH_BACKEND else ("events",)
+
+
+def measure(unit: Unit, timings: Sequence[str], device: torch.device, budget_s: float, commit: str) -> Iterator[Row]:
+    """The rows of a unit, each as it comes; about `budget_s` seconds each.
+
+    Raises:
+        AssertionError: the package and the official code do not agree; nothing has been timed then.
+    """
+    if device.type == "cpu":
+        torch.set_num_threads(1)  # a rehearsal, which has to be quick where other programs run too
+    facts, subject = facts_of(device, commit), unit.case.subject(unit.suite)
+    with own_stream(device):
+        one = _measure_op if isinstance(unit.case, OpCase) else _measure_step
+        for times, peak in one(unit, timings, device, budget_s):
+            yield make_row(subject, unit.label, times, facts, peak_bytes=peak)
+    release(device)
+
+
+def _measure_op(
+    unit: Unit, timings: Sequence[str], device: torch.device, budget_s: float
+) -> Iterator[tuple[Times, int | None]]:
+    case, name = unit.case, unit.implementation
+    assert isinstance(case, OpCase)
+    calls, peak = copy_calls(case.bytes, device), None
+    if name != COPY:
+        if name in (OURS, TORCH_BACKEND):
+            case.check(device, name)
+        first = case.inputs(device)
+        sets = input_sets(sum(x.nbytes for x in first.values()), device)
+        implementation = case.implementation(name)
+        calls = [case.call(implementation, x) for x in (first, *(case.inputs(device) for _ in range(sets - 1)))]
         calls[0]()  # compiles, and fills what is cached
-        peak = peak_bytes(calls[0])
-        for timer in (time_events, time_graph) if name in CAPTURABLE else (time_events,):
-            writer.add(subject, name, timer(calls, budget_s), copy=copy, peak_bytes=peak)
+        peak = peak_bytes(calls[0], device)
+    for timing in timings:
+        yield _TIMERS[timing](calls, budget_s), peak
 
 
-def measure_op_cpu(case: OpCase, suite: str, writer: RowWriter, budget_s: float) -> None:
-    """Writes the rows of all implementations, which take turns for about `budget_s` seconds."""
+def _measure_step(
+    unit: Unit, timings: Sequence[str], device: torch.device, budget_s: float
+) -> Iterator[tuple[Times, int | None]]:
+    case = unit.case
+    assert not isinstance(case, OpCase)
+    if isinstance(case, StepCase):
+        if case.implementation == PRODUCTS:
+            yield _products(case, device, _TIMERS[timings[0]], budget_s), None
+            return
+        if case.is_official_method:
+            _check_once(replace(case, clips=1, dtype=torch.float32, compiled="", implementation=OFFICIAL), device)
+    step = case.make(device)
+    for _ in range(2):  # compiles, and makes the optimizer's state
+        step()
+    for timing in timings:
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+        times = _TIMERS[timing]([step], budget_s)
+        peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else None
+        finite(float(step()), case)
+        yield times, peak
+
+
+@cache  # what raises is not kept, and raises again
+def _check_once(case: StepCase, device: torch.device) -> None:
+    check_step(case, device)
+    release(device)
+
+
+def _products(case: StepCase, device: torch.device, timer: Callable[..., Times], budget_s: float) -> Times:
+    """What the step's matrix products would take at the rate of one large product in its dtype."""
+    rows, inner, columns = _PRODUCT[device.type]
+    a, b = (torch.randn(shape, device=device, dtype=case.dtype) for shape in ((rows, inner), (inner, columns)))
+    product = timer([lambda: torch.mm(a, b)], budget_s)
+    products = matrix_flops(case, device) / (2 * rows * inner * columns)
+    return Times(product.method, tuple(products * seconds for seconds in product.seconds))
+
+
+# -------------------------------------------------------------------------------------------------- in turns
+
+
+def measure_op_in_turns(case: OpCase, suite: str, facts: Facts, budget_s: float) -> list[Row]:
+    """The rows of all implementations, which take turns on the CPU for about `budget_s` seconds."""
     device = torch.device("cpu")
     x = case.inputs(device)
     calls: dict[str, Call] = {COPY: copy_calls(case.bytes, device)[0]}
-    calls |= {name: case.call(each, x) for name, each in case.implementations(device).items()}
+    calls |= {name: case.call(case.implementation(name), x) for name in (OURS, *case.baselines)}
     times = time_alternated(calls, budget_s)
-    for name, each in times.items():
-        writer.add(case.subject(suite), name, each, copy=times[COPY], of_official=ratio(each, times[OFFICIAL]))
+    return [
+        make_row(case.subject(suite), name, each, facts, copy=times[COPY], of_official=ratio(each, times[OFFICIAL]))
+        for name, each in times.items()
+    ]
 
 
-def measure_step_cuda(case: StepCase | FinetuneStep, suite: str, writer: RowWriter, budget_s: float) -> None:
-    """Writes the rows of one step: by events, and by graph replay for ours unless it is compiled."""
-    if isinstance(case, StepCase) and case.implementation == PRODUCTS:
-        writer.add(case.subject(suite), PRODUCTS, _products_cuda(case, budget_s))
-        return
-    run: Callable[..., list[tuple[Times, int]]] = in_own_process if case.repository else _call
-    for times, peak in run(_time_step_cuda, case, budget_s):
-        writer.add(case.subject(suite), case.label, times, peak_bytes=peak)
-
-
-def measure_steps_cpu(
-    group: Sequence[AnyStep], suite: str, writer: RowWriter, budget_s: float, rounds: tuple[int, int]
-) -> None:
-    """Writes the rows of steps that take turns, each in a process of its own; see `take_turns` for how often."""
+def measure_steps_in_turns(
+    group: Collection[AnyStep], suite: str, facts: Facts, budget_s: float, rounds: tuple[int, int]
+) -> list[Row]:
+    """The rows of steps that take turns, each in a process of its own; see `take_turns` for how often."""
     with cpu_clocks([case for case in group if case.implementation != PRODUCTS]) as clocks:
         for case in group:
             if isinstance(case, StepCase) and case.implementation == PRODUCTS:
                 clocks[case] = _products_clock(case)
         times = take_turns(clocks, budget_s, rounds)
     official = {case.name: each for case, each in times.items() if case.implementation == OFFICIAL}
-    for case, each in times.items():
-        of_official = ratio(each, official[case.name]) if case.name in official else None
-        writer.add(case.subject(suite), case.label, each, of_official=of_official)
+    return [
+        make_row(
+            case.subject(suite),
+            case.label,
+            each,
+            facts,
+            of_official=ratio(each, official[case.name]) if case.name in official else None,
+        )
+        for case, each in times.items()
+    ]
+
+
+def _products_clock(case: StepCase) -> Callable[[], float]:
+    """What the step's matrix products would take at the CPU's rate of the moment."""
+    rows, inner, columns = _PRODUCT["cpu"]
+    a, b = (torch.randn(shape, dtype=case.dtype) for shape in ((rows, inner), (inner, columns)))
+    products = matrix_flops(case, torch.device("cpu")) / (2 * rows * inner * columns)
+
+    def clock() -> float:
+        return products * time_alternated({"product": lambda: torch.mm(a, b)}, 0.1)["product"].median
+
+    return clock
+
+
+# -------------------------------------------------------------------------------------------------- for both
 
 
 def own_stream(device: torch.device) -> AbstractContextManager[Any]:
@@ -108,49 +218,6 @@ def in_own_process(function: Callable[..., _Found], *args: object) -> _Found:
         return pool.submit(function, *args).result()
 
 
-def _call(function: Callable[..., _Found], *args: object) -> _Found:
-    return function(*args)
-
-
 @cache
 def _stream() -> torch.cuda.Stream:
     return torch.cuda.Stream()
-
-
-def _time_step_cuda(case: StepCase | FinetuneStep, budget_s: float) -> list[tuple[Times, int]]:
-    device = torch.device("cuda")
-    found = []
-    with own_stream(device):
-        step = case.make(device)
-        for _ in range(2):  # compiles, and makes the optimizer's state
-            step()
-        capturable = case.implementation == OURS and not case.compiled
-        for timer in (time_events, time_graph) if capturable else (time_events,):
-            torch.cuda.synchronize()
-            torch.cuda.reset_peak_memory_stats()
-            times = timer([step], budget_s)
-            found.append((times, torch.cuda.max_memory_allocated()))
-        finite(float(step()), case)
-    return found
-
-
-def _products_cuda(case: StepCase, budget_s: float) -> Times:
-    """What the step's matrix products would take at the rate of one large product in its dtype."""
-    device = torch.device("cuda")
-    rows, inner, columns = _PRODUCT["cuda"]
-    a, b = (torch.randn(shape, device=device, dtype=case.dtype) for shape in ((rows, inner), (inner, columns)))
-    product = time_graph([lambda: torch.mm(a, b)], budget_s)
-    products = matrix_flops(case, device) / (2 * rows * inner * columns)
-    return Times(product.method, tuple(products * seconds for seconds in product.seconds))
-
-
-def _products_clock(case: StepCase) -> Callable[[], float]:
-    """The same on a CPU, at the rate of the moment."""
-    rows, inner, columns = _PRODUCT["cpu"]
-    a, b = (torch.randn(shape, dtype=case.dtype) for shape in ((rows, inner), (inner, columns)))
-    products = matrix_flops(case, torch.device("cpu")) / (2 * rows * inner * columns)
-
-    def clock() -> float:
-        return products * time_alternated({"product": lambda: torch.mm(a, b)}, 0.1)["product"].median
-
-    return clock

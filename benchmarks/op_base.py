@@ -19,8 +19,6 @@ Direction = Literal["forward", "backward", "forward+backward"]
 Tensors = dict[str, Tensor]
 Implementation = Callable[[Tensors], Any]
 
-CAPTURABLE = (OURS, TORCH_BACKEND)  # the official code reads from the device, which no CUDA graph can hold
-
 _TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}  # of norms; a bf16 value has 8 bits
 
 
@@ -62,6 +60,16 @@ class OpCase(ABC):
     def detail(self) -> str:
         """What tells this case from others of its op, besides sizes, dtypes and direction."""
         return ""
+
+    @property
+    def out_shape(self) -> tuple[int, ...]:
+        """Of the output that a backward pass starts from."""
+        raise TypeError(f"{self.op} has no backward pass here.")
+
+    @property
+    def out_dtype(self) -> torch.dtype:
+        """Of the output."""
+        return self.dtype
 
     @property
     def dtypes(self) -> str:
@@ -120,20 +128,20 @@ class OpCase(ABC):
         """`make`, with the gradients that the direction asks for, and one of the output: "cotangent"."""
         x = self.make(device)
         if self.direction != "forward":
-            x["cotangent"] = torch.randn_like(self.ours(x))
+            x["cotangent"] = torch.randn(self.out_shape, device=device).to(self.out_dtype)
             for name in self.leaves:
                 x[name].requires_grad_()
         return x
 
-    def implementations(self, device: torch.device) -> dict[str, Implementation]:
-        """What is compared. On a CPU the package has the torch backend alone."""
-        found: dict[str, Implementation] = {OURS: self.ours}
-        if device.type == "cuda":
-            found[TORCH_BACKEND] = self.torch_backend
-        found[OFFICIAL] = self.official
-        if self.compile_official:
-            found[COMPILED] = torch.compile(self.official)
-        return found
+    @property
+    def baselines(self) -> tuple[str, ...]:
+        """What the package is compared with."""
+        return (OFFICIAL, COMPILED) if self.compile_official else (OFFICIAL,)
+
+    def implementation(self, name: str) -> Implementation:
+        """The function of an implementation: the package's, its torch backend or a baseline."""
+        compiled = torch.compile(self.official) if name == COMPILED else self.official
+        return {OURS: self.ours, TORCH_BACKEND: self.torch_backend}.get(name, compiled)
 
     def call(self, implementation: Implementation, x: Tensors) -> Call:
         """The pass that is timed; it returns the outputs, or the gradients of the leaves."""
@@ -148,12 +156,9 @@ class OpCase(ABC):
         leaves = [x[name] for name in self.leaves]
         return torch.autograd.grad(out, leaves, x["cotangent"], retain_graph=retain_graph)
 
-    def check(self, device: torch.device) -> None:
-        """Raises AssertionError unless the package, on each backend, and the official code agree."""
-        x = self.inputs(device)
-        self.compare(OURS, x, self.ours)
-        if device.type == "cuda":
-            self.compare(TORCH_BACKEND, x, self.torch_backend)
+    def check(self, device: torch.device, name: str = OURS) -> None:
+        """Raises AssertionError unless the package, or its torch backend, and the official code agree."""
+        self.compare(name, self.inputs(device), self.torch_backend if name == TORCH_BACKEND else self.ours)
 
     def compare(self, name: str, x: Tensors, ours: Implementation) -> None:
         """Raises AssertionError unless outputs, and gradients where the direction has them, are the official ones."""

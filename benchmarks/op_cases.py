@@ -91,6 +91,11 @@ class GatherTokens(OpCase):
         table = self.tokens * self.width * _FP32
         return {"forward": 2 * visible + indices + table, "backward": visible + indices + everything}[self.direction]
 
+    @property
+    def out_shape(self) -> tuple[int, ...]:
+        """[B, K, D]."""
+        return self.clips, self.visible, self.width
+
     def make(self, device: torch.device) -> Tensors:
         """Tokens, a position table and a mask."""
         tokens = torch.randn(self.clips, self.tokens, self.width, device=device, dtype=self.dtype)
@@ -138,6 +143,11 @@ class AssembleTokens(OpCase):
         forward = visible + mask_token + indices + self.tokens * mask_token + everything
         backward = everything + (indices if self.order == "restore" else 0) + visible + mask_token
         return {"forward": forward, "backward": backward}[self.direction]
+
+    @property
+    def out_shape(self) -> tuple[int, ...]:
+        """[B, N, D]."""
+        return self.clips, self.tokens, self.width
 
     def make(self, device: torch.device) -> Tensors:
         """Visible tokens, the mask token, a position table and a mask, also as MAE's list of where tokens stand."""
@@ -201,6 +211,16 @@ class ReconstructionError(OpCase):
         both = read + 2 * errors + values * self.dtype.itemsize  # the errors' gradient is read
         return {"forward": read + errors, "forward+backward": both}[self.direction]
 
+    @property
+    def out_shape(self) -> tuple[int, ...]:
+        """[B, M]."""
+        return self.clips, self.masked
+
+    @property
+    def out_dtype(self) -> torch.dtype:
+        """Errors are fp32."""
+        return torch.float32
+
     def make(self, device: torch.device) -> Tensors:
         """Predictions, a video, and the fp32 one, mean/std-normalised, that the official code takes."""
         frames, height, width = self.grid
@@ -250,6 +270,11 @@ class SamplingLoss(OpCase):
         """Reads masked log-probabilities, indices and errors; writes a scalar and the gradient of all N."""
         masked = self.clips * self.masked * (_FP32 + _INDEX + _FP32)
         return {"forward+backward": masked + self.clips * self.tokens * _FP32 + 2 * _FP32}[self.direction]
+
+    @property
+    def out_shape(self) -> tuple[int, ...]:
+        """A scalar."""
+        return ()
 
     def make(self, device: torch.device) -> Tensors:
         """p and its log, errors and a mask."""

@@ -1,57 +1,36 @@
-"""What the options of adaptive masking cost: whole training steps in turns, and the sampler over the number of tokens.
+"""What the options of adaptive masking cost on a CPU: whole training steps in turns, and the sampler over more tokens.
 
-    python benchmarks/options_cost.py            # about ten minutes on two CPU cores, or on the GPU if there is one
+    python benchmarks/options_cost.py            # about ten minutes on two cores; on a GPU gpu.py measures them
 
-Steps of a group take turns, each in a process of its own on a CPU, and are divided by the group's first, round by
-round. The sampler's forward and backward pass stand beside the encoder's on 5% of the tokens, for clips of 1568 to
-18,432 tokens. Rows go to benchmarks/results/options_<device>.csv, the plot beside them.
+Steps of a group take turns, each in a process of its own, and are divided by the group's first, round by round. The
+sampler's forward and backward pass stand beside the encoder's on 5% of the tokens, for clips of 1568 to 18,432 tokens.
+Rows go to benchmarks/results/options_cpu.csv as each group is measured, the plot beside them.
 """
 
 from __future__ import annotations
 
+import argparse
+import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import matplotlib
 import torch
-import tyro
-from rows import OFFICIAL, RESULTS, current_commit, device_name, device_slug, write_rows
-from steps import StepCase, cpu_clocks, make_step
+from commit import current_commit
+from option_cases import option_groups, part_cases
+from rows import RESULTS, RowWriter, device_name
+from steps import StepCase, cpu_clocks
 from timing import Times, ratio, take_turns
-from torch import Tensor, nn
-
-from adamae_sampler.models.adamae import thumbnails
-from adamae_sampler.models.encoder import Encoder, VideoSize
-from adamae_sampler.networks import MHAScoreNetwork, PooledScoreNetwork
+from worker import in_one_line
 
 matplotlib.use("Agg")  # no display is needed
 import matplotlib.pyplot as plt
 
-_FAST: dict[str, Any] = {"score_network": "pooled", "sample_from": "pixels", "decode_ratio": 0.5}
-# Frames and height of clips, in tokens of 2 x 16 x 16.
-_CLIPS = ((16, 224), (32, 224), (64, 224), (64, 384))
-_SCALE_CLIPS = 2  # as many as in a step on a CPU
 SCALE = "two clips"  # the group of the parts alone
 _COLOURS = {"encoder": "#777777", "exact": "#b5533c", "pooled": "#8fb8d8", "pixels": "#1b6ca8"}
-
-
-@dataclass(frozen=True)
-class Options:
-    """Size of the measurement."""
-
-    seconds: float = 75
-    """No round of a group begins later."""
-    rounds: tuple[int, int] = (5, 9)
-    """The fewest rounds of a group of steps, and the most."""
-    quick: bool = False
-    """Tiny sizes: does it work?"""
-    output: Path | None = None
-    """Folder for rows and plot; benchmarks/results if none is given."""
 
 
 @dataclass(frozen=True)
@@ -72,116 +51,60 @@ class Row:
     commit: str
 
 
-def groups(device: torch.device, quick: bool) -> dict[str, dict[str, StepCase]]:
-    """What takes turns; the first of each is what the others are divided by."""
-    exact = StepCase(clips=2, dtype=torch.float32) if device.type == "cpu" else StepCase()
-    if quick:
-        exact = StepCase(clips=1, dtype=torch.float32, img_size=64, depth=1)
-    random = replace(exact, masking="random")
-    four: dict[str, Any] = {"num_masks": 4, "clips": max(exact.clips // 4, 1)}
-    pixels = {name: value for name, value in _FAST.items() if name != "decode_ratio"}
-    visible_half: dict[str, Any] = {"sample_from": "pixels", "decode_ratio": 0.5}
-    return {
-        "the official formulation": {
-            "official": replace(exact, implementation=OFFICIAL),
-            "exact": exact,
-            "random": random,
-            "fast": replace(exact, **_FAST),
-        },
-        "random masking": {
-            "random": random,
-            "exact": exact,
-            "pooled": replace(exact, score_network="pooled"),
-            "pooled, from pixels": replace(exact, **pixels),
-        },
-        "random masking, visible tokens embedded, half decoded": {
-            "random": replace(random, **visible_half),
-            "fast": replace(exact, **_FAST),
-        },
-        "random masking, 4 masks of each clip": {
-            "random": replace(random, **four),
-            "exact": replace(exact, **four),
-        },
-        "exact": {
-            "exact": exact,
-            "half decoded": replace(exact, decode_ratio=0.5),
-            "head in 8 chunks": replace(exact, head_chunks=8),
-        },
-    }
+def main(seconds: float, quick: bool, output: Path, commit: str) -> None:
+    """Measures, writes rows and plot, prints the tables.
+
+    Args:
+        seconds: no round of a group begins later.
+        quick: tiny sizes: does it work?
+        output: folder for rows and plot.
+        commit: that the rows name.
+    """
+    device, rounds = torch.device("cpu"), (2, 3) if quick else (5, 9)
+    torch.set_num_threads(1 if quick else 2)
+    problems = []
+    path = output / "options_cpu.csv"
+    with RowWriter(path, Row) as writer:
+
+        def add(group: str, tokens: dict[str, int], times: dict[str, Times]) -> None:
+            first = next(iter(times.values()))
+            for name, each in times.items():
+                numbers = (each.median, *each.quartiles, ratio(each, first), len(each.seconds), torch.get_num_threads())
+                writer.add(Row(group, name, tokens[name], *numbers, device_name(device), torch.__version__, commit))
+
+        def step_times(cases: dict[str, StepCase]) -> dict[str, Times]:
+            with cpu_clocks(list(cases.values())) as clocks:
+                found = take_turns(clocks, seconds, rounds)
+            return {name: found[case] for name, case in cases.items()}
+
+        exact = StepCase(clips=2, dtype=torch.float32)
+        if quick:
+            exact = StepCase(clips=1, dtype=torch.float32, img_size=64, depth=1)
+        for group, cases in option_groups(exact).items():
+            try:
+                times = step_times(cases)
+            except Exception as error:  # the other groups are still worth their time; this one is named at the end
+                problems.append(f"failed: {group}: {in_one_line(error)}")
+                continue
+            add(group, {name: case.fixed_sampler().num_tokens for name, case in cases.items()}, times)
+            print(options_table([row for row in writer.rows if row.group == group]), flush=True)
+        parts = part_cases(2, quick)
+        for tokens in dict.fromkeys(part.size.num_tokens for part in parts):
+            mine = {part.label: part for part in parts if part.size.num_tokens == tokens}
+            clocks: dict[str, Callable[[], float]] = {
+                name: partial(_seconds, part.make(device)) for name, part in mine.items()
+            }
+            add(SCALE, dict.fromkeys(mine, tokens), take_turns(clocks, seconds / 2, (3, 9)))
+        plot(writer.rows, path.with_suffix(".png"))
+        print(scale_table(writer.rows))
+    if problems:
+        sys.exit("\n".join(problems))
 
 
-@contextmanager
-def step_clocks(cases: Sequence[StepCase], device: torch.device) -> Iterator[dict[StepCase, Callable[[], float]]]:
-    """For each case a function that does a step and returns its seconds."""
-    if device.type == "cpu":
-        with cpu_clocks(cases) as clocks:
-            yield {case: clocks[case] for case in cases}
-        return
-    yield {case: partial(_seconds, make_step(case, device), device) for case in cases}
-
-
-def part_clocks(frames: int, height: int, device: torch.device, quick: bool) -> tuple[int, dict[str, Any]]:
-    """N, and for each part a function that does its forward and backward pass and returns its seconds."""
-    size = VideoSize.of(height, frames, 16, 2, 3)
-    width, depth = (48, 1) if quick else (768, 12)
-    tokens, visible = (
-        torch.randn(_SCALE_CLIPS, n, width, device=device) for n in (size.num_tokens, size.num_tokens // 20)
-    )
-    video = torch.randn(_SCALE_CLIPS, *size.video, device=device)
-    pixels = partial(thumbnails, video, size)
-    modules: dict[str, tuple[nn.Module, Callable[[], Tensor]]] = {
-        "encoder": (Encoder(size, width, depth, 12).blocks, lambda: visible.requires_grad_()),
-        "exact": (MHAScoreNetwork(width, size.num_tokens), lambda: tokens.requires_grad_()),
-        "pooled": (PooledScoreNetwork(width, size.grid), lambda: tokens.requires_grad_()),
-        "pixels": (PooledScoreNetwork(pixels().shape[-1], size.grid), pixels),
-    }
-    clocks = {}
-    for name, (module, make_input) in modules.items():
-        clocks[name] = partial(_seconds, partial(_both_ways, module.to(device), make_input), device)
-    return size.num_tokens, clocks
-
-
-def _both_ways(module: nn.Module, make_input: Callable[[], Tensor]) -> None:
-    x = make_input()
-    loss = module(x).square().sum()
-    torch.autograd.grad(loss, [*module.parameters(), *([x] if x.requires_grad else [])])
-
-
-def _seconds(call: Callable[[], object], device: torch.device) -> float:
+def _seconds(call: Callable[[], object]) -> float:
     began = time.perf_counter()
     call()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
     return time.perf_counter() - began
-
-
-def main(options: Options) -> None:
-    """Measures, writes rows and plot, prints the table."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if device.type == "cpu":
-        torch.set_num_threads(2)
-    folder, commit = options.output or RESULTS, current_commit()
-    rows: list[Row] = []
-
-    def add(group: str, tokens: dict[str, int], times: dict[str, Times]) -> None:
-        first = next(iter(times.values()))
-        for name, each in times.items():
-            numbers = (each.median, *each.quartiles, ratio(each, first), len(each.seconds), torch.get_num_threads())
-            rows.append(Row(group, name, tokens[name], *numbers, device_name(device), torch.__version__, commit))
-
-    for name, cases in groups(device, options.quick).items():
-        with step_clocks(list(cases.values()), device) as clocks:
-            times = take_turns(clocks, options.seconds, options.rounds)
-        tokens = {about: case.fixed_sampler().num_tokens for about, case in cases.items()}
-        add(name, tokens, {about: times[case] for about, case in cases.items()})
-        print(options_table([row for row in rows if row.group == name]), flush=True)
-    for frames, height in ((16, 64), (32, 64)) if options.quick else _CLIPS:
-        num_tokens, parts = part_clocks(frames, height, device, options.quick)
-        add(SCALE, dict.fromkeys(parts, num_tokens), take_turns(parts, options.seconds / 2, (3, 9)))
-    path = folder / f"options_{device_slug(device)}.csv"
-    write_rows(path, Row, rows)
-    plot(rows, path.with_suffix(".png"))
-    print(scale_table(rows))
 
 
 def options_table(rows: Sequence[Row]) -> str:
@@ -227,4 +150,10 @@ def plot(rows: Sequence[Row], path: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Options, description=__doc__))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=float, default=75.0, help="no round of a group begins later")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes: does it work?")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="folder for rows and plot")
+    parser.add_argument("--commit", default="", help="what the rows name as the commit; git is asked if it is empty")
+    given = parser.parse_args()
+    main(given.seconds, given.quick, given.output, given.commit or current_commit())

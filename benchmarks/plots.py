@@ -10,7 +10,7 @@ import matplotlib
 matplotlib.use("Agg")  # no display is needed
 
 import matplotlib.pyplot as plt
-from rows import COMPILED, OFFICIAL, OURS, TORCH_BACKEND, Row
+from rows import COMPILED, OFFICIAL, OURS, TORCH_BACKEND, Row, of_official
 
 _COLOURS = {OURS: "#1b6ca8", TORCH_BACKEND: "#8fb8d8", OFFICIAL: "#b5533c", COMPILED: "#e0a899"}
 _MASKINGS = {"adaptive": "#1b6ca8", "random": "#777777", "tube": "#b5533c", "frame": "#d8a031"}
@@ -34,10 +34,12 @@ def _ops(rows: Sequence[Row]) -> plt.Figure | None:
     cases = list(dict.fromkeys(row.case for row in ops))
     if not cases:
         return None
+    by_name = {case: [row for row in ops if row.case == case] for case in cases}
     figure, axes = plt.subplots(figsize=(8, 0.45 * len(cases) + 1))
     names = [name for name in _COLOURS if name != OFFICIAL and any(row.implementation == name for row in ops)]
     for i, name in enumerate(names):
-        bars = {row.case: row.of_official for row in ops if row.implementation == name and row.of_official}
+        ratios = {row.case: of_official(row, by_name[row.case]) for row in ops if row.implementation == name}
+        bars = {case: ratio for case, ratio in ratios.items() if ratio is not None}
         places = [cases.index(case) + (i - (len(names) - 1) / 2) * 0.8 / len(names) for case in bars]
         axes.barh(places, bars.values(), 0.8 / len(names), color=_COLOURS[name], label=name)
     axes.axvline(1, color=_COLOURS[OFFICIAL], label=OFFICIAL)

@@ -1,6 +1,7 @@
-"""Makes tables and plots of the rows that run.py wrote, and of nothing else: no row, no figure.
+"""Makes tables and plots of the rows that run.py, gpu.py and the others wrote, and of nothing else: no row, no figure.
 
-    python benchmarks/report.py                     # into README.md, between its two "benchmarks" markers
+    python benchmarks/report.py                                            # into README.md, between its markers
+    python benchmarks/report.py --results benchmarks/results runs/gpu      # with the rows of gpu.py's folder
     python benchmarks/report.py --readme copy.md
 
 The plots go beside the rows.
@@ -8,14 +9,14 @@ The plots go beside the rows.
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import groupby
 from pathlib import Path
 
+import gpu_tables
 import plots
-import tyro
 from host_steps import PATCHED, UNPATCHED
 from official_repository import ADAMAE, VIDEOMAE
 from options_cost import SCALE, options_table, scale_table
@@ -26,81 +27,106 @@ from rows import (
     OURS,
     PRODUCTS,
     RESULTS,
-    TORCH_BACKEND,
     Row,
     find,
-    format_seconds,
+    of_copy,
+    of_official,
     read_rows,
     read_texts,
 )
 from study_tables import study_facts, study_table, study_title
+from tables import Case, Column, by_case, number, rate, seconds, table
 
 BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
 HOSTS_BEGIN, HOSTS_END = "<!-- hosts: begin -->", "<!-- hosts: end -->"
+GPU = "<!-- gpu: begin -->", "<!-- gpu: end -->"
 OPTIONS = "<!-- options: begin -->", "<!-- options: end -->"
 STUDY = "<!-- study: begin -->", "<!-- study: end -->"
+NO_GPU_ROWS = "No GPU has measured this yet: there are no rows of one, and so no figures."
 
-_SSV2_CLIPS = 168_913
-_PAPER_EPOCH_S = {"adaptive 95%": 9 * 60 + 11, "tube 90%": 9 * 60 + 49}  # on 8 GPUs; supplement, Table 4
-_TIMES = (  # columns of times: header, implementation, whether by graph replay
-    ("ours", OURS, False),
-    ("ours, CUDA graph", OURS, True),
-    ("ours, compiled", f"{OURS} compiled", False),
-    ("torch backend, CUDA graph", TORCH_BACKEND, True),
-    ("official", OFFICIAL, False),
-    ("official, compiled", COMPILED, False),
-    (ADAMAE, ADAMAE, False),
-    (VIDEOMAE, VIDEOMAE, False),
-    (PRODUCTS, PRODUCTS, True),
-    (PRODUCTS, PRODUCTS, False),
+_TIMES = (  # columns of times: header, implementation
+    ("ours", OURS),
+    ("official", OFFICIAL),
+    ("official, compiled", COMPILED),
+    (ADAMAE, ADAMAE),
+    (VIDEOMAE, VIDEOMAE),
+    (PRODUCTS, PRODUCTS),
 )
-
-Case = Sequence[Row]  # the rows of one case
-Column = tuple[str, Callable[[Case], str]]
 
 
 @dataclass(frozen=True)
 class Options:
-    """What is read and written."""
+    """What is read and written; `parse` says what each is."""
 
     readme: Path = Path(__file__).parent.parent / "README.md"
-    """The file that gets the tables."""
-    results: Path = RESULTS
-    """Folder of the rows, which gets the plots."""
+    results: tuple[Path, ...] = (RESULTS,)
+
+
+def parse(arguments: Sequence[str] | None = None) -> Options:
+    """The command line's."""
+    usual = Options()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--readme", type=Path, default=usual.readme, help="the file that gets the tables")
+    parser.add_argument(
+        "--results", type=Path, nargs="+", default=usual.results, help="folders of rows, which get the plots"
+    )
+    given = parser.parse_args(arguments)
+    return Options(given.readme, tuple(given.results))
 
 
 def main(options: Options) -> None:
-    """Writes plots and tables."""
-    devices = read_devices(options.results)
-    text = insert(options.readme.read_text(encoding="utf-8"), markdown(devices), options.readme, (BEGIN, END))
-    hosts = [row for rows in devices.values() for row in rows if row.suite == "hosts"]
-    if hosts:
-        text = insert(text, patched_hosts(hosts), options.readme, (HOSTS_BEGIN, HOSTS_END))
-    for markers, tables in ((OPTIONS, options_tables), (STUDY, study_tables)):
-        if found := tables(options.results):
-            text = insert(text, found, options.readme, markers)
-    for device, rows in devices.items():
-        for picture in plots.draw(rows, options.results, device):
-            print(f"wrote {picture}")
+    """Writes plots and tables.
+
+    Raises:
+        ValueError: there are no rows, or a marker is missing.
+    """
+    text, path, written = options.readme.read_text(encoding="utf-8"), options.readme, []
+    runs = [run for folder in options.results for run in read_gpu_runs(folder)]
+    for folder in options.results:
+        rows = read_cpu(folder)
+        if rows:
+            text = insert(text, cpu_section(rows), path, (BEGIN, END))
+            written += plots.draw(rows, folder, "cpu")
+        if hosts := [row for row in rows if row.suite == "hosts"]:
+            text = insert(text, patched_hosts(hosts), path, (HOSTS_BEGIN, HOSTS_END))
+        for markers, tables in ((OPTIONS, options_tables), (STUDY, study_tables)):
+            if found := tables(folder):
+                text = insert(text, found, path, markers)
+        for run in read_gpu_runs(folder):
+            written += plots.draw(run.rows, folder, run.slug)
+    if text == options.readme.read_text(encoding="utf-8") and not (runs or written):
+        raise ValueError(f"{', '.join(map(str, options.results))} has no rows of benchmarks/run.py or gpu.py.")
+    if GPU[0] in text or runs:
+        text = insert(text, gpu_section(runs), path, GPU)
     options.readme.write_text(text, encoding="utf-8")
+    for picture in written:
+        print(f"wrote {picture}")
     print(f"wrote the tables in {options.readme}")
 
 
-def read_devices(folder: Path) -> dict[str, list[Row]]:
-    """The rows of each device, by the device's name in the files', GPUs first.
+def read_cpu(folder: Path) -> list[Row]:
+    """The rows that run.py wrote; those of a rehearsal, which took no turns, are none."""
+    files = (folder / f"{suite}_cpu.csv" for suite in ("steps", "sweep", "ops", "hosts"))
+    rows = [row for file in files if file.exists() for row in read_rows(file, Row)]
+    return [row for row in rows if row.timing == "alternated"]
+
+
+def read_gpu_runs(folder: Path) -> list[gpu_tables.GpuRun]:
+    """The rows that gpu.py wrote, by device; rehearsals on a CPU are none."""
+    slugs = (path.stem.removeprefix("machine_") for path in sorted(folder.glob("machine_*.csv")))
+    return [gpu_tables.read_run(folder, slug) for slug in slugs if slug != "cpu"]
+
+
+def gpu_section(runs: Sequence[gpu_tables.GpuRun]) -> str:
+    """What all GPUs' rows say.
 
     Raises:
-        ValueError: there are none.
+        ValueError: a kernel's test failed there: no speed is told of what is wrong.
     """
-    found: dict[str, list[Row]] = {}
-    for suite in ("steps", "sweep", "ops", "hosts"):
-        for file in sorted(folder.glob(f"{suite}_*.csv")):
-            rows = read_rows(file, Row)
-            if rows:
-                found.setdefault(file.stem.removeprefix(f"{suite}_"), []).extend(rows)
-    if not found:
-        raise ValueError(f"{folder} has no rows of benchmarks/run.py; run it first.")
-    return dict(sorted(found.items(), key=lambda item: item[0] == "cpu"))
+    for run in runs:
+        if failed := [each.test for each in run.tests if each.outcome == "failed"]:
+            raise ValueError(f"on {run.device} tests failed, so its times are not published: {', '.join(failed)}.")
+    return "\n\n".join(map(gpu_tables.section, runs)) if runs else NO_GPU_ROWS
 
 
 def insert(text: str, tables: str, path: Path, markers: tuple[str, str]) -> str:
@@ -115,26 +141,22 @@ def insert(text: str, tables: str, path: Path, markers: tuple[str, str]) -> str:
     return f"{text.partition(begin)[0]}{begin}\n\n{tables}\n\n{end}{text.partition(end)[2]}"
 
 
-def markdown(devices: dict[str, list[Row]]) -> str:
-    """The tables of all devices."""
-    parts: list[str] = []
-    for device, each in devices.items():
-        rows = [row for row in each if row.suite != "hosts"]
-        if not rows:
-            continue
-        steps = [row for row in rows if row.suite == "steps"]
-        parts += [heading(device, rows), comparison(steps, "Training step")]
-        parts += [epochs(steps), sweep(rows)] if device != "cpu" else []
-        for suite in ("ops", "sweep"):
-            ops = [row for row in rows if row.suite == suite and row.direction != "step"]
-            parts.append(comparison(ops, "Op" if suite == "ops" else "Op, over the tokens of a clip"))
+def cpu_section(rows: Sequence[Row]) -> str:
+    """The tables of run.py's rows, but those of the hosts."""
+    measured = [row for row in rows if row.suite != "hosts"]
+    if not measured:
+        return ""
+    parts = [heading(measured), comparison([row for row in measured if row.suite == "steps"], "Training step")]
+    for suite in ("ops", "sweep"):
+        ops = [row for row in measured if row.suite == suite and row.direction != "step"]
+        parts.append(comparison(ops, "Op" if suite == "ops" else "Op, over the tokens of a clip"))
     return "\n\n".join(filter(None, parts))
 
 
 def options_tables(results: Path) -> str:
-    """What the options cost, on each device that there are rows of options_cost.py from; empty without."""
+    """What the options cost on a CPU, of the rows of options_cost.py; empty without."""
     parts = []
-    for path in sorted(results.glob("options_*.csv"), reverse=True):
+    for path in sorted(results.glob("options_cpu.csv")):
         rows = read_rows(path, OptionRow)
         first = rows[0]
         facts = f"{first.device}, torch {first.torch}, {first.threads} threads, commit {first.commit}; `{path.name}`."
@@ -153,17 +175,16 @@ def study_tables(results: Path) -> str:
 
 def patched_hosts(rows: Sequence[Row]) -> str:
     """A line for each host: its training step unpatched and patched."""
-    columns: list[Column] = [
+    columns: list[Column[Case]] = [
         ("A training step", lambda case: case[0].case),
         ("visible of", lambda case: f"{case[0].visible} of {case[0].tokens}"),
-        (UNPATCHED, lambda case: _seconds(find(case, UNPATCHED))),
-        (PATCHED, lambda case: _seconds(find(case, PATCHED))),
+        (UNPATCHED, lambda case: seconds(find(case, UNPATCHED))),
+        (PATCHED, lambda case: seconds(find(case, PATCHED))),
         ("ratio", _ratio_of_patched),
     ]
     first = rows[0]
     facts = f"{first.device}, torch {first.torch}, {first.threads} threads, fp32; medians, commit {first.commit}."
-    hosts = [list(case) for _, case in groupby(sorted_by_case(rows), key=lambda row: row.case)]
-    return f"{table(columns, hosts)}\n\n{facts}"
+    return f"{table(columns, by_case(rows))}\n\n{facts}"
 
 
 def _ratio_of_patched(case: Case) -> str:
@@ -171,133 +192,33 @@ def _ratio_of_patched(case: Case) -> str:
     return f"{patched.median_s / unpatched.median_s:.2f}" if patched and unpatched else ""
 
 
-def heading(device: str, rows: Sequence[Row]) -> str:
+def heading(rows: Sequence[Row]) -> str:
     """The device, and what ran on it."""
-    facts = dict.fromkeys(
-        f"torch {row.torch}, " + (f"{row.threads} threads" if device == "cpu" else f"triton {row.triton}")
-        for row in rows
-    )
+    facts = dict.fromkeys(f"torch {row.torch}, {row.threads} threads" for row in rows)
     commits = ", ".join(dict.fromkeys(row.commit for row in rows))
     return f"### {rows[0].device}\n\n{'; '.join(facts)}; commit {commits}. Medians."
 
 
 def comparison(rows: Sequence[Row], title: str) -> str:
     """A line for each case, a column for each implementation that was timed; empty without rows."""
-    columns: list[Column] = [(title, lambda case: case[0].case)]
-    columns += [(header, _time_of(implementation, graph)) for header, implementation, graph in _TIMES]
+    columns: list[Column[Case]] = [(title, lambda case: case[0].case)]
+    columns += [(header, lambda case, name=name: seconds(find(case, name))) for header, name in _TIMES]  # type: ignore[misc]
     columns += [
-        ("ours / official", lambda case: _number(find(case, OURS), "of_official", "{:.2f}")),
-        ("ours, of a copy's pace", lambda case: _number(_fastest(case), "fraction_of_copy", "{:.0%}")),
-        ("ours, peak", lambda case: _memory(find(case, OURS))),
-        ("official, peak", lambda case: _memory(find(case, OFFICIAL))),
+        ("ours / official", lambda case: _of_ours(case, of_official, "{:.2f}")),
+        ("ours, of a copy's pace", lambda case: _of_ours(case, of_copy, "{:.0%}")),
     ]
     if any(row.direction == "step" for row in rows):
-        columns.append(("ours, clips/s", lambda case: _rate(_fastest(case))))
-    return table(columns, [list(case) for _, case in groupby(sorted_by_case(rows), key=lambda row: row.case)])
+        columns.append(("ours, clips/s", lambda case: rate(find(case, OURS))))
+    return table(columns, by_case(rows))
 
 
-def sorted_by_case(rows: Sequence[Row]) -> list[Row]:
-    """The rows of each case together, cases in their first row's order."""
-    order = list(dict.fromkeys(row.case for row in rows))
-    return sorted(rows, key=lambda row: order.index(row.case))
-
-
-def epochs(steps: Sequence[Row]) -> str:
-    """The paper's Table 4: an epoch of SSv2 with adaptive masking at 95% beside tube masking at 90%."""
-    found = {
-        kind: {
-            (row.clips, row.implementation, row.timing): row
-            for row in steps
-            if row.op == f"training step of ViT-B, {kind}" and row.implementation.startswith(OURS)
-        }
-        for kind in _PAPER_EPOCH_S
-    }
-    adaptive, tube = found.values()
-    both = [key for key in adaptive if key in tube]
-    if not both:
-        return ""
-    best = max(both, key=lambda key: adaptive[key].clips_per_s or 0)
-    seconds = [_SSV2_CLIPS * row.median_s / row.clips for row in (adaptive[best], tube[best])]
-    lines = [
-        "| An epoch of SSv2, 168,913 clips | adaptive 95% | tube 90% | ratio |",
-        "|---|---|---|---|",
-        f"| ours, one {adaptive[best].device}, training steps alone, {best[0]} clips each | "
-        f"{_minutes(seconds[0])} | {_minutes(seconds[1])} | {seconds[0] / seconds[1]:.3f} |",
-        "| the paper, 8 GPUs, data loading included | "
-        + " | ".join(_minutes(each) for each in _PAPER_EPOCH_S.values())
-        + f" | {_PAPER_EPOCH_S['adaptive 95%'] / _PAPER_EPOCH_S['tube 90%']:.3f} |",
-    ]
-    return "\n".join(lines)
-
-
-def sweep(rows: Sequence[Row]) -> str:
-    """Adaptive beside random masking, over clips of a batch and tokens of a clip."""
-    steps = [row for row in rows if row.suite == "sweep" and row.direction == "step"]
-    sizes = dict.fromkeys((row.clips, row.tokens) for row in steps)
-    columns: list[Column] = [
-        ("Clips x tokens", lambda case: f"{case[0].clips} x {case[0].tokens}"),
-        ("adaptive 95%", lambda case: _seconds(_fastest(_masked(case, "adaptive")))),
-        ("random 95%", lambda case: _seconds(_fastest(_masked(case, "random")))),
-        ("clips/s, adaptive", lambda case: _rate(_fastest(_masked(case, "adaptive")))),
-        ("peak, adaptive", lambda case: _memory(_fastest(_masked(case, "adaptive")))),
-        ("peak, random", lambda case: _memory(_fastest(_masked(case, "random")))),
-    ]
-    return table(columns, [[row for row in steps if (row.clips, row.tokens) == size] for size in sizes])
-
-
-def table(columns: Sequence[Column], cases: Sequence[Case]) -> str:
-    """Markdown, without the columns in which no case has anything; empty without cases."""
-    if not cases:
-        return ""
-    filled = [(header, cells) for header, cell in columns if any(cells := [cell(case) for case in cases])]
-    lines = [
-        [header for header, _ in filled],
-        ["---"] * len(filled),
-        *zip(*(cells for _, cells in filled), strict=True),
-    ]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def _fastest(case: Case) -> Row | None:
-    """Of ours."""
-    ours = [row for row in case if row.implementation.startswith(OURS)]
-    return min(ours, key=lambda row: row.median_s, default=None)
-
-
-def _masked(case: Case, masking: str) -> Case:
-    return [row for row in case if f", {masking} " in row.op]
-
-
-def _time_of(implementation: str, graph: bool) -> Callable[[Case], str]:
-    return lambda case: _seconds(find(case, implementation, graph))
-
-
-def _seconds(row: Row | None) -> str:
-    return format_seconds(row.median_s) if row else ""
-
-
-def _minutes(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest} s"
-
-
-def _memory(row: Row | None) -> str:
-    return f"{row.peak_bytes / 1e9:.3g} GB" if row and row.peak_bytes is not None else ""
-
-
-def _rate(row: Row | None) -> str:
-    if row is None or row.clips_per_s is None:
-        return ""
-    return f"{row.clips_per_s:,.0f}" if row.clips_per_s >= 100 else f"{row.clips_per_s:.3g}"
-
-
-def _number(row: Row | None, column: str, form: str) -> str:
-    value = getattr(row, column, None)
-    return "" if value is None else form.format(value)
+def _of_ours(case: Case, what: Callable[[Row, Case], float | None], form: str) -> str:
+    ours = find(case, OURS)
+    return number(what(ours, case), form) if ours else ""
 
 
 if __name__ == "__main__":
     try:
-        main(tyro.cli(Options, description=__doc__))
+        main(parse())
     except (ValueError, FileNotFoundError) as error:
         sys.exit(f"error: {error}")  # a missing marker or row, not a defect

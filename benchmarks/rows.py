@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import csv
 import importlib.metadata
+import io
 import platform
 import re
-import shutil
-import subprocess
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from timing import Times
@@ -29,12 +28,12 @@ class Row:
     """One measurement. An empty field does not apply.
 
     Attributes:
-        suite: "ops", "steps" or "sweep".
+        suite: "ops", "steps", "sweep" and so on.
         case: what is timed, the same for all its implementations.
         op: the op, or "training step".
         implementation: "adamae_sampler", "torch backend", "official", "official compiled", "device copy", ...
         direction: "forward", "backward", "forward+backward", or "step".
-        timing: "graph", "events" or "alternated", see timing.py.
+        timing: "graph", "events", "alternated" or "wall", see timing.py.
         clips: B.
         tokens: N.
         visible: K.
@@ -44,8 +43,9 @@ class Row:
         median_s: seconds of one call; the next four are of the same repeats.
         repeats: how many.
         bytes: the fewest that must move, read and written.
-        fraction_of_copy: seconds of a device copy that moves as many bytes, over median_s.
-        of_official: median_s over that of "official" for the same case and timing, by round where both took turns.
+        fraction_of_copy: seconds of a device copy that moves as many bytes, over median_s, where both took turns;
+            `of_copy` tells it for any row.
+        of_official: median_s over that of "official", by round, where both took turns; `of_official` tells it for any.
         peak_bytes: device memory at its peak: of an op, beyond its inputs; of a step, in all.
         clips_per_s: clips over median_s.
         device: its name.
@@ -100,26 +100,84 @@ class Subject:
     bytes: int | None = None
 
 
-class RowWriter:
-    """Writes rows to a CSV file, each when it is measured, so that a run cut short keeps what it has.
+@dataclass(frozen=True)
+class Facts:
+    """What all rows of a run share. See `Row`."""
+
+    device: str
+    threads: int
+    torch: str
+    triton: str
+    commit: str
+
+
+def facts_of(device: torch.device, commit: str) -> Facts:
+    """Those of this process."""
+    return Facts(device_name(device), torch.get_num_threads(), torch.__version__, _triton_version(), commit)
+
+
+def make_row(
+    subject: Subject,
+    implementation: str,
+    times: Times,
+    facts: Facts,
+    *,
+    copy: Times | None = None,
+    of_official: float | None = None,
+    peak_bytes: int | None = None,
+) -> Row:
+    """One row.
+
+    Args:
+        subject: what was measured.
+        implementation: whose.
+        times: of one call.
+        facts: of the run.
+        copy: of a device copy of the subject's bytes that took turns with it.
+        of_official: by round, where both took turns.
+        peak_bytes: see `Row`.
+    """
+    q1, q3 = times.quartiles
+    return Row(
+        **vars(subject),
+        **vars(facts),
+        implementation=implementation,
+        timing=times.method,
+        median_s=times.median,
+        min_s=min(times.seconds),
+        q1_s=q1,
+        q3_s=q3,
+        max_s=max(times.seconds),
+        repeats=len(times.seconds),
+        fraction_of_copy=None if copy is None else copy.median / times.median,
+        of_official=of_official,
+        peak_bytes=peak_bytes,
+        clips_per_s=subject.clips / times.median,
+    )
+
+
+class RowWriter(Generic[T]):
+    """Writes rows of a dataclass to a CSV file, each when it comes, so that a run cut short keeps what it has.
 
     Args:
         path: the file; one of an earlier run is replaced.
-        device: what is measured on.
-        commit: of this repository.
+        kind: the dataclass.
+        keep: rows that the file starts with.
     """
 
-    def __init__(self, path: Path, device: torch.device, commit: str) -> None:
+    def __init__(self, path: Path, kind: type[T], keep: Iterable[T] = ()) -> None:
+        self.path, self.rows = path, list(keep)
+        self._names = [each.name for each in fields(kind)]  # type: ignore[arg-type]
         path.parent.mkdir(parents=True, exist_ok=True)
-        self.path = path
-        self.rows: list[Row] = []
-        self._file = path.open("w", newline="", encoding="utf-8")
+        partial = path.with_name(f"{path.name}.partial")  # what is kept is at no time in no file
+        self._file = partial.open("w", newline="", encoding="utf-8")
         self._csv = csv.writer(self._file, lineterminator="\n")
-        self._csv.writerow([each.name for each in fields(Row)])
-        self._device = device_name(device)
-        self._commit = commit
+        self._csv.writerow(self._names)
+        self._csv.writerows(map(self._texts, self.rows))
+        self._file.flush()
+        partial.replace(path)
 
-    def __enter__(self) -> RowWriter:
+    def __enter__(self) -> RowWriter[T]:
         return self
 
     def __exit__(
@@ -127,55 +185,14 @@ class RowWriter:
     ) -> None:
         self._file.close()
 
-    def add(
-        self,
-        subject: Subject,
-        implementation: str,
-        times: Times,
-        *,
-        copy: Times | None = None,
-        of_official: float | None = None,
-        peak_bytes: int | None = None,
-    ) -> Row:
-        """Writes one row.
-
-        Args:
-            subject: what was measured.
-            implementation: whose.
-            times: of one call.
-            copy: of a device copy of the subject's bytes.
-            of_official: by round; else from the "official" row of the case, if that is written and timed alike.
-            peak_bytes: see `Row`.
-        """
-        q1, q3 = times.quartiles
-        if of_official is None:
-            baseline = find([each for each in self.rows if each.case == subject.case], OFFICIAL)
-            if baseline is not None and baseline.timing == times.method:
-                of_official = times.median / baseline.median_s
-        row = Row(
-            **vars(subject),
-            implementation=implementation,
-            timing=times.method,
-            median_s=times.median,
-            min_s=min(times.seconds),
-            q1_s=q1,
-            q3_s=q3,
-            max_s=max(times.seconds),
-            repeats=len(times.seconds),
-            fraction_of_copy=None if copy is None else copy.median / times.median,
-            of_official=of_official,
-            peak_bytes=peak_bytes,
-            clips_per_s=subject.clips / times.median,
-            device=self._device,
-            threads=torch.get_num_threads(),
-            torch=torch.__version__,
-            triton=_triton_version(),
-            commit=self._commit,
-        )
+    def add(self, row: T) -> None:
+        """Writes one row."""
         self.rows.append(row)
-        self._csv.writerow([_text(getattr(row, each.name)) for each in fields(Row)])
+        self._csv.writerow(self._texts(row))
         self._file.flush()
-        return row
+
+    def _texts(self, row: T) -> list[str]:
+        return [_text(getattr(row, name)) for name in self._names]
 
 
 def find(rows: Iterable[Row], implementation: str, graph: bool = False) -> Row | None:
@@ -184,19 +201,31 @@ def find(rows: Iterable[Row], implementation: str, graph: bool = False) -> Row |
     return next(found, None)
 
 
-def write_rows(path: Path, kind: type[Any], rows: Iterable[Any]) -> None:
-    """Writes rows of a dataclass, each when it comes, so that a run cut short keeps what it has."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow([each.name for each in fields(kind)])
+def of_official(row: Row, case: Iterable[Row]) -> float | None:
+    """Its time over the official formulation's, which its caller sees; None if that was not timed in this case."""
+    if row.of_official is not None:
+        return row.of_official
+    official = find(case, OFFICIAL)
+    return row.median_s / official.median_s if official and official.timing == row.timing else None
+
+
+def of_copy(row: Row, case: Iterable[Row]) -> float | None:
+    """A device copy's time for the bytes of the case, over its own; None if no copy was timed."""
+    if row.fraction_of_copy is not None:
+        return row.fraction_of_copy
+    copies = [each.median_s for each in case if each.implementation == COPY]
+    return min(copies) / row.median_s if copies else None
+
+
+def write_rows(path: Path, kind: type[T], rows: Iterable[T]) -> None:
+    """Writes rows of a dataclass, each when it comes."""
+    with RowWriter(path, kind) as writer:
         for row in rows:
-            writer.writerow([_text(getattr(row, each.name)) for each in fields(kind)])
-            file.flush()
+            writer.add(row)
 
 
 def read_rows(path: Path, kind: type[T]) -> list[T]:
-    """The rows of a file that `write_rows` or `RowWriter` wrote.
+    """The rows of a file that `RowWriter` wrote; the beginning of a last row, where a run was cut short, is left out.
 
     Columns that came later are None in the rows of an earlier file, where None is allowed: they were not measured.
 
@@ -213,9 +242,9 @@ def read_rows(path: Path, kind: type[T]) -> list[T]:
 
 
 def read_texts(path: Path) -> list[dict[str, str]]:
-    """The rows of a CSV file as they stand there."""
-    with path.open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
+    """The rows of a CSV file as they stand there, whole lines alone."""
+    text = path.read_text(encoding="utf-8")
+    return list(csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1])))
 
 
 def device_name(device: torch.device) -> str:
@@ -256,12 +285,3 @@ def _triton_version() -> str:
         return importlib.metadata.version("triton")
     except importlib.metadata.PackageNotFoundError:  # there are no wheels for this platform
         return ""
-
-
-def current_commit() -> str:
-    """This repository's, as git describes it; "unknown" without git."""
-    if shutil.which("git") is None:
-        return "unknown"
-    command = ["git", "describe", "--always", "--dirty"]
-    found = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
-    return found.stdout.strip() or "unknown"

@@ -22,8 +22,10 @@ import torch
 import torch.multiprocessing as mp
 from official_formulation import OfficialFormulation, official_error, official_loss
 from official_repository import ADAMAE, repository_model
-from rows import COMPILED, OFFICIAL, OURS, Subject
+from rows import OFFICIAL, OURS, Subject
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.models.eva import EvaBlock
+from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -34,6 +36,7 @@ from adamae_sampler.sampler import TokenSampler
 Masking = Literal["adaptive", "random", "tube", "frame"]
 ScoreNetwork = Literal["mha", "mlp", "pooled"]
 SampleFrom = Literal["tokens", "pixels"]
+Compiled = Literal["", "whole", "blocks"]
 Step = Callable[[], Tensor]  # returns the loss
 
 
@@ -61,6 +64,7 @@ class AnyStep(Protocol):
         """The case as rows know it."""
 
 
+_BLOCKS = (Block, EvaBlock)  # of the score network, and of encoder and decoder
 _ADAMW = partial(torch.optim.AdamW, lr=1.5e-4, betas=(0.9, 0.95), weight_decay=0.05)
 _RTOL = {"cpu": 1e-5, "cuda": 1e-4}  # of fp32 losses; a GPU's attention kernels sum in other orders
 
@@ -74,7 +78,8 @@ class StepCase:
         mask_ratio: share of tokens masked.
         clips: of a batch.
         implementation: "adamae_sampler", "official" or the name of a repository.
-        compiled: `torch.compile` of forward and losses.
+        compiled: `torch.compile` of forward and losses as a "whole", or of the transformers' "blocks" one by one, which
+            compiles faster, since equal blocks share their code.
         size: of the ViT.
         dtype: bfloat16 means autocast.
         img_size: height and width of a frame.
@@ -92,7 +97,7 @@ class StepCase:
     mask_ratio: float = 0.95
     clips: int = 256
     implementation: str = OURS
-    compiled: bool = False
+    compiled: Compiled = ""
     size: Literal["small", "base", "large"] = "base"
     dtype: torch.dtype = torch.bfloat16
     img_size: int = 224
@@ -134,9 +139,15 @@ class StepCase:
     @property
     def label(self) -> str:
         """The implementation as rows name it."""
-        if not self.compiled:
-            return self.implementation
-        return COMPILED if self.implementation == OFFICIAL else f"{self.implementation} compiled"
+        if self.compiled == "blocks":
+            return f"{self.implementation}, blocks compiled"
+        return f"{self.implementation} compiled" if self.compiled else self.implementation
+
+    @property
+    def is_official_method(self) -> bool:
+        """Whether this is the package's step for what the official formulation computes."""
+        paper = (self.implementation, self.size, self.masking) == (OURS, "base", "adaptive")
+        return paper and not self.options
 
     def make(self, device: torch.device) -> Step:
         """See `make_step`."""
@@ -169,8 +180,11 @@ def make_step(case: StepCase, device: torch.device) -> Step:
     """A training step on random video, with weights and optimizer of its own."""
     baseline = _repository_forward if case.repository else _official_forward
     model, forward = (_our_forward if case.implementation == OURS else baseline)(case, device)
-    if case.compiled:
-        forward = torch.compile(forward, fullgraph=case.implementation == OURS)
+    if case.compiled == "whole":
+        forward = torch.compile(forward, fullgraph=case.implementation == OURS, dynamic=False)
+    if case.compiled == "blocks":
+        for block in filter(lambda module: isinstance(module, _BLOCKS), model.modules()):
+            block.compile(fullgraph=True, dynamic=False)
     # Capturable, so that a CUDA graph can hold the whole step.
     options: dict[str, Any] = {"fused": True, "capturable": device.type == "cuda"}
     optimizer = _ADAMW(model.parameters(), **(options if case.implementation == OURS else {}))

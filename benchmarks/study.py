@@ -25,8 +25,9 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import tyro
+from commit import current_commit
 from downstream import accuracies
-from rows import current_commit, device_name, read_rows, read_texts, write_rows
+from rows import device_name, read_rows, read_texts, write_rows
 from studies import run_all
 from study_tables import study_table
 from study_variants import SIZES, VARIANTS, Size, variants_help

@@ -4,7 +4,8 @@ A GPU runs behind the program that feeds it. "events" times what a caller sees, 
 calls between two CUDA events. "graph" times the device alone: many calls are captured into one CUDA graph, whose
 replays launch nothing from Python, which is what tells the time of an op of microseconds. Code that reads from the
 device cannot be captured. On a CPU ("alternated") the implementations take turns call by call, A B C then C B A, since
-the machine's speed drifts with what else runs on it; ratios are taken within a round.
+the machine's speed drifts with what else runs on it; ratios are taken within a round. "wall" times one after the
+other on a CPU, for rehearsals of what is meant for a GPU.
 """
 
 from __future__ import annotations
@@ -86,6 +87,15 @@ def time_events(calls: Sequence[Call], budget_s: float) -> Times:
     return Times("events", _repeat(run, count, budget_s))
 
 
+def time_wall(calls: Sequence[Call], budget_s: float) -> Times:
+    """Seconds of one call on a CPU, which does not run behind its caller. Arguments as above."""
+    calls[0]()  # whatever the first one sets up
+    seconds: list[float] = []
+    while len(seconds) < 2 or (sum(seconds) < budget_s and len(seconds) < _REPEATS[1]):
+        seconds.append(_wall(calls[len(seconds) % len(calls)]))
+    return Times("wall", tuple(seconds))
+
+
 def time_alternated(calls: dict[str, Call], budget_s: float) -> dict[str, Times]:
     """Seconds of one call of each, on the CPU, taking turns. About `budget_s` seconds in all."""
     clocks: dict[str, Callable[[], float]] = {}
@@ -130,8 +140,10 @@ def input_sets(num_bytes: int, device: torch.device) -> int:
     return min(_MAX_CALLS, math.ceil(4 * _cache_bytes(device) / num_bytes)) if device.type == "cuda" else 1
 
 
-def peak_bytes(call: Call) -> int:
-    """Device memory that a call takes at its peak, beyond what is held already."""
+def peak_bytes(call: Call, device: torch.device) -> int | None:
+    """Device memory that a call takes at its peak, beyond what is held already; None on a CPU."""
+    if device.type == "cpu":
+        return None
     torch.cuda.synchronize()
     held = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()

@@ -6,9 +6,12 @@ import importlib.util
 import math
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import estimator_bias
+import gpu_cases
+import option_cases
 import options_cost
 import pytest
 import report
@@ -18,12 +21,13 @@ import study
 import study_tables
 import timm
 import torch
+from cases import QUICK_STEP
 from downstream import accuracies, downstream_table
 from finetune_step import FinetuneStep
 from loader import check as check_readers
 from loader import read_pyav
 from op_cases import DrawMask, GatherTokens, ReconstructionError
-from rows import read_texts, write_rows
+from rows import read_rows, read_texts, write_rows
 
 from adamae_sampler import AdaMAELoss, ops
 from common.cli import parse_arguments
@@ -36,7 +40,7 @@ ROOT = Path(__file__).parent.parent
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     folder = tmp_path_factory.mktemp("results")
-    command = [sys.executable, str(ROOT / "benchmarks" / "run.py"), "--quick", "--device", "cpu"]
+    command = [sys.executable, str(ROOT / "benchmarks" / "run.py"), "--quick"]
     done = subprocess.run([*command, "--output", str(folder)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return folder
@@ -60,21 +64,20 @@ def test_every_op_and_a_step_are_timed_beside_the_official_code(results):
 def test_tables_are_made_of_rows_alone(results, tmp_path):
     readme = tmp_path / "README.md"
     readme.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
-    report.main(report.Options(readme, results))
+    report.main(report.Options(readme, (results,)))
     text = readme.read_text()
     assert text.startswith("before\n")
     assert text.endswith("after\n")
     assert "old" not in text
     assert "draw_mask 2 x 128" in text
-    assert "epoch" not in text.lower()  # no GPU rows, no such table
     again = readme.read_text()
-    report.main(report.Options(readme, results))
+    report.main(report.Options(readme, (results,)))
     assert readme.read_text() == again
     readme.write_text("no markers")
     with pytest.raises(ValueError, match="benchmarks: begin"):
-        report.main(report.Options(readme, results))
+        report.main(report.Options(readme, (results,)))
     with pytest.raises(ValueError, match="has no rows"):
-        report.read_devices(tmp_path / "nowhere")
+        report.main(report.Options(readme, (tmp_path / "nowhere",)))
 
 
 @pytest.mark.parametrize("case", [DrawMask(2, 64, 5), GatherTokens(2, 64, 5, "backward", width=8)])
@@ -155,7 +158,8 @@ def test_accuracies_of_class_direction_and_shape(tmp_path):
 
 def test_the_step_of_fine_tuning_is_a_step():
     """At first the 400 classes are about equally likely."""
-    assert float(FinetuneStep(clips=1).make(torch.device("cpu"))()) == pytest.approx(math.log(400), abs=0.1)
+    step = FinetuneStep(clips=1, img_size=32, depth=1)
+    assert float(step.make(torch.device("cpu"))()) == pytest.approx(math.log(400), abs=0.1)
 
 
 def test_efficiency_on_several_gpus_by_hand():
@@ -206,17 +210,40 @@ def test_the_bias_of_the_estimators(tmp_path, capsys):
     assert "errors of the token" in capsys.readouterr().out
 
 
-def test_every_option_is_timed_as_a_step_that_trains():
-    device, seen = torch.device("cpu"), set()
-    for group, cases in options_cost.groups(device, quick=True).items():
-        assert len(cases) > 1, group
-        for case in cases.values():
-            assert math.isfinite(float(case.make(device)()))
-            seen |= case.options.keys()
+def test_every_option_is_timed():
+    """That each is a step that trains is shown by the rehearsal of gpu.py, which times them all."""
+    groups = option_cases.option_groups(QUICK_STEP)
+    assert all(len(cases) > 1 for cases in groups.values())
+    seen = {name for cases in groups.values() for case in cases.values() for name in case.options}
     assert seen == {"score_network", "sample_from", "num_masks", "decode_ratio", "head_chunks"}
-    tokens, parts = options_cost.part_clocks(16, 64, device, quick=True)
-    assert tokens == 128
-    assert all(clock() > 0 for clock in parts.values())
+    units = {unit.case for unit in gpu_cases.units("options", torch.device("cpu"), quick=True)}
+    assert units >= {case for cases in groups.values() for case in cases.values()}
+    assert {part.size.num_tokens for part in option_cases.part_cases(2, quick=True)} == {128, 256}
+
+
+def test_options_are_measured_in_turns_and_a_group_that_fails_costs_itself(tmp_path, monkeypatch, capsys):
+    groups = option_cases.option_groups(QUICK_STEP)
+    few = {name: dict(list(groups[name].items())[:2]) for name in ("exact", "random masking")}
+    monkeypatch.setattr(options_cost, "option_groups", lambda exact: few)
+    monkeypatch.setattr(options_cost, "part_cases", lambda clips, quick: option_cases.part_cases(1, True)[:2])
+
+    @contextmanager
+    def clocks(cases):
+        if any(case.masking == "random" for case in cases):
+            raise RuntimeError("no memory")
+        yield {case: lambda: 0.5 for case in cases}
+
+    monkeypatch.setattr(options_cost, "cpu_clocks", clocks)
+    with pytest.raises(SystemExit, match="failed: random masking: RuntimeError: no memory"):
+        options_cost.main(0.1, quick=True, output=tmp_path, commit="abc")
+    rows = read_rows(tmp_path / "options_cpu.csv", options_cost.Row)
+    assert [(row.group, row.what, row.commit) for row in rows] == [
+        ("exact", "exact", "abc"),
+        ("exact", "half decoded", "abc"),
+        (options_cost.SCALE, "encoder", "abc"),
+        (options_cost.SCALE, "exact", "abc"),
+    ]
+    assert (tmp_path / "options_cpu.png").exists()
 
 
 def test_tables_of_options_are_of_rows(tmp_path):

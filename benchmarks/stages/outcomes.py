@@ -1,0 +1,88 @@
+"""A pytest plugin that writes each test's outcome as a row when it comes, and passes over what has passed before.
+
+    python -m pytest -p stages.outcomes --outcomes runs/gpu tests/test_kernels.py
+
+A run that was cut short goes on with what is left; tests that failed run again.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rows import RowWriter, device_slug, read_rows
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A test's last run; one that fails after its call has two rows.
+
+    Attributes:
+        test: its node id.
+        outcome: "passed", "failed" or "skipped".
+        seconds: of the call.
+        message: the error's, its first line.
+        torch: the version.
+    """
+
+    test: str
+    outcome: str
+    seconds: float
+    message: str
+    torch: str
+
+
+def outcomes_file(folder: Path) -> Path:
+    """Where they are."""
+    return folder / f"tests_{device_slug(torch.device('cuda' if torch.cuda.is_available() else 'cpu'))}.csv"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Where to write."""
+    parser.addoption("--outcomes", type=Path, required=True, help="folder of the rows")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Reads what is there."""
+    path = outcomes_file(config.getoption("--outcomes"))
+    config.pluginmanager.register(Recorder(path, is_worker=hasattr(config, "workerinput")))
+
+
+class Recorder:
+    """Deselects tests that have passed, and writes rows in the process that all reports come to.
+
+    Args:
+        path: of the rows.
+        is_worker: whether this is one of pytest-xdist's workers.
+    """
+
+    def __init__(self, path: Path, is_worker: bool) -> None:
+        known = read_rows(path, Outcome) if path.exists() else []
+        failed = {each.test for each in known if each.outcome == "failed"}
+        self.done = [each for each in known if each.test not in failed]
+        self.writer = None if is_worker else RowWriter(path, Outcome, self.done)
+        self.ran = False
+
+    def pytest_collection_modifyitems(self, config: pytest.Config, items: list[pytest.Item]) -> None:
+        """Leaves what has passed out."""
+        done = {each.test for each in self.done}
+        config.hook.pytest_deselected(items=[item for item in items if item.nodeid in done])
+        items[:] = [item for item in items if item.nodeid not in done]
+
+    def pytest_runtest_logreport(self, report: Any) -> None:
+        """Writes the row of a test that has ended."""
+        self.ran = True
+        if self.writer is None or (report.when != "call" and report.outcome == "passed"):
+            return
+        crash = getattr(report.longrepr, "reprcrash", None)
+        message = "" if report.outcome != "failed" else crash.message if crash else str(report.longrepr)
+        first = next(iter(message.splitlines()), "")[:300]
+        self.writer.add(Outcome(report.nodeid, report.outcome, report.duration, first, torch.__version__))
+
+    def pytest_sessionfinish(self, session: pytest.Session) -> None:
+        """Nothing left to run is well."""
+        if session.exitstatus == pytest.ExitCode.NO_TESTS_COLLECTED and self.done and not self.ran:
+            session.exitstatus = pytest.ExitCode.OK

@@ -1,0 +1,241 @@
+"""Where a training step's time goes on the device: by family of kernels, as torch's profiler tells.
+
+    python -m stages.step_profile --output runs/gpu
+
+Also which attention and which convolution kernels ran, what the casts around LayerNorm take, and how often the host
+waited for the device. In a rehearsal on a CPU the "kernels" are PyTorch's operators.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from cases import QUICK_STEP
+from measure import own_stream, release
+from option_cases import FAST
+from rows import RowWriter, device_name
+from steps import StepCase, make_step
+from torch import nn
+from torch._C._autograd import DeviceType
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.profiler import ProfilerActivity, profile, record_function
+from worker import Worker, WorkFailed
+
+from stages.common import Failures, Told, kept, parser, told
+
+STAGE = "profile"
+FAMILIES = (  # the first that a kernel's name matches; names as torch 2.11, cuDNN 9.19 and cuBLAS 13.1 have them
+    ("package", r"(?-i:^_[a-z]\w*_kernel)|adamae_sampler::"),
+    ("attention", r"sdpa|flash_(fwd|bwd)|fmha|compute_dot_do_o|convert_dq_to_16bits|_attention"),
+    ("convolution", r"(fprop|dgrad|wgrad)|convolve|conv\w*3d|convolution|nchwToNhwc|nhwcToNchw|nhwcAddPadding|vol2col"),
+    ("matrix products", r"nvjet|gemm|cutlass|splitK|gemv|::(add|b)?mm$|linear"),
+    ("optimizer", r"multi_tensor|FusedAdam|fused_adam"),
+    ("LayerNorm", r"layer_?norm|GammaBeta|RowwiseMoments"),
+    ("casts and copies", r"copy|Memcpy|CatArray|::cat$|to_copy"),
+    (
+        "elementwise",
+        r"elementwise|gelu|dropout|masked_scale|reduce|softmax|Functor|triton_|index|gather|fill|Memset|::",
+    ),
+)
+OTHER = "other"
+_ATTENTION = (("cuDNN", r"cudnn"), ("flash", r"flash"), ("memory-efficient", r"fmha|efficient"), ("math", r""))
+_STEP, _NORM = "training step", "LayerNorm's forward pass"  # as the trace names them
+_WAITS = re.compile(r"cuda(Stream|Device|Event)Synchronize|Memcpy DtoH")
+_LIMIT_S = 120.0
+
+
+@dataclass(frozen=True)
+class Share:
+    """A part of a step.
+
+    Attributes:
+        case: the step.
+        clips: of a batch.
+        kind: "family", "attention", "convolution" (by kernel), "LayerNorm" or "waits".
+        name: of the family, the attention's implementation or the kernel.
+        calls: in one step.
+        seconds: on the device, in one step; None where only calls count.
+        share: of all families'.
+    """
+
+    case: str
+    clips: int
+    kind: str
+    name: str
+    calls: float
+    seconds: float | None
+    share: float | None
+    device: str
+    torch: str
+    commit: str
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """What ran on the device: its name, and its seconds."""
+
+    name: str
+    seconds: float
+
+
+def family_of(name: str) -> str:
+    """The family of a kernel."""
+    return next((family for family, pattern in FAMILIES if re.search(pattern, name, re.IGNORECASE)), OTHER)
+
+
+def profile_step(case: StepCase, device: torch.device, commit: str) -> Iterator[Share]:
+    """The shares of one step; three are profiled after two others."""
+    count = 3
+    with own_stream(device), norms_recorded():
+        step = make_step(case, device)
+        for _ in range(2):
+            step()
+        activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
+        with profile(activities=activities) as trace:
+            for _ in range(count):
+                with record_function(_STEP):
+                    step()
+        events = list(trace.events())
+    release(device)
+    facts = device_name(device), torch.__version__, commit
+    for kind, name, calls, seconds, share in shares(events, device, count):
+        yield Share(case.name, case.clips, kind, name, calls, seconds, share, *facts)
+
+
+@contextmanager
+def norms_recorded() -> Iterator[None]:
+    """Within it, the profiler sees where LayerNorm's forward passes begin and end."""
+    running: list[Any] = []
+
+    def enter(module: nn.Module, inputs: Any) -> None:
+        if isinstance(module, nn.LayerNorm):
+            running.append(record_function(_NORM))
+            running[-1].__enter__()
+
+    def leave(module: nn.Module, inputs: Any, output: Any) -> None:
+        if isinstance(module, nn.LayerNorm):
+            running.pop().__exit__(None, None, None)
+
+    handles = [register_module_forward_pre_hook(enter), register_module_forward_hook(leave)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def shares(
+    events: list[Any], device: torch.device, count: int
+) -> Iterator[tuple[str, str, float, float | None, float | None]]:
+    """Kind, name, calls, seconds and share, from the events of `count` steps."""
+    kernels = list(kernels_of(events, device))
+    total = sum(kernel.seconds for kernel in kernels) or 1.0
+    by_family: dict[str, list[Kernel]] = defaultdict(list)
+    for kernel in kernels:
+        by_family[family_of(kernel.name)].append(kernel)
+    for family in sorted(by_family, key=lambda name: -_seconds(by_family[name])):
+        found = by_family[family]
+        yield "family", family, len(found) / count, _seconds(found) / count, _seconds(found) / total
+    for kind, group in (("attention", attention_of), ("convolution", lambda name: name[:120])):
+        named: dict[str, list[Kernel]] = defaultdict(list)
+        for kernel in by_family.get(kind, ()):
+            named[group(kernel.name)].append(kernel)
+        for name, found in named.items():
+            yield kind, name, len(found) / count, _seconds(found) / count, _seconds(found) / total
+    casts = list(casts_of_norms(events, device))
+    yield "LayerNorm", "casts to fp32 and back", len(casts) / count, _seconds(casts) / count, _seconds(casts) / total
+    waits = waits_of(events)
+    yield "waits", ", ".join(sorted(waits)) or "none", sum(waits.values()) / count, None, None
+
+
+def kernels_of(events: Iterable[Any], device: torch.device) -> Iterator[Kernel]:
+    """What ran on the device; on a CPU the operators, each without those that it called."""
+    for event in events:
+        if device.type == "cuda" and event.device_type == DeviceType.CUDA and not event.is_user_annotation:
+            yield Kernel(event.name, event.device_time_total * 1e-6)
+        if device.type == "cpu" and event.self_cpu_time_total and "::" in event.name and "engine" not in event.name:
+            yield Kernel(event.name, event.self_cpu_time_total * 1e-6)
+
+
+def attention_of(name: str) -> str:
+    """Which implementation an attention kernel belongs to."""
+    return next(found for found, pattern in _ATTENTION if re.search(pattern, name, re.IGNORECASE))
+
+
+def casts_of_norms(events: Iterable[Any], device: torch.device) -> Iterator[Kernel]:
+    """The casts inside LayerNorm's forward passes, and their backward passes: those of the same sequence numbers."""
+    forward = [event for event in events if event.name == "aten::_to_copy" and _is_inside(event, _NORM)]
+    numbers = {(event.thread, event.sequence_nr) for event in forward}
+    backward = [
+        event
+        for event in events
+        if event.name == "ToCopyBackward0" and (event.fwd_thread, event.sequence_nr) in numbers
+    ]
+    for event in (*forward, *backward):
+        yield from _launched(event, device)
+
+
+def _launched(event: Any, device: torch.device) -> Iterator[Kernel]:
+    if device.type == "cpu":
+        yield Kernel(event.name, event.cpu_time_total * 1e-6)
+        return
+    for kernel in event.kernels:
+        yield Kernel(kernel.name, kernel.duration * 1e-6)
+    for child in event.cpu_children:
+        yield from _launched(child, device)
+
+
+def _is_inside(event: Any, name: str) -> bool:
+    while event is not None:
+        if event.name == name:
+            return True
+        event = event.cpu_parent
+    return False
+
+
+def waits_of(events: Iterable[Any]) -> Counter[str]:
+    """How often the host waited for the device within the steps, by what it called."""
+    steps = [event.time_range for event in events if event.name == _STEP and event.device_type == DeviceType.CPU]
+    inside = (
+        event.name
+        for event in events
+        if _WAITS.search(event.name) and any(step.start <= event.time_range.start < step.end for step in steps)
+    )
+    return Counter(inside)
+
+
+def _seconds(kernels: Iterable[Kernel]) -> float:
+    return sum(kernel.seconds for kernel in kernels)
+
+
+def main(where: Told) -> int:
+    """Profiles what has no rows yet; the number of steps that failed."""
+    step = QUICK_STEP if where.quick else StepCase()
+    path, failed = where.file(STAGE), Failures(STAGE, where)
+    with RowWriter(path, Share, kept(path, Share)) as rows, Worker() as worker:
+        done = {row.case for row in rows.rows if row.kind == "waits"}  # the last of a step's
+        for case in (step, replace(step, **FAST)):
+            if case.name in done:
+                continue
+            try:
+                found = list(worker.stream(profile_step, case, where.device, where.commit, limit_s=_LIMIT_S))
+            except WorkFailed as error:
+                failed.add(case.name, error)
+                continue
+            print(case.name)
+            for row in found:
+                rows.add(row)
+                time = "" if row.seconds is None else f"{1e3 * row.seconds:8.2f} ms {row.share:6.1%}"
+                print(f"  {row.kind:12s} {row.name:40.40s} {row.calls:7.1f} {time}", flush=True)
+    return failed.count
+
+
+if __name__ == "__main__":
+    sys.exit(min(main(told(parser(__doc__).parse_args())), 1))

@@ -1,0 +1,112 @@
+"""A process that measures one thing after another, and is replaced when one of them fails.
+
+What a failed measurement leaves behind (memory, a stream that is still being captured, a device that refuses all
+further work) ends with its process, and so costs no other measurement.
+"""
+
+from __future__ import annotations
+
+import multiprocessing as mp
+import traceback
+from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection
+from types import TracebackType
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+_ROW, _DONE, _FAILED = "row", "done", "failed"
+_MOST_LETTERS = 300  # of an error, which goes into a cell of a table
+
+
+class WorkFailed(Exception):
+    """What a measurement raised, how its process ended, or that its time was over; in one line."""
+
+
+class Worker:
+    """Runs generator functions in a process of its own, which starts with the first of them."""
+
+    def __init__(self) -> None:
+        self._process: mp.process.BaseProcess | None = None
+        self._line: Connection | None = None
+
+    def __enter__(self) -> Worker:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.end()
+
+    def stream(self, function: Callable[..., Iterator[T]], *args: Any, limit_s: float) -> Iterator[T]:
+        """What `function(*args)` yields, each as it comes.
+
+        Args:
+            function: a generator function that a fresh process can import.
+            args: its arguments, which are pickled.
+            limit_s: seconds that it may take from one result to the next.
+
+        Raises:
+            WorkFailed: it raised, its process ended, or it took longer. The next call gets a fresh process.
+        """
+        line = self._start()
+        try:
+            line.send((function, args))
+            while True:
+                if not line.poll(limit_s):
+                    raise WorkFailed(f"took over {limit_s:.0f} s")
+                kind, found = line.recv()
+                if kind == _FAILED:
+                    raise WorkFailed(found)
+                if kind == _DONE:
+                    return
+                yield found
+        except (EOFError, ConnectionError) as error:
+            raise WorkFailed(f"its process ended ({self._how_it_ended()})") from error
+        except BaseException:
+            self.end()
+            raise
+
+    def end(self) -> None:
+        """Ends the process, if there is one, at once."""
+        if self._process is not None and self._line is not None:
+            self._process.kill()
+            self._process.join()
+            self._line.close()
+        self._process = self._line = None
+
+    def _start(self) -> Connection:
+        if self._line is None:
+            context = mp.get_context("spawn")
+            self._line, theirs = context.Pipe()
+            self._process = context.Process(target=_serve, args=(theirs,))
+            self._process.start()
+            theirs.close()  # so that the end of the process ends the wait for it
+        return self._line
+
+    def _how_it_ended(self) -> str:
+        assert self._process is not None
+        self._process.join()
+        code = self._process.exitcode or 0
+        self.end()
+        return f"by signal {-code}" if code < 0 else f"with code {code}"
+
+
+def _serve(line: Connection) -> None:
+    while True:
+        try:
+            function, args = line.recv()
+        except EOFError:  # whoever asked has gone
+            return
+        try:
+            for found in function(*args):
+                line.send((_ROW, found))
+            line.send((_DONE, None))
+        except BaseException as error:  # named where it was asked for
+            traceback.print_exc()
+            line.send((_FAILED, in_one_line(error)))
+
+
+def in_one_line(error: BaseException) -> str:
+    """An error's kind and the beginning of its message."""
+    text = " ".join(f"{type(error).__name__}: {error}".split())
+    return text if len(text) <= _MOST_LETTERS else f"{text[: _MOST_LETTERS - 3]}..."

@@ -1,0 +1,463 @@
+"""What benchmarks/gpu.py is made of: the worker, the cases, the predictions, the profile, NVIDIA's tools, the tables."""
+
+import dataclasses
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import gpu_cases
+import gpu_tables
+import pytest
+import report
+import torch
+import work
+from gpu_tables import Prediction, read_run
+from rows import COPY, OFFICIAL, OURS, Facts, Row, RowWriter, make_row, of_copy, of_official, read_rows
+from stages import every_op, outcomes, step_profile, tools
+from stages.machine import Machine
+from stages.outcomes import Outcome
+from stages.step_profile import Share
+from steps import StepCase
+from timing import Times
+from torch import nn
+from worker import Worker, WorkFailed
+
+ROOT = Path(__file__).parent.parent
+CUDA, H100 = torch.device("cuda"), "NVIDIA H100 80GB HBM3"
+
+
+# ------------------------------------------------------------------------------------------------------- worker
+
+
+def test_a_worker_goes_on_until_something_fails_and_then_anew():
+    with Worker() as worker:
+        assert list(worker.stream(work.count_to, 3, limit_s=60)) == [0, 1, 2]
+        first = list(worker.stream(work.process_number, limit_s=60))
+        assert list(worker.stream(work.process_number, limit_s=60)) == first
+        for function, message in (
+            (work.fail_after, "ValueError: broken on purpose"),
+            (work.die_after, r"its process ended \(by signal 6\)"),
+        ):
+            found = []
+            with pytest.raises(WorkFailed, match=message):
+                found += worker.stream(function, 2, limit_s=60)
+            assert list(worker.stream(work.count_to, 1, limit_s=60)) == [0]  # in another process
+        assert list(worker.stream(work.process_number, limit_s=60)) != first
+
+
+def test_what_a_worker_had_found_before_it_failed_is_kept():
+    with Worker() as worker:
+        found = worker.stream(work.sleep_after, 2, limit_s=5)
+        assert [next(found), next(found)] == [0, 1]
+        with pytest.raises(WorkFailed, match="took over 5 s"):
+            next(found)
+
+
+# --------------------------------------------------------------------------------------------- cases, predictions
+
+
+def test_predictions_are_of_cases_that_are_measured():
+    measured = {
+        (suite, unit.case.subject(suite).case, unit.label, timing)
+        for suite in gpu_cases.SUITES
+        for unit in gpu_cases.units(suite, CUDA, quick=False)
+        for timing in unit.timings(CUDA)
+    }
+    predictions = read_rows(gpu_tables.PREDICTIONS, Prediction)
+    assert {each.when for each in predictions} == {"now", "planned"}
+    for each in predictions:
+        assert 0 < each.low_s <= each.high_s, each
+        if each.suite != "profile":
+            assert (each.suite, each.case, each.implementation, each.timing) in measured
+            assert 0 < each.floor_s < each.low_s
+    families = {name for name, _ in step_profile.FAMILIES} | {"elementwise and LayerNorm"}
+    assert {each.implementation for each in predictions if each.suite == "profile"} <= families
+
+
+def test_ours_is_measured_before_what_it_is_compared_with():
+    for suite in gpu_cases.SUITES:
+        labels = [unit.label for unit in gpu_cases.units(suite, CUDA, quick=False)]
+        ours = [place for place, label in enumerate(labels) if label == OURS]
+        official = [place for place, label in enumerate(labels) if label == OFFICIAL]
+        assert not official or max(ours) < min(official), suite
+        assert len(set(gpu_cases.units(suite, CUDA, quick=False))) == len(labels)
+
+
+def test_what_stores_its_scores_is_measured_with_few_clips():
+    for suite in gpu_cases.SUITES:
+        for unit in gpu_cases.units(suite, CUDA, quick=False):
+            if isinstance(unit.case, StepCase):
+                large = unit.case.implementation == OFFICIAL or unit.case.size == "large"
+                assert unit.case.clips <= (64 if large else 256), unit.name
+
+
+def test_official_code_is_not_captured_and_ours_is():
+    timings = {
+        unit.label: unit.timings(CUDA)
+        for suite in ("ops", "compiled")
+        for unit in gpu_cases.units(suite, CUDA, quick=False)
+    }
+    assert timings == {
+        COPY: ("graph",),
+        OURS: ("events", "graph"),
+        "torch backend": ("events", "graph"),
+        OFFICIAL: ("events",),
+        "official compiled": ("events",),
+        f"{OURS}, blocks compiled": ("events", "graph"),
+        f"{OURS} compiled": ("events",),
+    }
+
+
+# ------------------------------------------------------------------------------------------------------- profile
+
+
+@pytest.mark.parametrize(
+    ("kernel", "family"),
+    [  # as traces of H100s and the binaries of torch 2.11, cuDNN 9.19 and cuBLAS 13.1 have them
+        ("_error_kernel", "package"),
+        ("_sum_masked_rows_kernel", "package"),
+        ("nvjet_tst_128x256_64x4_1x2_h_bz_coopA_TNT", "matrix products"),
+        ("sm90_xmma_gemm_bf16bf16_bf16f32_f32_tn_n_tilesize128x128x64_cga1x1x1_kernel__5x_cublas", "matrix products"),
+        ("void cutlass::Kernel2<cutlass_80_tensorop_bf16_s16816gemm_bf16_128x64>", "matrix products"),
+        ("void cublasLt::splitKreduce_kernel<32, 16, int, __nv_bfloat16>", "matrix products"),
+        ("cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma_f16_knob_7_64x128x128", "attention"),
+        ("void cudnn::fusion::compute_dot_do_o_specialized<true>", "attention"),
+        ("void pytorch_flash::flash_bwd_dq_dk_dv_loop_seqk_parallel_kernel<>", "attention"),
+        ("fmha_cutlassB_bf16_aligned_128x64_k96_sm80", "attention"),
+        ("sm80_xmma_fprop_implicit_gemm_bf16bf16_bf16f32_f32_nhwckrsc_nhwc_tilesize128x128", "convolution"),
+        ("sm90_xmma_wgrad_indexed_implicit_gemm_bf16", "convolution"),
+        ("void cudnn::engines_precompiled::nchwToNhwcKernel<float>", "convolution"),
+        ("void at::native::vol2col_kernel<c10::BFloat16>", "convolution"),
+        ("void at::native::(anonymous namespace)::vectorized_layer_norm_kernel<float, float, false>", "LayerNorm"),
+        ("void at::native::(anonymous namespace)::GammaBetaBackwardCUDAKernelTemplate<float>", "LayerNorm"),
+        (
+            "void at::native::unrolled_elementwise_kernel<at::native::direct_copy_kernel_cuda(at::TensorIteratorBase&)>",
+            "casts and copies",
+        ),
+        ("Memcpy DtoD (Device -> Device)", "casts and copies"),
+        (
+            "void at::native::(anonymous namespace)::multi_tensor_apply_kernel<FusedOptimizerTensorListMetadata<4>, "
+            "FusedAdamMathFunctor<float, 4>>",
+            "optimizer",
+        ),
+        ("void at::native::vectorized_elementwise_kernel<4, at::native::GeluCUDAKernelImpl>", "elementwise"),
+        ("triton_poi_fused_add_native_layer_norm_3", "LayerNorm"),
+        ("triton_poi_fused_gelu_2", "elementwise"),
+        ("Memset (Device)", "elementwise"),
+        ("some_kernel_of_tomorrow", "other"),
+    ],
+)
+def test_families_of_kernels(kernel, family):
+    assert step_profile.family_of(kernel) == family
+
+
+def test_which_attention_ran():
+    names = (
+        "cudnn_generated_fort_native_sdpa_sm90_flash_bprop_wgmma",
+        "void pytorch_flash::flash_fwd_kernel<>",
+        "fmha_cutlassF_bf16_aligned_64x64_rf_sm80",
+        "aten::_scaled_dot_product_attention_math",
+    )
+    assert [step_profile.attention_of(name) for name in names] == ["cuDNN", "flash", "memory-efficient", "math"]
+
+
+class CastingNorm(nn.LayerNorm):
+    """As autocast has it on a GPU."""
+
+    def forward(self, x):
+        return super().forward(x.float())
+
+
+def test_casts_of_norms_are_found_forward_and_backward():
+    device = torch.device("cpu")
+    model = nn.Sequential(nn.Linear(8, 8).bfloat16(), CastingNorm(8), CastingNorm(8))  # the second has nothing to cast
+    x = torch.randn(4, 8, dtype=torch.bfloat16)
+    with step_profile.norms_recorded(), torch.profiler.profile() as trace:
+        model(x).double().sum().backward()  # a cast outside of any norm
+    casts = list(step_profile.casts_of_norms(list(trace.events()), device))
+    assert [cast.name for cast in casts] == ["aten::_to_copy", "ToCopyBackward0"]
+    assert all(cast.seconds > 0 for cast in casts)
+
+
+def test_waits_are_those_within_steps():
+    def event(name, start, end, kind=step_profile.DeviceType.CPU):
+        return type("Event", (), {"name": name, "device_type": kind, "time_range": Range(start, end)})
+
+    @dataclasses.dataclass
+    class Range:
+        start: float
+        end: float
+
+    found = step_profile.waits_of(
+        [
+            event("training step", 10, 20),
+            event("cudaStreamSynchronize", 12, 13),
+            event("Memcpy DtoH (Device -> Pageable)", 14, 15, step_profile.DeviceType.CUDA),
+            event("cudaDeviceSynchronize", 25, 26),
+            event("cudaLaunchKernel", 15, 16),
+        ]
+    )
+    assert found == {"cudaStreamSynchronize": 1, "Memcpy DtoH (Device -> Pageable)": 1}
+
+
+# ---------------------------------------------------------------------------------------------- NVIDIA's tools
+
+
+def test_every_kernel_runs_once_for_the_sanitizer():
+    """In Triton's interpreter, where `launch` is told of every kernel."""
+    code = """
+import sys
+import adamae_sampler.ops.backend as backend
+seen, launch = set(), backend.launch
+def recorded(kernel, *args, **constants):
+    seen.add(kernel.fn.__name__)
+    launch(kernel, *args, **constants)
+for name, module in list(sys.modules.items()):
+    if name.startswith("adamae_sampler.ops") and hasattr(module, "launch"):
+        module.launch = recorded
+from stages import every_op, tools
+every_op.main(full=False)
+assert seen == set(tools.kernel_names()), seen ^ set(tools.kernel_names())
+"""
+    pytest.importorskip("triton", reason="the kernels need Triton")
+    environment = {
+        **os.environ,
+        "TRITON_INTERPRET": "1",
+        "ADAMAE_SAMPLER_BACKEND": "triton",
+        "CUDA_VISIBLE_DEVICES": "",
+    }
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "benchmarks")])
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == every_op.DONE
+
+
+def fake_program(folder, name, text):
+    path = folder / name
+    path.write_text(f"#!{sys.executable}\nimport sys\n{text}")
+    path.chmod(0o755)
+
+
+SANITIZER = """
+log = sys.argv[sys.argv.index("--log-file") + 1]
+tool = sys.argv[sys.argv.index("--tool") + 1]
+assert sys.argv[-2:] == ["-m", "stages.every_op"]
+open(log, "w").write({text!r}[tool])
+print({printed!r})
+"""
+
+
+@pytest.mark.parametrize(
+    ("text", "printed", "errors"),
+    [
+        (("ERROR SUMMARY: 0 errors", "RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)"), "ran", [0, 0]),
+        (("ERROR SUMMARY: 1 error", "RACECHECK SUMMARY: 3 hazards displayed (2 errors, 1 warning)"), "", [1, 2]),
+        (("ERROR SUMMARY: 0 errors", "Internal error"), "ran", [0, "without a summary of every op"]),
+        (("ERROR SUMMARY: 0 errors", ""), "", ["without a summary of every op"] * 2),
+    ],
+)
+def test_what_the_sanitizer_says(tmp_path, monkeypatch, text, printed, errors):
+    texts = {
+        tool: f"========= COMPUTE-SANITIZER\n========= {each}\n" for tool, each in zip(tools.CHECKS, text, strict=True)
+    }
+    printed = every_op.DONE if printed else "Segmentation fault"
+    fake_program(tmp_path, "compute-sanitizer", SANITIZER.format(text=texts, printed=printed))
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    where = told(tmp_path)
+    failed = tools.main("sanitizer", where)
+    rows = {row.tool: row.value for row in read_rows(where.file("sanitizer"), tools.Finding)}
+    failures = {row.what: row.error for row in read_rows(where.file("failures"), tools_failure())}
+    for check, wanted in zip(tools.CHECKS, errors, strict=True):
+        if isinstance(wanted, int):
+            assert rows[check] == wanted
+            assert (check in failures) == (wanted > 0)
+        else:
+            assert check not in rows
+            assert wanted in failures[check]
+    assert failed == (1 if failures else 0)
+
+
+NCU = """==PROF== Connected to process 12
+"ID","Process ID","Kernel Name","Context","{names}"
+"","","","","{units}"
+"0","12","_draw_mask_kernel","1","28,448","5,156,128","5,760","81.2","1,000","63.1","70"
+"1","12","_error_kernel","1","1,100,000","1","2","61.5","2,000","n/a","128"
+"2","12","_error_kernel","1","1,200,000","3","4","62.5","3,000","24","128"
+"""
+
+
+def test_ncus_counters():
+    units = ("ns", "byte", "byte", "%", "inst", "%", "register/thread")
+    text = NCU.format(names='","'.join(tools.NCU_METRICS), units='","'.join(units))
+    found = tools.counters(text.splitlines())
+    assert len(found) == 3 * 7 - 1
+    assert ("_draw_mask_kernel", 0, "dram__bytes_read.sum", 5156128.0, "byte") in found
+    assert ("_error_kernel", 1, "gpu__time_duration.sum", 1.2e6, "ns") in found
+    assert tools.counters(["==ERROR== no permission"]) == []
+
+
+def told(folder):
+    from stages.common import Told
+
+    return Told(folder, "abc", quick=True, device=torch.device("cpu"))
+
+
+def tools_failure():
+    from stages.common import Failure
+
+    return Failure
+
+
+# ------------------------------------------------------------------------------------------------------- outcomes
+
+
+def test_tests_that_passed_are_passed_over_and_those_that_failed_run_again(tmp_path):
+    kinds = {"a": ["passed"], "b": ["failed"], "c": ["skipped"], "d": ["passed", "failed"]}
+    known = [Outcome(test, kind, 0.1, "", "2") for test, each in kinds.items() for kind in each]
+    path = tmp_path / "tests_cpu.csv"
+    with RowWriter(path, Outcome, known):
+        pass
+    recorder = outcomes.Recorder(path, is_worker=False)
+    items = [type("Item", (), {"nodeid": name}) for name in "abcde"]
+    gone = []
+    hook = type("Hook", (), {"pytest_deselected": lambda self, items: gone.extend(items)})()
+    recorder.pytest_collection_modifyitems(type("Config", (), {"hook": hook}), items)
+    assert [item.nodeid for item in items] == ["b", "d", "e"]
+    assert [item.nodeid for item in gone] == ["a", "c"]
+    report_of = {"nodeid": "b", "when": "call", "outcome": "failed", "duration": 1.0, "longrepr": "one\ntwo"}
+    recorder.pytest_runtest_logreport(type("Report", (), report_of))
+    recorder.pytest_runtest_logreport(type("Report", (), {**report_of, "when": "teardown", "outcome": "passed"}))
+    assert [(row.test, row.outcome, row.message) for row in read_rows(path, Outcome)] == [
+        ("a", "passed", ""),
+        ("c", "skipped", ""),
+        ("b", "failed", "one"),
+    ]
+    assert outcomes.Recorder(path, is_worker=True).writer is None  # a worker's reports come to the other
+
+
+# --------------------------------------------------------------------------------------------------------- tables
+
+FACTS = Facts(H100, 1, "2.11.0+cu130", "3.6.0", "abc")
+STEP = StepCase()
+MIDDLE = dataclasses.replace(STEP, clips=64)
+
+
+def row_of(case, seconds, timing, implementation=OURS, suite="steps", peak=None):
+    return make_row(case.subject(suite), implementation, Times(timing, (seconds,) * 3), FACTS, peak_bytes=peak)
+
+
+def write_run(folder, slug="nvidia_h100_80gb_hbm3", exact=0.30, failed=()):
+    """A folder as gpu.py leaves it, with invented figures."""
+    op = next(unit.case for unit in gpu_cases.units("ops", CUDA, quick=False) if unit.case.op == "gather_tokens")
+    rows = {
+        "steps": [
+            row_of(STEP, exact, "events", peak=50_000_000_000),
+            row_of(STEP, exact, "graph"),
+            row_of(MIDDLE, 0.06, "events"),
+            row_of(MIDDLE, 0.05, "graph"),
+            row_of(MIDDLE, 0.15, "events", OFFICIAL),
+        ],
+        "ops": [row_of(op, 2e-4, "graph", COPY, "ops"), row_of(op, 4e-4, "graph", suite="ops")],
+    }
+    machine = Machine(
+        H100, "9.0", 80, 132, 3e12, 7.9e14, "580", "13.0", "91900", "2.11.0", "3.6.0", *"1234", "2026-12-01"
+    )
+    families = {"matrix products": 0.08, "attention": 0.08, "LayerNorm": 0.06, "casts and copies": 0.08}
+    shares = [
+        Share(STEP.name, 256, "family", name, 1, each, each / exact, H100, "2", "abc")
+        for name, each in families.items()
+    ]
+    shares += [Share(STEP.name, 256, "attention", "flash", 60, 0.08, 0.27, H100, "2", "abc")]
+    shares += [Share(STEP.name, 256, "waits", "none", 0, None, None, H100, "2", "abc")]
+    tests = [Outcome(f"tests/test_kernels.py::{name}", "passed", 0.1, "", "2") for name in "abc"]
+    tests += [Outcome(name, "failed", 0.1, "differs", "2") for name in failed]
+    for name, kind, found in (("machine", Machine, [machine]), ("profile", Share, shares), ("tests", Outcome, tests)):
+        with RowWriter(folder / f"{name}_{slug}.csv", kind, found):
+            pass
+    for suite, found in rows.items():
+        with RowWriter(folder / f"{suite}_{slug}.csv", Row, found):
+            pass
+    return read_run(folder, slug)
+
+
+def cells_of(text, name):
+    (header,) = {line for line in text.splitlines() if line.startswith("|  |")}
+    line = next(line for line in text.splitlines() if line.startswith(f"| {name} |"))
+    return dict(zip(*([cell.strip() for cell in each.split("|")[1:-1]] for each in (header, line)), strict=True))
+
+
+def test_the_table_holds_predictions_against_what_was_measured(tmp_path):
+    text = gpu_tables.summary(write_run(tmp_path, exact=0.24))
+    exact = cells_of(text, STEP.name)
+    assert exact["predicted"] == "225 ms to 245 ms"
+    assert exact["floor"] == "83 ms"
+    assert exact["measured"] == exact["as its caller sees it"] == "240 ms"
+    assert exact["clips/s"] == "1,067"
+    middle = cells_of(text, MIDDLE.name)
+    assert (middle["of official"], middle["measured"], middle["predicted"]) == ("0.40", "50 ms", "")
+    gather = cells_of(text, next(line.split("|")[1].strip() for line in text.splitlines() if "gather" in line))
+    assert (gather["floor"], gather["of a copy's pace"]) == ("200 µs", "50%")
+    assert "Tests: 3 passed, 0 failed, 0 skipped." in text
+    assert "a copy moves 3 TB/s, a large product makes 790 TFLOP/s" in text
+    assert "**" not in text  # nothing was missed
+
+
+def test_a_prediction_missed_by_more_than_a_third_is_explained_by_the_profile(tmp_path):
+    for exact, missed in ((0.327, True), (0.325, False), (0.149, True), (0.151, False)):
+        assert (f"**{STEP.name}, graph**" in gpu_tables.summary(write_run(tmp_path, exact=exact))) == missed, exact
+    text = gpu_tables.summary(write_run(tmp_path, exact=0.4))
+    line = next(line for line in text.splitlines() if line.startswith(f"**{STEP.name}, graph**"))
+    assert "400 ms, predicted 225 ms to 245 ms" in line
+    assert "elementwise and LayerNorm 140 ms (predicted 80 ms)" in line
+    assert "attention 80 ms (predicted 57 ms to 78 ms)" in line
+    assert line.endswith("attention by flash.")
+
+
+def test_the_report_takes_the_rows_of_any_folder(tmp_path):
+    readme, folder = tmp_path / "README.md", tmp_path / "rows"
+    markers = "\n".join(report.GPU)
+    readme.write_text(f"before\n{markers}\nafter\n")
+    write_run(folder)
+    write_run(folder, slug="cpu")  # a rehearsal is no GPU
+    report.main(report.Options(readme, (folder,)))
+    text = readme.read_text()
+    assert text.count(f"### {H100}") == 1
+    assert "driver 580, torch 2.11.0, triton 3.6.0" in text
+    assert "2026-12-01" in text
+    assert f"| {STEP.name} |" in text
+    assert "waits for the device in a step: 0 (none)" in text
+    assert (folder / "steps_nvidia_h100_80gb_hbm3.png").exists()
+    write_run(folder, failed=["tests/test_kernels.py::test_sampling_loss"])
+    with pytest.raises(ValueError, match=r"tests failed, so its times are not published: .*test_sampling_loss"):
+        report.main(report.Options(readme, (folder,)))
+
+
+def test_without_rows_of_a_gpu_the_report_says_so():
+    assert report.gpu_section([]) == report.NO_GPU_ROWS
+    assert report.NO_GPU_ROWS in (ROOT / "README.md").read_text() or list(
+        (ROOT / "benchmarks/results").glob("machine_*")
+    )
+
+
+def test_ratios_are_of_the_same_way_of_timing():
+    ours, graph, official = (
+        row_of(MIDDLE, *each) for each in ((0.06, "events"), (0.05, "graph"), (0.15, "events", OFFICIAL))
+    )
+    case = [ours, graph, official]
+    assert of_official(ours, case) == pytest.approx(0.4)
+    assert of_official(graph, case) is None
+    assert of_copy(ours, case) is None
+
+
+def test_rows_that_were_cut_short_are_left_out_and_the_others_kept(tmp_path):
+    path = tmp_path / "rows.csv"
+    rows = [row_of(MIDDLE, 0.06, "events"), row_of(MIDDLE, 0.05, "graph")]
+    with RowWriter(path, Row, rows[:1]) as writer:
+        writer.add(rows[1])
+    whole = path.read_text()
+    path.write_text(whole[:-5])  # as a machine that went away leaves it
+    assert [row.timing for row in read_rows(path, Row)] == ["events"]
+    with RowWriter(path, Row, read_rows(path, Row)) as writer:
+        writer.add(rows[1])
+    assert path.read_text() == whole
