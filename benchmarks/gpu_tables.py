@@ -13,7 +13,7 @@ import gpu_cases
 import tables
 import torch
 from option_cases import PART, option_groups
-from rows import COPY, OFFICIAL, OURS, PRODUCTS, Row, find, format_seconds, of_copy, of_official, read_rows
+from rows import COPY, OFFICIAL, OURS, PRODUCTS, Row, find, format_seconds, kept_rows, of_copy, of_official, read_rows
 from stages.common import Failure
 from stages.machine import Machine
 from stages.outcomes import Outcome
@@ -106,8 +106,7 @@ def read_run(folder: Path, slug: str, predictions: Path = PREDICTIONS) -> GpuRun
     """The rows of a device; what is not there is empty."""
 
     def read(name: str, kind: type[Any]) -> tuple[Any, ...]:
-        path = folder / f"{name}_{slug}.csv"
-        return tuple(read_rows(path, kind)) if path.exists() else ()
+        return tuple(kept_rows(folder / f"{name}_{slug}.csv", kind))
 
     return GpuRun(
         slug,

@@ -4,19 +4,20 @@
 
 The ops run on CPU tensors with Triton's launch replaced by its compilation, so what is compiled is exactly what a
 GPU would launch: the same arguments, constants, warps and specialisations. Rows go to the file given, else to
-benchmarks/results/kernel_resources.csv.
+benchmarks/results/kernel_resources.csv, in which the rows of other Tritons stay. For another Triton than the installed
+one: pip install --no-deps --target DIR triton==3.6.0, and PYTHONPATH=DIR. A warning of the compiler is an error.
 """
 
 from __future__ import annotations
 
-import csv
 import re
 import subprocess
 import sys
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import astuple, dataclass, fields
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from unittest import mock
 
 import torch
 import triton
+from rows import RowWriter, kept_rows
 from triton.backends import nvidia
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
@@ -32,7 +34,8 @@ from triton.runtime.jit import JITFunction
 import adamae_sampler.ops  # noqa: F401  # registers the operators
 
 RESULTS = Path(__file__).parent / "results" / "kernel_resources.csv"
-ARCHITECTURES = (80, 90, 100)
+_VERSION = tuple(int(part) for part in triton.__version__.split(".")[:2])
+ARCHITECTURES = (80, 90, 100) if _VERSION >= (3, 3) else (80, 90)  # what this Triton's assembler knows
 CUOBJDUMP = Path(next(iter(nvidia.__path__))) / "bin" / "cuobjdump"
 OPS = torch.ops.adamae_sampler
 
@@ -175,7 +178,8 @@ CASES["reconstruction_error, bfloat16, uint8 video, raw l1"] = partial(
 
 def measure(case: str, architecture: int) -> list[Resources]:
     """The resources of a case's kernels on an architecture."""
-    with compiled_not_launched(architecture) as compiled:
+    with warnings.catch_warnings(), compiled_not_launched(architecture) as compiled:
+        warnings.simplefilter("error")
         CASES[case]()
     rows = []
     for name, kernel in compiled:
@@ -197,10 +201,9 @@ def main() -> None:
             f"{row.spilled_bytes:5d} B spilled {row.shared_bytes:6d} B shared, {row.threads} threads"
         )
     output = Path(sys.argv[1]) if len(sys.argv) > 1 else RESULTS
-    with output.open("w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(field.name for field in fields(Resources))
-        writer.writerows(map(astuple, rows))
+    others = [row for row in kept_rows(output, Resources) if row.triton != triton.__version__]
+    with RowWriter(output, Resources, [*others, *rows]):
+        pass  # all of them are there
     print(f"{len(rows)} compiled kernels, {sum(row.spilled_bytes > 0 for row in rows)} that spill; rows in {output}")
 
 

@@ -241,6 +241,11 @@ def read_rows(path: Path, kind: type[T]) -> list[T]:
     return [kind(**{name: _value(its_type, row.get(name, "")) for name, its_type in types.items()}) for row in rows]
 
 
+def kept_rows(path: Path, kind: type[T]) -> list[T]:
+    """The rows of an earlier run; none if there is no file of one."""
+    return read_rows(path, kind) if path.exists() else []
+
+
 def read_texts(path: Path) -> list[dict[str, str]]:
     """The rows of a CSV file as they stand there, whole lines alone."""
     text = path.read_text(encoding="utf-8")

@@ -6,12 +6,9 @@ import argparse
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
 import torch
-from rows import RowWriter, device_slug, read_rows
-
-T = TypeVar("T")
+from rows import RowWriter, device_slug, kept_rows
 
 
 @dataclass(frozen=True)
@@ -70,7 +67,7 @@ class Failures:
     """
 
     def __init__(self, stage: str, where: Told) -> None:
-        known = kept(where.file("failures"), Failure)
+        known = kept_rows(where.file("failures"), Failure)
         self.before = {each.what for each in known if each.stage == stage}
         self.count = 0
         self._stage = stage
@@ -81,8 +78,3 @@ class Failures:
         self.count += 1
         self._writer.add(Failure(self._stage, what, str(error)))
         print(f"FAILED {what}: {error}", flush=True)
-
-
-def kept(path: Path, kind: type[T]) -> list[T]:
-    """The rows of an earlier call; none if there was none."""
-    return read_rows(path, kind) if path.exists() else []

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from rows import RowWriter, device_slug, read_rows
+from rows import RowWriter, device_slug, kept_rows
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Recorder:
     """
 
     def __init__(self, path: Path, is_worker: bool) -> None:
-        known = read_rows(path, Outcome) if path.exists() else []
+        known = kept_rows(path, Outcome)
         failed = {each.test for each in known if each.outcome == "failed"}
         self.done = [each for each in known if each.test not in failed]
         self.writer = None if is_worker else RowWriter(path, Outcome, self.done)

@@ -20,7 +20,7 @@ import torch
 from cases import QUICK_STEP
 from measure import own_stream, release
 from option_cases import FAST
-from rows import RowWriter, device_name
+from rows import RowWriter, device_name, kept_rows
 from steps import StepCase, make_step
 from torch import nn
 from torch._C._autograd import DeviceType
@@ -28,7 +28,7 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.profiler import ProfilerActivity, profile, record_function
 from worker import Worker, WorkFailed
 
-from stages.common import Failures, Told, kept, parser, told
+from stages.common import Failures, Told, parser, told
 
 STAGE = "profile"
 FAMILIES = (  # the first that a kernel's name matches; names as torch 2.11, cuDNN 9.19 and cuBLAS 13.1 have them
@@ -219,7 +219,7 @@ def main(where: Told) -> int:
     """Profiles what has no rows yet; the number of steps that failed."""
     step = QUICK_STEP if where.quick else StepCase()
     path, failed = where.file(STAGE), Failures(STAGE, where)
-    with RowWriter(path, Share, kept(path, Share)) as rows, Worker() as worker:
+    with RowWriter(path, Share, kept_rows(path, Share)) as rows, Worker() as worker:
         done = {row.case for row in rows.rows if row.kind == "waits"}  # the last of a step's
         for case in (step, replace(step, **FAST)):
             if case.name in done:

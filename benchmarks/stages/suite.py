@@ -15,10 +15,10 @@ from collections.abc import Iterator
 import gpu_cases
 import torch
 from measure import Unit, measure
-from rows import Row, RowWriter, format_seconds
+from rows import Row, RowWriter, format_seconds, kept_rows
 from worker import Worker, WorkFailed
 
-from stages.common import Failures, Told, kept, parser, told
+from stages.common import Failures, Told, parser, told
 
 _BUDGET_S, _QUICK_BUDGET_S = {"ops": 0.3}, 0.05  # of one timing
 _STEP_BUDGET_S = 1.2
@@ -29,7 +29,7 @@ def main(suite: str, where: Told) -> int:
     """Measures what is left; the number of cases that failed."""
     began, path = time.perf_counter(), where.file(suite)
     units, failed = gpu_cases.units(suite, where.device, where.quick), Failures(suite, where)
-    with RowWriter(path, Row, kept(path, Row)) as rows, Worker() as worker:
+    with RowWriter(path, Row, kept_rows(path, Row)) as rows, Worker() as worker:
         for unit in sorted(units, key=lambda unit: unit.name in failed.before):
             missing = left(unit, rows.rows, where.device)
             if not missing:

@@ -16,10 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from rows import RowWriter, device_name
+from rows import RowWriter, device_name, kept_rows
 
 import adamae_sampler.ops
-from stages.common import Failures, Told, kept, parser, told
+from stages.common import Failures, Told, parser, told
 from stages.every_op import DONE
 
 CHECKS = ("memcheck", "racecheck")  # addresses; shared memory
@@ -74,7 +74,6 @@ def sanitizer_command(check: str, log: Path) -> list[str]:
     """Of one check, on the package's kernels alone: PyTorch's own would take minutes."""
     kernels = (part for name in kernel_names() for part in ("--kernel-name", f"kernel_substring={name}"))
     options = ["--tool", check, "--error-exitcode", str(_ERROR_CODE), "--print-limit", "20", "--log-file", str(log)]
-    options += ["--target-processes", "application-only"]  # not the assembler that Triton starts
     return ["compute-sanitizer", *options, *kernels, sys.executable, "-m", "stages.every_op"]
 
 
@@ -98,7 +97,6 @@ def ncu_command(log: Path) -> list[str]:
     """Counters of the launches of the two kernels; the clocks of the GPU are left as they are."""
     options = ["--kernel-name", f"regex:^({'|'.join(NCU_KERNELS)})$", "--metrics", ",".join(NCU_METRICS)]
     options += ["--csv", "--page", "raw", "--clock-control", "none", "--log-file", str(log)]
-    options += ["--target-processes", "application-only"]
     return ["ncu", *options, sys.executable, "-m", "stages.every_op", "--full"]
 
 
@@ -134,7 +132,7 @@ def main(tool: str, where: Told) -> int:
     """Runs what has no rows yet; 1 if something failed or a check found errors."""
     path, failed = where.file(tool), Failures(tool, where)
     facts = device_name(where.device), torch.__version__, where.commit
-    with RowWriter(path, Finding, kept(path, Finding)) as rows:
+    with RowWriter(path, Finding, kept_rows(path, Finding)) as rows:
         done = {row.tool for row in rows.rows}
         for name in CHECKS if tool == "sanitizer" else ("ncu",):
             if name in done:
