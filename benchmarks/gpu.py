@@ -30,7 +30,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -150,7 +150,7 @@ def main(options: Options) -> int:
             run_all([stage for stage in wanted if stage not in absent], deadline, statuses, log)
         except KeyboardInterrupt:
             print("interrupted: the same command goes on from here", flush=True)
-    summary = subprocess.run([sys.executable, "-m", "stages.summary", *told(options)], cwd=ROOT, env=environment())
+    summary = subprocess.run([sys.executable, "-m", "gpu_summary", *told(options)], cwd=ROOT, env=environment())
     return 1 if summary.returncode or statuses.failed else 0
 
 
@@ -294,7 +294,7 @@ def environment() -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def ending_as_interrupted():  # type: ignore[no-untyped-def]
+def ending_as_interrupted() -> Iterator[None]:
     """SIGTERM ends the stage that runs, as Ctrl-C does, and the table is still made."""
 
     def interrupt(number: int, frame: object) -> None:

@@ -1,6 +1,6 @@
 """The table at the end of gpu.py: prediction, floor, measured, ratio to the official formulation; and what is missing.
 
-    python -m stages.summary --output runs/gpu
+    python -m gpu_summary --output runs/gpu
 
 Ends with code 1 if a test failed or something could not be measured.
 """
@@ -11,7 +11,6 @@ import sys
 
 from gpu_tables import not_measured, read_run, summary
 from rows import device_slug
-
 from stages.common import Told, parser, told
 
 
