@@ -158,7 +158,8 @@ def test_the_head_in_chunks_gives_the_same(options):
         torch.manual_seed(1)
         found.append(step(model, video))
     (one, _, gradients), (two, _, others) = found
-    assert torch.equal(one.token_error, two.token_error)
+    # Not bit for bit: how a matrix product of fewer rows is summed is the processor's library's to choose.
+    torch.testing.assert_close(one.token_error, two.token_error, rtol=1e-6, atol=0)
     for name, gradient in gradients.items():
         torch.testing.assert_close(gradient, others[name], rtol=1e-5, atol=1e-8, msg=name)
 
