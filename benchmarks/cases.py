@@ -81,7 +81,7 @@ _OPS: tuple[OpCase, ...] = (
     ReconstructionError(2, *_SIZE, "forward+backward", compile_official=True),
     ReconstructionError(2, *_SIZE, "forward+backward", kind="l1", normalize=False),
     SamplingLoss(2, *_SIZE, "forward+backward"),
-    SamplingLoss(16, *_SIZE, "forward+backward", compile_official=True),
+    SamplingLoss(16, *_SIZE, "forward+backward"),  # its loop over clips does not compile
 )
 
 _TINY = (2, 128, 6)

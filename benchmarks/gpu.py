@@ -28,6 +28,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import sysconfig
 import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -84,17 +85,18 @@ def stages(options: Options) -> list[Stage]:
     def tests(processes: int, *files: str, quick: str = "") -> tuple[str, ...]:
         command = ["-m", "pytest", "-q", "-o", "addopts=", "-p", "no:cacheprovider", "-p", "stages.outcomes"]
         command += ["--outcomes", str(options.output), *(str(ROOT / "tests" / file) for file in files)]
-        if importlib.util.find_spec("xdist") and not options.quick:
-            command += ["-p", "xdist", "-n", str(min(processes, os.cpu_count() or 1))]
+        processes = min(processes, os.cpu_count() or 1)
+        if importlib.util.find_spec("xdist") and processes > 1 and not options.quick:
+            command += ["-p", "xdist", "-n", str(processes)]
         return (*command, "-k", quick) if options.quick else tuple(command)
 
     return [
-        Stage("machine", 90, module("machine")),
-        Stage("kernel tests", 240, tests(12, "test_kernels.py", "test_kernel_registration.py", quick=_QUICK_TESTS)),
-        Stage("gpu tests", 180, tests(4, "test_gpu.py")),
+        Stage("machine", 60, module("machine")),
+        Stage("kernel tests", 150, tests(12, "test_kernels.py", "test_kernel_registration.py", quick=_QUICK_TESTS)),
+        Stage("gpu tests", 120, tests(4, "test_gpu.py")),
         Stage("steps", 240, module("suite", "steps")),
-        Stage("ops", 240, module("suite", "ops")),
         Stage("profile", 120, module("step_profile")),
+        Stage("ops", 160, module("suite", "ops")),
         Stage("compiled", 360, module("suite", "compiled")),
         Stage("options", 240, module("suite", "options")),
         Stage("sanitizer", 240, module("tools", "sanitizer"), tool="compute-sanitizer"),
@@ -158,6 +160,10 @@ def first_line(missing: Iterable[str], absent: Iterable[Stage]) -> str:
     """What is missing here, and what to bring."""
     parts = [f"{name} (pip install {name})" for name in missing]
     parts += [f"{stage.tool} (of the CUDA toolkit; without it no stage {stage.name!r})" for stage in absent]
+    if not any(map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang"))):
+        parts.append("a C compiler (gcc; Triton builds its launchers with it)")
+    if not Path(sysconfig.get_paths()["include"], "Python.h").exists():
+        parts.append("Python.h (python3-dev; Triton builds its launchers with it)")
     if importlib.util.find_spec("xdist") is None:
         parts.append("pytest-xdist (without it the tests run one by one)")
     return f"missing: {'; '.join(parts)}" if parts else "everything that is needed is here"

@@ -81,8 +81,8 @@ def _compiled_steps(quick: bool) -> list[AnyStep]:
         *(replace(each, compiled="blocks") for each in (step, replace(step, **FAST), replace(step, masking="random"))),
         replace(step, compiled="blocks", clips=16),
         replace(step, compiled="whole"),
-        replace(official, compiled="whole"),
         replace(step, masking="random", compiled="whole"),
+        replace(official, compiled="whole"),
     ]
 
 
@@ -143,6 +143,6 @@ _OPS: tuple[OpCase, ...] = (
     ReconstructionError(256, *_SIZE, "forward+backward", _BF16, video_dtype=_BF16),
     ReconstructionError(256, *_SIZE, "forward+backward", _BF16, compile_official=True),
     ReconstructionError(256, *_SIZE, "forward+backward", _BF16, video_dtype=_UINT8, kind="l1", normalize=False),
-    SamplingLoss(32, *_SIZE, "forward+backward", compile_official=True),
+    SamplingLoss(32, *_SIZE, "forward+backward"),  # its loop over clips does not compile
     SamplingLoss(256, *_SIZE, "forward+backward"),
 )

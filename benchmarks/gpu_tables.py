@@ -13,7 +13,7 @@ import gpu_cases
 import tables
 import torch
 from option_cases import PART, option_groups
-from rows import COPY, OFFICIAL, OURS, PRODUCTS, Row, find, format_seconds, kept_rows, of_copy, of_official, read_rows
+from rows import COPY, OURS, PRODUCTS, Row, find, format_seconds, kept_rows, of_copy, of_official, read_rows, read_texts
 from stages.common import Failure
 from stages.machine import Machine
 from stages.outcomes import Outcome
@@ -24,6 +24,8 @@ from steps import StepCase
 from tables import Case, by_case, number, table
 
 PREDICTIONS = Path(__file__).parent / "predictions.csv"
+STAGES = "stages.csv"  # that gpu.py writes
+TESTS = ("kernel tests", "gpu tests")  # of its stages
 MISSED = 1 / 3  # of a prediction: what is further off is explained
 _SLOW = ("LayerNorm", "casts and copies", "elementwise", "other")  # families that only move bytes, one prediction
 _BYTES = "elementwise and LayerNorm"
@@ -80,6 +82,7 @@ class GpuRun:
     findings: tuple[Finding, ...]
     failures: tuple[Failure, ...]
     predictions: tuple[Prediction, ...]
+    stages: Mapping[str, str]  # how each ended: "done", "failed" or "time"
 
     @property
     def device(self) -> str:
@@ -117,6 +120,7 @@ def read_run(folder: Path, slug: str, predictions: Path = PREDICTIONS) -> GpuRun
         (*read("sanitizer", Finding), *read("ncu", Finding)),
         read("failures", Failure),
         tuple(read_rows(predictions, Prediction)),
+        {row["stage"]: row["status"] for row in read_texts(folder / STAGES)} if (folder / STAGES).exists() else {},
     )
 
 
@@ -148,6 +152,8 @@ def tests_line(run: GpuRun) -> str:
         return ""
     counts = Counter(each.outcome for each in run.tests)
     line = "Tests: " + ", ".join(f"{counts[kind]} {kind}" for kind in ("passed", "failed", "skipped")) + "."
+    if cut := [stage for stage in TESTS if run.stages.get(stage) not in ("done", "failed")]:
+        line += f" Not all have run: {' and '.join(cut)}."
     failed = [f"- {each.test}: {each.message}" for each in run.tests if each.outcome == "failed"]
     return "\n".join([line, *failed])
 
@@ -265,8 +271,9 @@ def failures_list(run: GpuRun) -> str:
 
 
 def not_measured(run: GpuRun, device: torch.device, quick: bool) -> list[str]:
-    """What there are no rows of, with suite and number of cases."""
-    found = []
+    """What there are no rows of, with suite and number of cases; and the other stages that have not ended well."""
+    others = [name for name in run.stages if name not in gpu_cases.SUITES]
+    found = [f"{name} ({run.stages[name]})" for name in others if run.stages[name] != "done"]
     for suite in gpu_cases.SUITES:
         units = gpu_cases.units(suite, device, quick)
         missing = [unit for unit in units if left(unit, run.of(suite), device)]
@@ -299,7 +306,7 @@ def profile_table(run: GpuRun) -> str:
         ran = [f"{share.name} {share.share:.0%}" for share in mine if share.kind == "attention"]
         casts = [format_seconds(share.seconds) for share in mine if share.kind == "LayerNorm" and share.seconds]
         waits = [f"{share.calls:g} ({share.name})" for share in mine if share.kind == "waits"]
-        facts = {"attention": ran, "casts of LayerNorm": casts, "waits for the device in a step": waits}
+        facts = {"attention": ran, "casts of LayerNorm's input": casts, "waits for the device in a step": waits}
         lines.append(
             f"{case}: " + "; ".join(f"{name}: {', '.join(each)}" for name, each in facts.items() if each) + "."
         )
@@ -371,5 +378,5 @@ def _size_of(row: Row) -> str:
 
 
 def _fastest(case: Sequence[Row], masking: str) -> Row | None:
-    mine = [row for row in case if row.op.endswith(f", {masking}") and row.implementation != OFFICIAL]
+    mine = [row for row in case if row.op.endswith(f", {masking}") and row.implementation.startswith(OURS)]
     return min(mine, key=lambda row: row.median_s, default=None)

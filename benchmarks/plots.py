@@ -70,8 +70,10 @@ def _steps(rows: Sequence[Row]) -> plt.Figure | None:
 
 def _sweep(rows: Sequence[Row]) -> plt.Figure | None:
     """Speed and memory over clips of a batch, and time of a clip over its tokens."""
-    steps = [row for row in rows if row.suite == "sweep" and row.direction == "step"]
-    if not steps:
+    kinds = tuple(f"ViT-B, {masking} 95%" for masking in ("adaptive", "random"))
+    ours = [row for row in rows if row.suite in ("sweep", "steps") and row.implementation.startswith(OURS)]
+    steps = [row for row in ours if row.op.endswith(kinds)]
+    if not any(row.suite == "sweep" for row in steps):
         return None
     shortest = min(row.tokens for row in steps)
     figure, (speed, memory, length) = plt.subplots(1, 3, figsize=(12, 3.2), layout="constrained")

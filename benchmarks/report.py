@@ -124,7 +124,9 @@ def gpu_section(runs: Sequence[gpu_tables.GpuRun]) -> str:
         ValueError: a kernel's test failed there: no speed is told of what is wrong.
     """
     for run in runs:
-        if failed := [each.test for each in run.tests if each.outcome == "failed"]:
+        failed = [each.test for each in run.tests if each.outcome == "failed"]
+        failed += [stage for stage in gpu_tables.TESTS if run.stages.get(stage) == "failed"]
+        if failed:
             raise ValueError(f"on {run.device} tests failed, so its times are not published: {', '.join(failed)}.")
     return "\n\n".join(map(gpu_tables.section, runs)) if runs else NO_GPU_ROWS
 

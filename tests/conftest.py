@@ -19,6 +19,10 @@ from adamae_sampler.models import AdaMAE
 if "TRITON_INTERPRET" in os.environ:
     interpreter_compatibility.mend()
 
+torch.backends.cudnn.allow_tf32 = (
+    False  # of an fp32 convolution: tests of fp32 compare what other code rounds otherwise
+)
+
 DATA = Path(__file__).parent / "data"
 
 # Timings on a shared machine vary; a slow example is not a failure.

@@ -174,7 +174,7 @@ def test_the_whole_command_on_a_bare_machine_in_two_calls(tmp_path):
     assert "allocate" in rehearsal.failures()["steps", out_of_memory]
     assert "Not measured yet: steps: 7 of 9; ops: " in first.stdout
     assert f"| {EXACT} | " in first.stdout
-    assert first.stdout.startswith("everything that is needed is here\n")
+    assert "ncu" not in first.stdout.splitlines()[0]  # which neither stage needs
     before = rows(rehearsal.output / "steps_cpu.csv")
 
     rehearsal.waits.unlink()
@@ -277,12 +277,19 @@ def test_stages_that_were_stopped_go_on_once_the_others_have_run(tmp_path, monke
     assert again.of("late") == ""
 
 
-def test_what_is_missing_is_named_in_the_first_line():
+def test_what_is_missing_is_named_in_the_first_line(tmp_path, monkeypatch):
+    (tmp_path / "Python.h").touch()
+    monkeypatch.setattr(gpu.sysconfig, "get_paths", lambda: {"include": str(tmp_path)})
+    monkeypatch.setattr(gpu.shutil, "which", lambda name: f"/usr/bin/{name}")
     absent = [gpu.Stage("ncu", 1, (), tool="ncu")]
     assert gpu.first_line(["timm"], absent) == (
         "missing: timm (pip install timm); ncu (of the CUDA toolkit; without it no stage 'ncu')"
     )
     assert gpu.first_line([], []) == "everything that is needed is here"
+    monkeypatch.setattr(gpu.shutil, "which", lambda name: None)
+    (tmp_path / "Python.h").unlink()
+    assert gpu.first_line([], []).startswith("missing: a C compiler (gcc; Triton builds")
+    assert "Python.h (python3-dev; " in gpu.first_line([], [])
     with pytest.raises(SystemExit):
         gpu.parse(["--only", "sleep"])
 

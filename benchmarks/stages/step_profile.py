@@ -2,7 +2,7 @@
 
     python -m stages.step_profile --output runs/gpu
 
-Also which attention and which convolution kernels ran, what the casts around LayerNorm take, and how often the host
+Also which attention and which convolution kernels ran, what the casts of LayerNorm's input take, and how often the host
 waited for the device. In a rehearsal on a CPU the "kernels" are PyTorch's operators.
 """
 
@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -47,7 +47,7 @@ FAMILIES = (  # the first that a kernel's name matches; names as torch 2.11, cuD
 OTHER = "other"
 _ATTENTION = (("cuDNN", r"cudnn"), ("flash", r"flash"), ("memory-efficient", r"fmha|efficient"), ("math", r""))
 _STEP, _NORM = "training step", "LayerNorm's forward pass"  # as the trace names them
-_WAITS = re.compile(r"cuda(Stream|Device|Event)Synchronize|Memcpy DtoH")
+_WAITS = re.compile(r"cuda(Stream|Device|Event)Synchronize")
 _LIMIT_S = 120.0
 
 
@@ -136,21 +136,26 @@ def shares(
 ) -> Iterator[tuple[str, str, float, float | None, float | None]]:
     """Kind, name, calls, seconds and share, from the events of `count` steps."""
     kernels = list(kernels_of(events, device))
-    total = sum(kernel.seconds for kernel in kernels) or 1.0
+    if not kernels:
+        raise RuntimeError("the profiler saw nothing run on the device")
+    total = sum(kernel.seconds for kernel in kernels)
+
+    def numbers(found: Sequence[Kernel]) -> tuple[float, float, float]:
+        seconds = sum(kernel.seconds for kernel in found)
+        return len(found) / count, seconds / count, seconds / total
+
     by_family: dict[str, list[Kernel]] = defaultdict(list)
     for kernel in kernels:
         by_family[family_of(kernel.name)].append(kernel)
-    for family in sorted(by_family, key=lambda name: -_seconds(by_family[name])):
-        found = by_family[family]
-        yield "family", family, len(found) / count, _seconds(found) / count, _seconds(found) / total
+    for family in sorted(by_family, key=lambda name: -numbers(by_family[name])[1]):
+        yield "family", family, *numbers(by_family[family])
     for kind, group in (("attention", attention_of), ("convolution", lambda name: name[:120])):
         named: dict[str, list[Kernel]] = defaultdict(list)
         for kernel in by_family.get(kind, ()):
             named[group(kernel.name)].append(kernel)
         for name, found in named.items():
-            yield kind, name, len(found) / count, _seconds(found) / count, _seconds(found) / total
-    casts = list(casts_of_norms(events, device))
-    yield "LayerNorm", "casts to fp32 and back", len(casts) / count, _seconds(casts) / count, _seconds(casts) / total
+            yield kind, name, *numbers(found)
+    yield "LayerNorm", "casts of its input, both passes", *numbers(list(casts_of_norms(events, device)))
     waits = waits_of(events)
     yield "waits", ", ".join(sorted(waits)) or "none", sum(waits.values()) / count, None, None
 
@@ -170,7 +175,10 @@ def attention_of(name: str) -> str:
 
 
 def casts_of_norms(events: Iterable[Any], device: torch.device) -> Iterator[Kernel]:
-    """The casts inside LayerNorm's forward passes, and their backward passes: those of the same sequence numbers."""
+    """The casts of LayerNorm's input to fp32, and their backward passes: those of the same sequence numbers.
+
+    The cast of its output belongs to the layer after it, and is among the family of casts and copies.
+    """
     forward = [event for event in events if event.name == "aten::_to_copy" and _is_inside(event, _NORM)]
     numbers = {(event.thread, event.sequence_nr) for event in forward}
     backward = [
@@ -209,10 +217,6 @@ def waits_of(events: Iterable[Any]) -> Counter[str]:
         if _WAITS.search(event.name) and any(step.start <= event.time_range.start < step.end for step in steps)
     )
     return Counter(inside)
-
-
-def _seconds(kernels: Iterable[Kernel]) -> float:
-    return sum(kernel.seconds for kernel in kernels)
 
 
 def main(where: Told) -> int:
