@@ -129,7 +129,7 @@ def read_run(folder: Path, slug: str, predictions: Path = PREDICTIONS) -> GpuRun
 
 def summary(run: GpuRun) -> str:
     """The facts, the tests, one table, what was missed and why, and what failed."""
-    parts = [facts(run), tests_line(run), headline(run), *explanations(run), sanitizer_line(run)]
+    parts = [facts(run), tests_line(run), headline(run), *explanations(run), profile_facts(run), sanitizer_line(run)]
     return "\n\n".join(filter(None, [*parts, failures_list(run)]))
 
 
@@ -288,7 +288,8 @@ def not_measured(run: GpuRun, device: torch.device, quick: bool) -> list[str]:
 def section(run: GpuRun) -> str:
     """All that the rows say, for a page."""
     parts = [f"### {run.device}", facts(run), tests_line(run), headline(run), *explanations(run)]
-    parts += [profile_table(run), options_table(run), parts_table(run), sweep_table(run), sanitizer_line(run)]
+    parts += [profile_table(run), profile_facts(run), options_table(run), parts_table(run), sweep_table(run)]
+    parts.append(sanitizer_line(run))
     return "\n\n".join(filter(None, [*parts, failures_list(run)]))
 
 
@@ -300,8 +301,13 @@ def profile_table(run: GpuRun) -> str:
     for case in cases:
         found = family_seconds(run, case)
         columns.append((case, partial(_cell, found)))
+    return table(columns, families)
+
+
+def profile_facts(run: GpuRun) -> str:
+    """For each profiled step which attention ran, what LayerNorm's casts took, and how often the host waited."""
     lines = []
-    for case in cases:
+    for case in dict.fromkeys(share.case for share in run.shares):
         mine = [share for share in run.shares if share.case == case]
         ran = [f"{share.name} {share.share:.0%}" for share in mine if share.kind == "attention"]
         casts = [format_seconds(share.seconds) for share in mine if share.kind == "LayerNorm" and share.seconds]
@@ -310,7 +316,7 @@ def profile_table(run: GpuRun) -> str:
         lines.append(
             f"{case}: " + "; ".join(f"{name}: {', '.join(each)}" for name, each in facts.items() if each) + "."
         )
-    return "\n\n".join(filter(None, [table(columns, families), *lines]))
+    return "\n\n".join(lines)
 
 
 def _cell(found: Mapping[str, float], family: str) -> str:
