@@ -9,9 +9,10 @@ Each stage is a process of its own with a limit of time, and none needs another'
 come: a case that fails or runs out of memory is named and costs only itself. What is most worth knowing runs first, and
 what ran out of its limit goes on at the end, if there is time. Rows of another version of the package, of torch or of
 triton are set aside, into DIR-1 and so on. Ends with code 1 if something failed; running out of time is no failure.
+On a machine that is lent for half an hour, --minutes 20 leaves time to install and to copy the rows back.
 
 Works from a checkout, installed or not, without a network; the first line names what is missing. `report.py` makes the
-README's section of the rows: python benchmarks/report.py --results benchmarks/results runs/gpu.
+README's section of the rows, once they are kept: cp runs/gpu/*.csv benchmarks/results/ && python benchmarks/report.py.
 """
 
 from __future__ import annotations
@@ -92,8 +93,8 @@ def stages(options: Options) -> list[Stage]:
 
     return [
         Stage("machine", 60, module("machine")),
-        Stage("kernel tests", 150, tests(12, "test_kernels.py", "test_kernel_registration.py", quick=_QUICK_TESTS)),
-        Stage("gpu tests", 120, tests(4, "test_gpu.py")),
+        Stage("kernel-tests", 150, tests(12, "test_kernels.py", "test_kernel_registration.py", quick=_QUICK_TESTS)),
+        Stage("gpu-tests", 120, tests(4, "test_gpu.py")),
         Stage("steps", 240, module("suite", "steps")),
         Stage("profile", 120, module("step_profile")),
         Stage("ops", 160, module("suite", "ops")),
@@ -116,9 +117,10 @@ def parse(arguments: Sequence[str] | None = None) -> Options:
     """The command line's."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--minutes", type=float, default=30.0, help="when to end, the table included (30)")
+    add("--minutes", type=float, default=30.0, help="from the start to the end of the table (30)")
     add("--output", type=Path, default=Path("runs/gpu"), help="folder for rows, log and table (runs/gpu)")
-    add("--only", nargs="+", default=(), metavar="STAGE", help="the stages to run, by name")
+    names = [stage.name for stage in stages(Options(0, Path(), (), False, ""))]
+    add("--only", nargs="+", default=(), choices=names, metavar="STAGE", help=f"some of: {', '.join(names)}")
     add("--quick", action="store_true", help="tiny sizes, also on a CPU: would it work?")
     add("--commit", default="", help="what the rows name as the commit; git is asked if it is empty")
     given = vars(parser.parse_args(arguments))
@@ -130,9 +132,10 @@ def parse(arguments: Sequence[str] | None = None) -> Options:
             "commit": given["commit"] or current_commit(),
         }
     )
-    names = [stage.name for stage in stages(options)]
-    if unknown := [name for name in options.only if name not in names]:
-        parser.error(f"no stage {', '.join(unknown)}; there are {', '.join(names)}")
+    if options.minutes <= 0:
+        parser.error(f"--minutes {options.minutes:g}, expected more than 0")
+    if options.output.exists() and not options.output.is_dir():
+        parser.error(f"--output {options.output} is a file, expected a folder")
     return options
 
 
@@ -143,30 +146,48 @@ def main(options: Options) -> int:
     absent = [stage for stage in wanted if stage.tool and shutil.which(stage.tool) is None]
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     print(first_line(missing, absent), flush=True)
+    if options.commit == "unknown":
+        print("the rows will name no commit: git knows none here; --commit gives one", flush=True)
     if "torch" in missing or not (options.quick or sees_a_gpu()):
         return 2
+    if wanted == absent:
+        print("nothing to run", flush=True)
+        return 2
     set_others_aside(options)
-    statuses = Statuses(options.output)
+    statuses, interrupted = Statuses(options.output), False
+    statuses.reopen(stages_with_missing_rows(options, statuses))
     with (options.output / "log.txt").open("a", encoding="utf-8") as log, ending_as_interrupted():
         try:
             run_all([stage for stage in wanted if stage not in absent], deadline, statuses, log)
         except KeyboardInterrupt:
+            interrupted = True
             print("interrupted: the same command goes on from here", flush=True)
     summary = subprocess.run([sys.executable, "-m", "gpu_summary", *told(options)], cwd=ROOT, env=environment())
-    return 1 if summary.returncode or statuses.failed else 0
+    return 130 if interrupted else 1 if summary.returncode or statuses.failed else 0
 
 
 def first_line(missing: Iterable[str], absent: Iterable[Stage]) -> str:
-    """What is missing here, and what to bring."""
-    parts = [f"{name} (pip install {name})" for name in missing]
-    parts += [f"{stage.tool} (of the CUDA toolkit; without it no stage {stage.name!r})" for stage in absent]
+    """What is missing here, and what to bring; first what the stages need, then what they do without."""
+    packages = list(missing)
+    parts = [f"pip install {' '.join(packages)}"] if packages else []
     if not any(map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang"))):
         parts.append("a C compiler (gcc; Triton builds its launchers with it)")
     if not Path(sysconfig.get_paths()["include"], "Python.h").exists():
         parts.append("Python.h (python3-dev; Triton builds its launchers with it)")
+    without = [f"{stage.tool} (of the CUDA toolkit), so no stage {stage.name}" for stage in absent]
     if importlib.util.find_spec("xdist") is None:
-        parts.append("pytest-xdist (without it the tests run one by one)")
-    return f"missing: {'; '.join(parts)}" if parts else "everything that is needed is here"
+        without.append("pytest-xdist, so the tests run one by one")
+    line = f"missing: {'; '.join(parts)}" if parts else "everything that is needed is here"
+    return f"{line}; without {'; without '.join(without)}" if without else line
+
+
+def stages_with_missing_rows(options: Options, statuses: Statuses) -> list[str]:
+    """The stages that are done but for rows: of cases that came later, or of rows that were taken away."""
+    if not statuses.any:
+        return []
+    command = [sys.executable, "-m", "gpu_summary", *told(options), "--left"]
+    done = subprocess.run(command, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, text=True)
+    return done.stdout.split()
 
 
 def sees_a_gpu() -> bool:
@@ -219,6 +240,17 @@ class Statuses:
     def of(self, stage: str) -> str:
         """How it ended; empty if it has not run."""
         return self._known.get(stage, ("", 0.0))[0]
+
+    @property
+    def any(self) -> bool:
+        """Whether there is one."""
+        return bool(self._known)
+
+    def reopen(self, stages: Iterable[str]) -> None:
+        """Stages that are to run again, though they were done."""
+        for stage in stages:
+            if self.of(stage) == "done":
+                self.set(stage, "time", 0.0)
 
     @property
     def failed(self) -> list[str]:

@@ -1,6 +1,7 @@
 """The table at the end of gpu.py: prediction, floor, measured, ratio to the official formulation; and what is missing.
 
-    python -m gpu_summary --output runs/gpu
+    python -m gpu_summary --output runs/gpu           # prints it; all tables go to summary_<device>.md
+    python -m gpu_summary --output runs/gpu --left    # the stages that there are too few rows of, by name
 
 Ends with code 1 if a test failed or something could not be measured.
 """
@@ -9,22 +10,30 @@ from __future__ import annotations
 
 import sys
 
-from gpu_tables import not_measured, read_run, summary
+from gpu_tables import missing_rows, not_measured, read_run, section, summary
 from rows import device_slug
 from stages.common import Told, parser, told
 
 
 def main(where: Told) -> int:
-    """Prints, and writes summary_<device>.md; 1 if something failed."""
+    """Prints, and writes; 1 if something failed."""
     run = read_run(where.output, device_slug(where.device))
-    text = summary(run)
     missing = not_measured(run, where.device, where.quick)
+    end = "Everything has been measured."
     if missing:
-        text += f"\n\nNot measured yet: {'; '.join(missing)}. The same command goes on from here."
-    where.file("summary").with_suffix(".md").write_text(f"{text}\n", encoding="utf-8")
-    print(f"\n{text}\n\nRows, log and this table are in {where.output}", flush=True)
+        end = f"Not measured yet: {'; '.join(missing)}. A call with the same --output goes on from here."
+    path = where.file("summary").with_suffix(".md")
+    path.write_text(f"{section(run)}\n\n{end}\n", encoding="utf-8")
+    print(f"\n{summary(run)}\n\n{end}\n\nRows, log and all tables ({path.name}) are in {where.output}", flush=True)
     return 1 if run.failures or any(each.outcome == "failed" for each in run.tests) else 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(told(parser(__doc__).parse_args())))
+    arguments = parser(__doc__)
+    arguments.add_argument("--left", action="store_true", help="print the stages that there are too few rows of")
+    given = arguments.parse_args()
+    where = told(given)
+    if given.left:
+        print(*missing_rows(read_run(where.output, device_slug(where.device)), where.device, where.quick))
+        sys.exit()
+    sys.exit(main(where))

@@ -17,7 +17,7 @@ from rows import COPY, OURS, PRODUCTS, Row, find, format_seconds, kept_rows, of_
 from stages.common import Failure
 from stages.machine import Machine
 from stages.outcomes import Outcome
-from stages.step_profile import Share
+from stages.step_profile import Share, profiled_cases
 from stages.suite import left
 from stages.tools import Finding
 from steps import StepCase
@@ -25,7 +25,7 @@ from tables import Case, by_case, number, table
 
 PREDICTIONS = Path(__file__).parent / "predictions.csv"
 STAGES = "stages.csv"  # that gpu.py writes
-TESTS = ("kernel tests", "gpu tests")  # of its stages
+TESTS = ("kernel-tests", "gpu-tests")  # of its stages
 MISSED = 1 / 3  # of a prediction: what is further off is explained
 _SLOW = ("LayerNorm", "casts and copies", "elementwise", "other")  # families that only move bytes, one prediction
 _BYTES = "elementwise and LayerNorm"
@@ -173,7 +173,16 @@ def headline(run: GpuRun) -> str:
         ("peak", lambda line: tables.memory(line.row)),
         ("clips/s", lambda line: tables.rate(line.row) if line.row.direction == "step" else ""),
     ]
-    return table(columns, lines)
+    if not lines:
+        return ""
+    legend = (
+        "Measured: by replay of a CUDA graph where there is one. Floor: the prediction's, else a copy of the bytes "
+        "that must move, or the step's matrix products alone. Of official: as its caller sees it, over the official "
+        "formulation's."
+    )
+    if not any(line.prediction for line in lines):
+        legend += " There is no prediction for this device."
+    return f"{table(columns, lines)}\n\n{legend}"
 
 
 @dataclass(frozen=True)
@@ -270,16 +279,25 @@ def failures_list(run: GpuRun) -> str:
     return "\n".join(f"FAILED {each.stage}: {each.what}: {each.error}" for each in run.failures)
 
 
-def not_measured(run: GpuRun, device: torch.device, quick: bool) -> list[str]:
-    """What there are no rows of, with suite and number of cases; and the other stages that have not ended well."""
-    others = [name for name in run.stages if name not in gpu_cases.SUITES]
-    found = [f"{name} ({run.stages[name]})" for name in others if run.stages[name] != "done"]
+def missing_rows(run: GpuRun, device: torch.device, quick: bool) -> dict[str, tuple[int, int]]:
+    """The stages that there are too few rows of: how many cases are missing, and of how many."""
+    found = {}
     for suite in gpu_cases.SUITES:
         units = gpu_cases.units(suite, device, quick)
-        missing = [unit for unit in units if left(unit, run.of(suite), device)]
-        if missing:
-            found.append(f"{suite}: {len(missing)} of {len(units)}")
-    return found
+        found[suite] = sum(bool(left(unit, run.of(suite), device)) for unit in units), len(units)
+    profiled = {share.case for share in run.shares if share.kind == "waits"}
+    cases = profiled_cases(quick)
+    found["profile"] = sum(case.name not in profiled for case in cases), len(cases)
+    found["machine"] = int(run.machine is None), 1
+    return {stage: (missing, count) for stage, (missing, count) in found.items() if missing}
+
+
+def not_measured(run: GpuRun, device: torch.device, quick: bool) -> list[str]:
+    """What there are no rows of, for people; and the other stages that have not ended well."""
+    rows = missing_rows(run, device, quick)
+    others = [name for name, status in run.stages.items() if name not in rows and status not in ("done", "")]
+    counted = [f"{stage}: {missing} of {count}" for stage, (missing, count) in rows.items()]
+    return [*counted, *(f"{name} ({run.stages[name]})" for name in others if name not in gpu_cases.SUITES)]
 
 
 # ------------------------------------------------------------------------------------------- the README's section

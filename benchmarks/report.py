@@ -10,6 +10,7 @@ The plots go beside the rows.
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ from rows import (
     RESULTS,
     Row,
     find,
+    kept_rows,
     of_copy,
     of_official,
     read_rows,
@@ -80,35 +82,45 @@ def main(options: Options) -> None:
     Raises:
         ValueError: there are no rows, or a marker is missing.
     """
-    text, path, written = options.readme.read_text(encoding="utf-8"), options.readme, []
-    runs = [run for folder in options.results for run in read_gpu_runs(folder)]
+    text, path = options.readme.read_text(encoding="utf-8"), options.readme
+    runs: list[gpu_tables.GpuRun] = []
+    pictures: list[Path] = []
     for folder in options.results:
-        rows = read_cpu(folder)
-        if rows:
-            text = insert(text, cpu_section(rows), path, (BEGIN, END))
-            written += plots.draw(rows, folder, "cpu")
-        if hosts := [row for row in rows if row.suite == "hosts"]:
-            text = insert(text, patched_hosts(hosts), path, (HOSTS_BEGIN, HOSTS_END))
-        for markers, tables in ((OPTIONS, options_tables), (STUDY, study_tables)):
-            if found := tables(folder):
-                text = insert(text, found, path, markers)
-        for run in read_gpu_runs(folder):
-            written += plots.draw(run.rows, folder, run.slug)
-    if text == options.readme.read_text(encoding="utf-8") and not (runs or written):
-        raise ValueError(f"{', '.join(map(str, options.results))} has no rows of benchmarks/run.py or gpu.py.")
+        refuse_tiny_sizes(folder)
+        rows, found_runs = read_cpu(folder), read_gpu_runs(folder)
+        hosts = [row for row in rows if row.suite == "hosts"]
+        found = {
+            (BEGIN, END): cpu_section(rows),
+            (HOSTS_BEGIN, HOSTS_END): patched_hosts(hosts) if hosts else "",
+            OPTIONS: options_tables(folder),
+            STUDY: study_tables(folder),
+        }
+        if not any(found.values()) and not found_runs:
+            raise ValueError(f"{folder} has no rows of run.py, gpu.py, options_cost.py or study.py.")
+        for markers, tables in found.items():
+            text = insert(text, tables, path, markers) if tables else text
+        runs += found_runs
+        pictures += plots.draw(rows, folder, "cpu")
+        pictures += [picture for run in found_runs for picture in plots.draw(run.rows, folder, run.slug)]
     if GPU[0] in text or runs:
         text = insert(text, gpu_section(runs), path, GPU)
     options.readme.write_text(text, encoding="utf-8")
-    for picture in written:
+    for picture in pictures:
         print(f"wrote {picture}")
     print(f"wrote the tables in {options.readme}")
 
 
+def refuse_tiny_sizes(folder: Path) -> None:
+    """Raises ValueError for the folder of a rehearsal."""
+    versions = folder / "versions.json"
+    if versions.exists() and json.loads(versions.read_text(encoding="utf-8")).get("size") == "quick":
+        raise ValueError(f"{folder} has rows of gpu.py --quick: its sizes are tiny, and tell no speed.")
+
+
 def read_cpu(folder: Path) -> list[Row]:
-    """The rows that run.py wrote; those of a rehearsal, which took no turns, are none."""
+    """The rows that run.py wrote."""
     files = (folder / f"{suite}_cpu.csv" for suite in ("steps", "sweep", "ops", "hosts"))
-    rows = [row for file in files if file.exists() for row in read_rows(file, Row)]
-    return [row for row in rows if row.timing == "alternated"]
+    return [row for file in files for row in kept_rows(file, Row)]
 
 
 def read_gpu_runs(folder: Path) -> list[gpu_tables.GpuRun]:

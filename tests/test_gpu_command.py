@@ -174,14 +174,14 @@ def test_the_whole_command_on_a_bare_machine_in_two_calls(tmp_path):
     assert "allocate" in rehearsal.failures()["steps", out_of_memory]
     assert "Not measured yet: steps: 7 of 9; ops: " in first.stdout
     assert f"| {EXACT} | " in first.stdout
-    assert "ncu" not in first.stdout.splitlines()[0]  # which neither stage needs
+    assert "ncu" not in first.stdout.splitlines()[0]  # neither stage needs it
     before = rows(rehearsal.output / "steps_cpu.csv")
 
     rehearsal.waits.unlink()
     second = rehearsal.call("--minutes", "60")
     assert second.returncode == 1
     if shutil.which("ncu") is None:
-        assert "ncu (of the CUDA toolkit; without it no stage 'ncu')" in second.stdout.splitlines()[0]
+        assert "without ncu (of the CUDA toolkit), so no stage ncu" in second.stdout.splitlines()[0]
     assert rows(rehearsal.output / "steps_cpu.csv")[:2] == before  # kept, not measured again
     measured = {implementation for case, implementation in rehearsal.steps() if case == EXACT}
     assert measured == {"adamae_sampler", "official", "matrix products alone"}, second.stdout
@@ -197,7 +197,7 @@ def test_the_whole_command_on_a_bare_machine_in_two_calls(tmp_path):
     assert failures["ops", failing] == "RuntimeError: injected failure"
     for (stage, what), error in failures.items():
         assert f"FAILED {stage}: {what}: {error}" in second.stdout
-    statuses = {name: "done" for name in ("machine", "kernel tests", "gpu tests", "profile", "compiled")}
+    statuses = {name: "done" for name in ("machine", "kernel-tests", "gpu-tests", "profile", "compiled")}
     statuses |= {"options": "done", "finetune": "done", "sweep": "done", "steps": "failed", "ops": "failed"}
     assert {name: how for name, how in rehearsal.statuses().items() if name not in ("sanitizer", "ncu")} == statuses
     assert "Not measured yet: steps: 2 of 9; ops: 1 of 27." in second.stdout
@@ -282,16 +282,40 @@ def test_what_is_missing_is_named_in_the_first_line(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu.sysconfig, "get_paths", lambda: {"include": str(tmp_path)})
     monkeypatch.setattr(gpu.shutil, "which", lambda name: f"/usr/bin/{name}")
     absent = [gpu.Stage("ncu", 1, (), tool="ncu")]
-    assert gpu.first_line(["timm"], absent) == (
-        "missing: timm (pip install timm); ncu (of the CUDA toolkit; without it no stage 'ncu')"
+    assert gpu.first_line(["timm", "einops"], absent) == (
+        "missing: pip install timm einops; without ncu (of the CUDA toolkit), so no stage ncu"
     )
     assert gpu.first_line([], []) == "everything that is needed is here"
     monkeypatch.setattr(gpu.shutil, "which", lambda name: None)
     (tmp_path / "Python.h").unlink()
     assert gpu.first_line([], []).startswith("missing: a C compiler (gcc; Triton builds")
     assert "Python.h (python3-dev; " in gpu.first_line([], [])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--only", "sleep"], "invalid choice: 'sleep' (choose from"),
+        (["--minutes", "0"], "--minutes 0, expected more than 0"),
+        (["--output", __file__], "is a file, expected a folder"),
+    ],
+)
+def test_what_cannot_be_asked_for(arguments, message, capsys):
     with pytest.raises(SystemExit):
-        gpu.parse(["--only", "sleep"])
+        gpu.parse(arguments)
+    assert message in capsys.readouterr().err
+
+
+def test_a_stage_that_was_done_runs_again_for_rows_that_are_missing(tmp_path):
+    options = gpu.parse(["--quick", "--output", str(tmp_path), "--commit", "abc"])
+    statuses = gpu.Statuses(tmp_path)
+    assert gpu.stages_with_missing_rows(options, statuses) == []  # nothing has run
+    for name, status in (("ops", "done"), ("kernel-tests", "done"), ("sweep", "failed")):
+        statuses.set(name, status, 1)
+    missing = gpu.stages_with_missing_rows(options, statuses)
+    assert set(missing) == {"steps", "ops", "compiled", "options", "finetune", "sweep", "profile", "machine"}
+    statuses.reopen(missing)
+    assert [statuses.of(name) for name in ("ops", "kernel-tests", "sweep", "steps")] == ["time", "done", "failed", ""]
 
 
 def test_without_a_gpu_nothing_is_measured_at_full_size(tmp_path):

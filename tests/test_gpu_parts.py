@@ -418,7 +418,6 @@ def test_the_report_takes_the_rows_of_any_folder(tmp_path):
     markers = "\n".join(report.GPU)
     readme.write_text(f"before\n{markers}\nafter\n")
     write_run(folder)
-    write_run(folder, slug="cpu")  # a rehearsal is no GPU
     report.main(report.Options(readme, (folder,)))
     text = readme.read_text()
     assert text.count(f"### {H100}") == 1
@@ -427,6 +426,14 @@ def test_the_report_takes_the_rows_of_any_folder(tmp_path):
     assert f"| {STEP.name} |" in text
     assert "waits for the device in a step: 0 (none)" in text
     assert (folder / "steps_nvidia_h100_80gb_hbm3.png").exists()
+    (folder / "versions.json").write_text('{"size": "quick"}')
+    with pytest.raises(ValueError, match=r"rows has rows of gpu\.py --quick: its sizes are tiny"):
+        report.main(report.Options(readme, (folder,)))
+    (folder / "versions.json").write_text('{"size": "full"}')
+    report.main(report.Options(readme, (folder,)))
+    assert readme.read_text() == text
+    with pytest.raises(ValueError, match="nowhere has no rows"):
+        report.main(report.Options(readme, (folder, tmp_path / "nowhere")))
     write_run(folder, failed=["tests/test_kernels.py::test_sampling_loss"])
     with pytest.raises(ValueError, match=r"tests failed, so its times are not published: .*test_sampling_loss"):
         report.main(report.Options(readme, (folder,)))
@@ -464,13 +471,17 @@ def test_rows_that_were_cut_short_are_left_out_and_the_others_kept(tmp_path):
 
 def test_stages_that_have_not_ended_well_are_named(tmp_path):
     write_run(tmp_path)
-    (tmp_path / "stages.csv").write_text("stage,status,seconds\nkernel tests,time,9\ngpu tests,done,9\nncu,failed,1\n")
+    (tmp_path / "stages.csv").write_text(
+        "stage,status,seconds\nkernel-tests,time,9\ngpu-tests,done,9\nncu,failed,1\nsteps,done,9\n"
+    )
     run = read_run(tmp_path, "nvidia_h100_80gb_hbm3")
-    assert gpu_tables.tests_line(run).endswith("0 skipped. Not all have run: kernel tests.")
+    assert gpu_tables.tests_line(run).endswith("0 skipped. Not all have run: kernel-tests.")
     found = gpu_tables.not_measured(run, CUDA, quick=False)
-    assert found[:2] == ["kernel tests (time)", "ncu (failed)"]
-    (tmp_path / "stages.csv").write_text("stage,status,seconds\nkernel tests,failed,9\n")  # could not be collected
-    with pytest.raises(ValueError, match=r"times are not published: kernel tests\."):
+    assert found[0].startswith("steps: ")
+    assert found[-2:] == ["kernel-tests (time)", "ncu (failed)"]
+    assert "profile: 2 of 3" in found
+    (tmp_path / "stages.csv").write_text("stage,status,seconds\nkernel-tests,failed,9\n")  # could not be collected
+    with pytest.raises(ValueError, match=r"times are not published: kernel-tests\."):
         report.gpu_section([read_run(tmp_path, "nvidia_h100_80gb_hbm3")])
 
 

@@ -219,14 +219,18 @@ def waits_of(events: Iterable[Any]) -> Counter[str]:
     return Counter(inside)
 
 
+def profiled_cases(quick: bool) -> list[StepCase]:
+    """The steps that are profiled: exact and fast, and exact with few clips."""
+    step = QUICK_STEP if quick else StepCase()
+    return list(dict.fromkeys((step, replace(step, **FAST), replace(step, clips=min(step.clips, 16)))))
+
+
 def main(where: Told) -> int:
     """Profiles what has no rows yet; the number of steps that failed."""
-    step = QUICK_STEP if where.quick else StepCase()
-    cases = dict.fromkeys((step, replace(step, **FAST), replace(step, clips=min(step.clips, 16))))
     path, failed = where.file(STAGE), Failures(STAGE, where)
     with RowWriter(path, Share, kept_rows(path, Share)) as rows, Worker() as worker:
         done = {row.case for row in rows.rows if row.kind == "waits"}  # the last of a step's
-        for case in cases:
+        for case in profiled_cases(where.quick):
             if case.name in done:
                 continue
             try:
