@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import sys
 
-from gpu_tables import missing_rows, not_measured, read_run, section, summary
+from gpu_rows import missing_rows, not_measured, read_run
+from gpu_tables import section, summary
 from rows import device_slug
 from stages.common import Told, parser, told
 

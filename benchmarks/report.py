@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import gpu_rows
 import gpu_tables
 import plots
 from host_steps import PATCHED, UNPATCHED
@@ -83,7 +84,7 @@ def main(options: Options) -> None:
         ValueError: there are no rows, or a marker is missing.
     """
     text, path = options.readme.read_text(encoding="utf-8"), options.readme
-    runs: list[gpu_tables.GpuRun] = []
+    runs: list[gpu_rows.GpuRun] = []
     pictures: list[Path] = []
     for folder in options.results:
         refuse_tiny_sizes(folder)
@@ -123,13 +124,13 @@ def read_cpu(folder: Path) -> list[Row]:
     return [row for file in files for row in kept_rows(file, Row)]
 
 
-def read_gpu_runs(folder: Path) -> list[gpu_tables.GpuRun]:
+def read_gpu_runs(folder: Path) -> list[gpu_rows.GpuRun]:
     """The rows that gpu.py wrote, by device; rehearsals on a CPU are none."""
     slugs = (path.stem.removeprefix("machine_") for path in sorted(folder.glob("machine_*.csv")))
-    return [gpu_tables.read_run(folder, slug) for slug in slugs if slug != "cpu"]
+    return [gpu_rows.read_run(folder, slug) for slug in slugs if slug != "cpu"]
 
 
-def gpu_section(runs: Sequence[gpu_tables.GpuRun]) -> str:
+def gpu_section(runs: Sequence[gpu_rows.GpuRun]) -> str:
     """What all GPUs' rows say.
 
     Raises:
@@ -137,7 +138,7 @@ def gpu_section(runs: Sequence[gpu_tables.GpuRun]) -> str:
     """
     for run in runs:
         failed = [each.test for each in run.tests if each.outcome == "failed"]
-        failed += [stage for stage in gpu_tables.TESTS if run.stages.get(stage) == "failed"]
+        failed += [stage for stage in gpu_rows.TESTS if run.stages.get(stage) == "failed"]
         if failed:
             raise ValueError(f"on {run.device} tests failed, so its times are not published: {', '.join(failed)}.")
     return "\n\n".join(map(gpu_tables.section, runs)) if runs else NO_GPU_ROWS
