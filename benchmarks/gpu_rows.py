@@ -97,7 +97,7 @@ class GpuRun:
         return next(found, None)
 
 
-def read_run(folder: Path, slug: str, predictions: Path = PREDICTIONS) -> GpuRun:
+def read_run(folder: Path, slug: str) -> GpuRun:
     """The rows of a device; what is not there is empty."""
 
     def read(name: str, kind: type[Any]) -> tuple[Any, ...]:
@@ -111,7 +111,7 @@ def read_run(folder: Path, slug: str, predictions: Path = PREDICTIONS) -> GpuRun
         read("profile", Share),
         (*read("sanitizer", Finding), *read("ncu", Finding)),
         read("failures", Failure),
-        tuple(read_rows(predictions, Prediction)),
+        tuple(read_rows(PREDICTIONS, Prediction)),
         {row["stage"]: row["status"] for row in read_texts(folder / STAGES)} if (folder / STAGES).exists() else {},
     )
 

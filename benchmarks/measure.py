@@ -93,8 +93,10 @@ def _measure_op(
 ) -> Iterator[tuple[Times, int | None]]:
     case, name = unit.case, unit.implementation
     assert isinstance(case, OpCase)
-    calls, peak = copy_calls(case.bytes, device), None
-    if name != COPY:
+    peak: int | None = None
+    if name == COPY:
+        calls = copy_calls(case.bytes, device)
+    else:
         if name in (OURS, TORCH_BACKEND):
             case.check(device, name)
         first = case.inputs(device)

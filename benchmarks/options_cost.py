@@ -19,6 +19,7 @@ from pathlib import Path
 
 import matplotlib
 import torch
+from cases import QUICK_STEP
 from commit import current_commit
 from option_cases import option_groups, part_cases
 from rows import RESULTS, RowWriter, device_name
@@ -77,9 +78,7 @@ def main(seconds: float, quick: bool, output: Path, commit: str) -> None:
                 found = take_turns(clocks, seconds, rounds)
             return {name: found[case] for name, case in cases.items()}
 
-        exact = StepCase(clips=2, dtype=torch.float32)
-        if quick:
-            exact = StepCase(clips=1, dtype=torch.float32, img_size=64, depth=1)
+        exact = QUICK_STEP if quick else StepCase(clips=2, dtype=torch.float32)
         for group, cases in option_groups(exact).items():
             try:
                 times = step_times(cases)

@@ -103,6 +103,7 @@ def profile_step(case: StepCase, device: torch.device, commit: str) -> Iterator[
                 with record_function(_STEP):
                     step()
         events = list(trace.events())
+    del step  # holds the model, whose memory is given back here
     release(device)
     facts = device_name(device), torch.__version__, commit
     for kind, name, calls, seconds, share in shares(events, device, count):

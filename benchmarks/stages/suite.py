@@ -15,13 +15,13 @@ from collections.abc import Iterator
 import gpu_cases
 import torch
 from measure import Unit, measure
+from op_base import OpCase
 from rows import Row, RowWriter, format_seconds, kept_rows
 from worker import Worker, WorkFailed
 
 from stages.common import Failures, Told, parser, told
 
-_BUDGET_S, _QUICK_BUDGET_S = {"ops": 0.3}, 0.05  # of one timing
-_STEP_BUDGET_S = 1.2
+_OP_S, _STEP_S, _QUICK_S = 0.3, 1.2, 0.05  # of one timing
 _LIMIT_S, _COMPILE_LIMIT_S = 90.0, 300.0  # from one row of a case to the next
 
 
@@ -53,7 +53,7 @@ def left(unit: Unit, rows: list[Row], device: torch.device) -> list[str]:
 
 
 def _measured(worker: Worker, unit: Unit, timings: list[str], where: Told) -> Iterator[Row]:
-    budget = _QUICK_BUDGET_S if where.quick else _BUDGET_S.get(unit.suite, _STEP_BUDGET_S)
+    budget = _QUICK_S if where.quick else _OP_S if isinstance(unit.case, OpCase) else _STEP_S
     limit = _COMPILE_LIMIT_S if gpu_cases.is_slow_to_compile(unit) else _LIMIT_S
     return worker.stream(measure, unit, timings, where.device, budget, where.commit, limit_s=limit)
 
