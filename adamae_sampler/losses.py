@@ -14,7 +14,7 @@ from adamae_sampler import ops
 from adamae_sampler.estimators import leave_one_out, set_log_prob
 from adamae_sampler.mask import MaskSample
 from adamae_sampler.ops.patches import PatchSize
-from adamae_sampler.ops.reconstruction_error import Kind
+from adamae_sampler.ops.target import Kind
 
 Estimator = Literal["categorical", "plackett_luce", "plackett_luce_max"]
 _ESTIMATORS: tuple[str, ...] = get_args(Estimator)

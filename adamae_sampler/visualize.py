@@ -18,7 +18,7 @@ from torch import Tensor
 from adamae_sampler.mask import MaskSample
 from adamae_sampler.ops import reconstruction_target, unpatchify
 from adamae_sampler.ops.patches import PatchSize, patch_pair, token_grid
-from adamae_sampler.ops.reconstruction_error import STD_EPS
+from adamae_sampler.ops.target import STD_EPS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -36,13 +37,17 @@ import adamae_sampler.ops  # noqa: F401  # registers the operators
 RESULTS = Path(__file__).parent / "results" / "kernel_resources.csv"
 _VERSION = tuple(int(part) for part in triton.__version__.split(".")[:2])
 ARCHITECTURES = (80, 90, 100) if _VERSION >= (3, 3) else (80, 90)  # what this Triton's assembler knows
-CUOBJDUMP = Path(next(iter(nvidia.__path__))) / "bin" / "cuobjdump"
+CUOBJDUMP, NVDISASM = (Path(next(iter(nvidia.__path__))) / "bin" / name for name in ("cuobjdump", "nvdisasm"))
 OPS = torch.ops.adamae_sampler
 
 
 @dataclass(frozen=True)
 class Resources:
-    """What one kernel of one op takes on one architecture; bytes are per thread for spills, per program for shared."""
+    """What one kernel of one op takes on one architecture; bytes are per thread for spills, per program for shared.
+
+    Instructions are those of the binary, whose loops count once. Loads and stores are those of global memory, as
+    "number x bytes" of a thread, the widest first.
+    """
 
     case: str
     kernel: str
@@ -51,6 +56,9 @@ class Resources:
     registers: int
     spilled_bytes: int
     shared_bytes: int
+    instructions: int
+    loads: str
+    stores: str
     triton: str
 
 
@@ -101,6 +109,24 @@ def read_resources(cubin: bytes) -> tuple[int, int, int]:
     return found["REG"], found["STACK"] + found["LOCAL"], found["SHARED"]
 
 
+def read_instructions(cubin: bytes) -> tuple[int, str, str]:
+    """(number of instructions, loads, stores) of a binary."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [str(NVDISASM), "-c", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    names = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][A-Z0-9_.]*)", text, re.MULTILINE)
+    return sum(name != "NOP" for name in names), _widths(names, "LDG"), _widths(names, "STG")
+
+
+def _widths(names: list[str], kind: str) -> str:
+    """Of the instructions of a kind: "9x16 1x8"."""
+    bits = [re.search(r"\.[US]?(8|16|64|128|256)\b", name) for name in names if name.split(".")[0] == kind]
+    found = Counter(int(each[1]) // 8 if each else 4 for each in bits)
+    return " ".join(f"{found[width]}x{width}" for width in sorted(found, reverse=True))
+
+
 def draw_mask(num_tokens: int, num_visible: int, noise: bool = False) -> None:
     """The draw and the gradient of its log-probabilities."""
     scores = torch.empty(CLIPS, num_tokens)
@@ -128,14 +154,22 @@ def assemble_tokens(width: int, dtype: torch.dtype, restore: bool) -> None:
 def reconstruction_error(
     dtype: torch.dtype, video_dtype: torch.dtype, kind: str, normalize: bool, masks: int = 1
 ) -> None:
-    """The error and its gradient, for 2x16x16 patches of three channels."""
+    """The error, alone and with its unit gradient, and the gradient, for 2x16x16 patches of three channels."""
     rows = CLIPS * masks
     prediction, idx = torch.empty(rows, N - K, 1536, dtype=dtype), torch.empty(rows, N - K, dtype=torch.int64)
     video = torch.empty(CLIPS, 3, 16, 224, 224, dtype=video_dtype)
     stats = [None, None] if video_dtype == torch.uint8 else [[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]]
     how = (kind, normalize, [2, 16, 16], *stats)
-    error = OPS.reconstruction_error(prediction, video, idx, *how)
-    OPS.reconstruction_error_backward(error, prediction, video, idx, *how)
+    for gradient in (False, True):
+        error, unit = OPS.reconstruction_error(prediction, video, idx, *how, gradient)
+    OPS.scale_rows(unit, error, 1.0)
+
+
+def patch_tokens(video_dtype: torch.dtype, dtype: torch.dtype) -> None:
+    """All tokens, and those that are visible."""
+    video = torch.empty(CLIPS, 3, 16, 224, 224, dtype=video_dtype)
+    for idx in (None, torch.empty(CLIPS, K, dtype=torch.int64)):
+        OPS.patch_tokens(video, idx, [2, 16, 16], dtype)
 
 
 def sampling_loss() -> None:
@@ -162,11 +196,18 @@ for _dtype in (torch.float32, torch.bfloat16, torch.float16):
         CASES[f"assemble_tokens, 384 wide, {_name}, {_order}"] = partial(
             assemble_tokens, 384, _dtype, _order == "restore"
         )
-    for _video in (torch.float32, torch.bfloat16, torch.uint8):
-        _video_name = str(_video).removeprefix("torch.")
-        CASES[f"reconstruction_error, {_name}, {_video_name} video"] = partial(
-            reconstruction_error, _dtype, _video, "mse", True
-        )
+    CASES[f"reconstruction_error, {_name}, uint8 video"] = partial(
+        reconstruction_error, _dtype, torch.uint8, "mse", True
+    )
+for _video in (torch.float32, torch.uint8):
+    _video_name = str(_video).removeprefix("torch.")
+    CASES[f"patch_tokens, {_video_name} video, bfloat16"] = partial(patch_tokens, _video, torch.bfloat16)
+CASES["reconstruction_error, float32, float32 video"] = partial(
+    reconstruction_error, torch.float32, torch.float32, "mse", True
+)
+CASES["reconstruction_error, bfloat16, bfloat16 video"] = partial(
+    reconstruction_error, torch.bfloat16, torch.bfloat16, "mse", True
+)
 CASES["gather_tokens, 768 wide, bfloat16, 4 masks of a clip"] = partial(gather_tokens, 768, torch.bfloat16, 4)
 CASES["reconstruction_error, bfloat16, uint8 video, 4 masks of a clip"] = partial(
     reconstruction_error, torch.bfloat16, torch.uint8, "mse", True, 4
@@ -184,11 +225,11 @@ def measure(case: str, architecture: int) -> list[Resources]:
     rows = []
     for name, kernel in compiled:
         registers, spilled, shared = read_resources(kernel.asm["cubin"])
+        instructions = read_instructions(kernel.asm["cubin"])
         threads = 32 * kernel.metadata.num_warps
         shared = max(shared, kernel.metadata.shared)
-        rows.append(
-            Resources(case, name, f"sm_{architecture}", threads, registers, spilled, shared, triton.__version__)
-        )
+        sizes = (threads, registers, spilled, shared, *instructions)
+        rows.append(Resources(case, name, f"sm_{architecture}", *sizes, triton.__version__))
     return rows
 
 
@@ -198,7 +239,8 @@ def main() -> None:
     for row in rows:
         print(
             f"{row.case:40s} {row.kernel:32s} {row.architecture:7s} {row.registers:4d} registers "
-            f"{row.spilled_bytes:5d} B spilled {row.shared_bytes:6d} B shared, {row.threads} threads"
+            f"{row.spilled_bytes:5d} B spilled {row.shared_bytes:6d} B shared, {row.threads} threads, "
+            f"{row.instructions} instructions, loads {row.loads}, stores {row.stores}"
         )
     output = Path(sys.argv[1]) if len(sys.argv) > 1 else RESULTS
     others = [row for row in kept_rows(output, Resources) if row.triton != triton.__version__]

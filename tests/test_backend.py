@@ -78,7 +78,7 @@ def test_what_the_kernels_do_not_take_is_an_error_when_they_are_asked_for():
     idx = torch.zeros(1, 1, dtype=torch.int64, device=device)
     prediction = torch.zeros(1, 1, 2 * 128 * 128, device=device)
     with ops.use_backend("triton"):
-        with pytest.raises(TypeError, match=r"take float32, float16 and bfloat16, got torch.float64"):
+        with pytest.raises(TypeError, match=r"take float32, float16, bfloat16 and uint8, got torch.float64"):
             ops.draw_mask(scores, 2)
         with pytest.raises(ValueError, match=r"draws from up to 2097151 tokens, not 2097152"):
             ops.draw_mask(torch.zeros(1, 2**21, device=device), 2)

@@ -17,12 +17,11 @@ def tiny():
 
 def op_calls():
     """Every registered operator with one input."""
-    scores = torch.randn(2, 9, device=DEVICE, requires_grad=True)
+    scores = torch.randn(2, 9, device=DEVICE)
     sample = make_sample(2, 9, 3)
-    x = torch.randn(2, 9, 6, device=DEVICE, requires_grad=True)
-    visible, pos = torch.randn(2, 3, 6, device=DEVICE, requires_grad=True), torch.randn(1, 9, 6, device=DEVICE)
-    pos.requires_grad_()
-    mask_token = torch.randn(6, device=DEVICE, requires_grad=True)
+    x = torch.randn(2, 9, 6, device=DEVICE)
+    visible, pos = torch.randn(2, 3, 6, device=DEVICE), torch.randn(1, 9, 6, device=DEVICE)
+    mask_token = torch.randn(6, device=DEVICE)
     video, prediction = torch.rand(2, 1, 3, 6, 6, device=DEVICE), torch.randn(2, 6, 4, device=DEVICE)
     error, how = torch.rand(2, 6, device=DEVICE), ("mse", True, [1, 2, 2], [0.5], [0.25])
     idx = (sample.visible_idx, sample.masked_idx)
@@ -30,16 +29,17 @@ def op_calls():
     seed = torch.tensor([11, 12], device=DEVICE)
     return {
         "draw_mask": (scores, 3, None, seed),
-        "log_softmax_backward": (scores.detach(), scores.detach()),
+        "log_softmax_backward": (scores, scores),
         "gather_tokens": (x, sample.visible_idx, pos),
-        "scatter_tokens": (visible.detach(), sample.visible_idx, len(visible), 9, torch.float32),
-        "scatter_tokens_sum": (visible.detach(), sample.visible_idx, 9, torch.bfloat16),
+        "scatter_tokens": (visible, sample.visible_idx, len(visible), 9, torch.float32),
+        "scatter_tokens_sum": (visible, sample.visible_idx, 9, torch.bfloat16),
         "assemble_tokens": (visible, mask_token, pos, *idx, True),
-        "sum_masked_rows": (x.detach(), sample.visible_idx, False),
-        "reconstruction_error": (prediction.clone().requires_grad_(), video, indices, *how),
-        "reconstruction_error_backward": (error, prediction, video, indices, *how),
+        "sum_masked_rows": (x, sample.visible_idx, False),
+        "patch_tokens": (video, indices, [1, 2, 2], torch.bfloat16),
+        "reconstruction_error": (prediction, video, indices, *how, True),
+        "scale_rows": (prediction, error, 0.5),
         "sampling_loss": (scores, sample.masked_idx, error),
-        "sampling_loss_backward": (error.sum(), scores.detach(), sample.masked_idx, error),
+        "sampling_loss_backward": (error.sum(), scores, sample.masked_idx, error),
     }
 
 

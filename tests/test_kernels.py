@@ -10,7 +10,17 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_inputs import DEVICE, DTYPES, OPS, assert_close, assert_same, make_sample, run_both, whole_numbers
+from kernel_inputs import (
+    DEVICE,
+    DTYPES,
+    OPS,
+    TOLERANCE,
+    assert_close,
+    assert_same,
+    make_sample,
+    run_both,
+    whole_numbers,
+)
 
 from adamae_sampler import ops
 from adamae_sampler.ops.draw_mask import _gumbel, gumbel_noise
@@ -255,7 +265,7 @@ def make_video(dtype, channels, t, h, w):
 @pytest.mark.parametrize("normalize", [True, False])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("video_dtype", [torch.float32, torch.bfloat16, torch.uint8])
-@pytest.mark.parametrize(("patch", "tubelet", "channels"), [((4, 4), 2, 3), ((3, 5), 1, 1), ((2, 3), 3, 4)])
+@pytest.mark.parametrize(("patch", "tubelet", "channels"), [((4, 4), 2, 3), ((3, 5), 1, 1), ((2, 3), 3, 5)])
 def test_reconstruction_error(kind, normalize, dtype, video_dtype, patch, tubelet, channels):
     video = make_video(video_dtype, channels, 2 * tubelet, 2 * patch[0], 3 * patch[1])
     idx = make_sample(2, 12, 5).masked_idx
@@ -266,6 +276,23 @@ def test_reconstruction_error(kind, normalize, dtype, video_dtype, patch, tubele
     assert kernel_error.dtype == torch.float32
     assert_close([error], [kernel_error])
     assert_close([grad], [kernel_grad], dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("video_dtype", [torch.float32, torch.float16, torch.uint8])
+@pytest.mark.parametrize(("patch", "tubelet", "channels"), [((4, 4), 2, 3), ((3, 5), 1, 1), ((2, 3), 3, 5)])
+def test_patch_tokens(dtype, video_dtype, patch, tubelet, channels):
+    """All tokens, some, and those of several masks of a clip; of a video with strides of its own too."""
+    video = make_video(video_dtype, channels, 2 * tubelet, 2 * patch[0], 3 * patch[1])
+    for x in (video, video.transpose(1, 2).contiguous().transpose(1, 2)):
+        for idx in (None, make_sample(2, 12, 5).masked_idx, make_sample(6, 12, 5).visible_idx.flip(1)):
+            results = []
+            for backend in ("torch", "triton"):
+                with ops.use_backend(backend):
+                    how = {"patch_size": patch, "tubelet_size": tubelet, "dtype": dtype}
+                    results.append(ops.patch_tokens(x, idx, **how))
+            close = {"rtol": 0, "atol": 0} if video_dtype == torch.uint8 else TOLERANCE[dtype]
+            torch.testing.assert_close(results[1], results[0], **close)
 
 
 @pytest.mark.parametrize("video_dtype", [torch.float32, torch.uint8])
@@ -343,10 +370,12 @@ def test_an_index_out_of_range_gives_nan_and_touches_nothing_else():
         assert full.isnan().all(-1).tolist() == [[False, True, False, False]]
         how = ("mse", True, [1, 2, 2], None, None)
         prediction, video = torch.randn(1, 3, 4, device=DEVICE), torch.rand(1, 1, 1, 4, 4, device=DEVICE)
-        error = OPS.reconstruction_error(prediction, video, idx, *how)
+        error, unit = OPS.reconstruction_error(prediction, video, idx, *how, True)
         assert error.isnan().tolist() == [[False, True, False]]
-        grad = OPS.reconstruction_error_backward(error, prediction, video, idx, *how)
-        assert grad.isnan().all(-1).tolist() == [[False, True, False]]
+        assert unit.isnan().all(-1).tolist() == [[False, True, False]]
+        patches = OPS.patch_tokens(video, idx, [1, 2, 2], torch.float32)
+        assert patches.isnan().all(-1).tolist() == [[False, True, False]]
+        assert torch.equal(patches[0, 0], video[0, 0, 0, :2, 2:].flatten())
         assert OPS.sampling_loss(x[..., 0], idx, prediction[..., 0]).isnan()
 
 

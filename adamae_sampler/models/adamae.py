@@ -20,7 +20,7 @@ from adamae_sampler.models.layers import LayerNorm, Transformer, sinusoid_table
 from adamae_sampler.networks import init_linear_layers
 from adamae_sampler.ops import assemble_tokens
 from adamae_sampler.ops.patches import PatchSize, patchify
-from adamae_sampler.ops.reconstruction_error import reconstruction_target
+from adamae_sampler.ops.target import reconstruction_target
 from adamae_sampler.sampler import (
     AdaptiveTokenSampler,
     FrameTokenSampler,

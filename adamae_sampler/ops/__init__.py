@@ -10,9 +10,11 @@ from adamae_sampler.ops.assemble_tokens import assemble_tokens
 from adamae_sampler.ops.backend import backend_for, get_backend, set_backend, use_backend
 from adamae_sampler.ops.draw_mask import draw_mask
 from adamae_sampler.ops.gather_tokens import gather_tokens
+from adamae_sampler.ops.patch_tokens import patch_tokens
 from adamae_sampler.ops.patches import patchify, unpatchify
-from adamae_sampler.ops.reconstruction_error import reconstruction_error, reconstruction_target
+from adamae_sampler.ops.reconstruction_error import reconstruction_error
 from adamae_sampler.ops.sampling_loss import sampling_loss
+from adamae_sampler.ops.target import reconstruction_target
 
 __all__ = [
     "assemble_tokens",
@@ -20,6 +22,7 @@ __all__ = [
     "draw_mask",
     "gather_tokens",
     "get_backend",
+    "patch_tokens",
     "patchify",
     "reconstruction_error",
     "reconstruction_target",

@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from adamae_sampler.mask import MaskSample, free_to_read
 from adamae_sampler.ops.backend import backend_for, jit, launch, tl
@@ -18,7 +19,8 @@ from adamae_sampler.ops.checks import (
     check_tokens,
 )
 from adamae_sampler.ops.gather_tokens import gather_op, grad_of_pos, select_rows
-from adamae_sampler.ops.rows import as_table, cast_once, place_of_token, row_tiles, tile_of
+from adamae_sampler.ops.registration import operator
+from adamae_sampler.ops.rows import as_table, cast_once, place_of_token, row_tiles, rows_in_memory, tile_of
 
 Order = Literal["concat", "restore"]
 
@@ -59,15 +61,7 @@ def _assemble_kernel(
     D,
     visible_stride_b,
     visible_stride_k,
-    visible_stride_d,
-    mask_token_stride_d,
     pos_stride_b,
-    pos_stride_n,
-    pos_stride_d,
-    visible_idx_stride_b,
-    visible_idx_stride_k,
-    masked_idx_stride_b,
-    masked_idx_stride_m,
     RESTORE: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
@@ -82,21 +76,19 @@ def _assemble_kernel(
         place = tl.load(place_ptr + row, mask=row < num_rows, other=-1)
     else:
         place = tl.where(rank < K, rank, -1)
-        visible_idx = visible_idx_ptr + clip * visible_idx_stride_b + rank * visible_idx_stride_k
-        masked_idx = masked_idx_ptr + clip * masked_idx_stride_b + (rank - K) * masked_idx_stride_m
+        visible_idx = visible_idx_ptr + clip * K + rank
+        masked_idx = masked_idx_ptr + clip * (L - K) + (rank - K)
         token = tl.load(visible_idx, mask=(row < num_rows) & (rank < K), other=0)
         token += tl.load(masked_idx, mask=(row < num_rows) & (rank >= K), other=0)
     value = tl.load(
-        visible_ptr + clip * visible_stride_b + place.to(tl.int64) * visible_stride_k + col * visible_stride_d,
+        visible_ptr + clip * visible_stride_b + place.to(tl.int64) * visible_stride_k + col,
         mask=inside & (place >= 0),
         other=0.0,
     )
-    mask_token = tl.load(mask_token_ptr + col * mask_token_stride_d, mask=col < D, other=0.0)
+    mask_token = tl.load(mask_token_ptr + col, mask=col < D, other=0.0)
     value = tl.where(place == -1, mask_token.to(value.dtype).to(tl.float32), value.to(tl.float32))
     found = inside & (token >= 0) & (token < N) & (place >= -1)
-    pos = tl.load(
-        pos_ptr + clip * pos_stride_b + token * pos_stride_n + col * pos_stride_d, mask=found, other=float("nan")
-    )
+    pos = tl.load(pos_ptr + clip * pos_stride_b + token * D + col, mask=found, other=float("nan"))
     value += pos.to(visible_ptr.dtype.element_ty).to(tl.float32)
     tl.store(out_ptr + row.to(tl.int64) * D + col, value.to(out_ptr.dtype.element_ty), mask=inside)
 
@@ -113,7 +105,6 @@ def _sum_masked_rows_kernel(
     D,
     grad_stride_b,
     grad_stride_n,
-    grad_stride_d,
     RESTORE: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
@@ -132,7 +123,7 @@ def _sum_masked_rows_kernel(
             masked = tl.load(place_ptr + row, mask=row < stop, other=0) == -1
         else:
             masked = (row < stop) & (rank >= K)
-        place = (row // N).to(tl.int64) * grad_stride_b + rank.to(tl.int64) * grad_stride_n + col * grad_stride_d
+        place = (row // N).to(tl.int64) * grad_stride_b + rank.to(tl.int64) * grad_stride_n + col
         total += tl.load(grad_ptr + place, mask=masked & (col < D), other=0.0).to(tl.float32)
     summed = tl.sum(total, axis=0)[None, :]
     tl.store(partial_ptr + part.to(tl.int64) * D + col, summed, mask=col < D)
@@ -141,7 +132,17 @@ def _sum_masked_rows_kernel(
 # ---------------------------------------------------------------------------------------------------- operators
 
 
-@torch.library.custom_op("adamae_sampler::assemble_tokens", mutates_args=())
+def _empty_assembled(
+    visible: Tensor, mask_token: Tensor, pos: Tensor, visible_idx: Tensor, masked_idx: Tensor, restore: bool
+) -> Tensor:
+    return visible.new_empty(visible.shape[0], visible_idx.shape[1] + masked_idx.shape[1], visible.shape[2])
+
+
+@operator(
+    "assemble_tokens(Tensor visible, Tensor mask_token, Tensor pos, Tensor visible_idx, Tensor masked_idx, "
+    "bool restore) -> Tensor",
+    _empty_assembled,
+)
 def _assemble_op(
     visible: Tensor, mask_token: Tensor, pos: Tensor, visible_idx: Tensor, masked_idx: Tensor, restore: bool
 ) -> Tensor:
@@ -149,15 +150,15 @@ def _assemble_op(
     out = _empty_assembled(visible, mask_token, pos, visible_idx, masked_idx, restore)
     (batch, rows, width), num_tokens = out.shape, pos.shape[1]
     programs, tile = row_tiles(batch * rows, width)
-    pos = cast_once(pos, visible.dtype)
+    pos, visible = cast_once(pos, visible.dtype).contiguous(), rows_in_memory(visible)
     launch(
         _assemble_kernel,
         programs,
         visible,
-        mask_token,
+        mask_token.contiguous(),
         pos,
-        visible_idx,
-        masked_idx,
+        visible_idx.contiguous(),
+        masked_idx.contiguous(),
         place_of_token(visible_idx, num_tokens) if restore else None,
         out,
         batch * rows,
@@ -165,25 +166,19 @@ def _assemble_op(
         num_tokens,
         visible.shape[1],
         width,
-        *visible.stride(),
-        *mask_token.stride(),
-        *pos.expand(batch, -1, -1).stride(),
-        *visible_idx.stride(),
-        *masked_idx.stride(),
+        *visible.stride()[:2],
+        num_tokens * width * (pos.shape[0] > 1),
         RESTORE=restore,
         **tile,
     )
     return out
 
 
-@_assemble_op.register_fake
-def _empty_assembled(
-    visible: Tensor, mask_token: Tensor, pos: Tensor, visible_idx: Tensor, masked_idx: Tensor, restore: bool
-) -> Tensor:
-    return visible.new_empty(visible.shape[0], visible_idx.shape[1] + masked_idx.shape[1], visible.shape[2])
+def _empty_sum(grad: Tensor, visible_idx: Tensor, restore: bool) -> Tensor:
+    return grad.new_empty(grad.shape[2], dtype=torch.float32)
 
 
-@torch.library.custom_op("adamae_sampler::sum_masked_rows", mutates_args=())
+@operator("sum_masked_rows(Tensor grad, Tensor visible_idx, bool restore) -> Tensor", _empty_sum)
 def _sum_masked_rows_op(grad: Tensor, visible_idx: Tensor, restore: bool) -> Tensor:
     """grad [B, N, D], in the order that `restore` tells -> [D] fp32, the sum of its masked rows."""
     batch, num_tokens, width = grad.shape
@@ -191,6 +186,7 @@ def _sum_masked_rows_op(grad: Tensor, visible_idx: Tensor, restore: bool) -> Ten
     parts = min(_MOST_PARTS, -(-batch * num_tokens // tile["ROWS"]))
     rows_each = -(-batch * num_tokens // max(parts, 1))
     partial = grad.new_empty(parts, width, dtype=torch.float32)
+    grad = rows_in_memory(grad)
     launch(
         _sum_masked_rows_kernel,
         parts * -(-width // tile["COLS"]),
@@ -202,40 +198,49 @@ def _sum_masked_rows_op(grad: Tensor, visible_idx: Tensor, restore: bool) -> Ten
         num_tokens,
         visible_idx.shape[1],
         width,
-        *grad.stride(),
+        *grad.stride()[:2],
         RESTORE=restore,
         **tile,
     )
     return partial.sum(0)
 
 
-@_sum_masked_rows_op.register_fake
-def _empty_sum(grad: Tensor, visible_idx: Tensor, restore: bool) -> Tensor:
-    return grad.new_empty(grad.shape[2], dtype=torch.float32)
+class _AssembleTokens(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        visible: Tensor,
+        mask_token: Tensor,
+        pos: Tensor,
+        visible_idx: Tensor,
+        masked_idx: Tensor,
+        restore: bool,
+    ) -> Tensor:
+        ctx.save_for_backward(visible_idx, masked_idx)
+        ctx.restore, ctx.mask_token_dtype, ctx.pos_shape, ctx.pos_dtype = (
+            restore,
+            mask_token.dtype,
+            pos.shape,
+            pos.dtype,
+        )
+        assembled: Tensor = _assemble_op(visible, mask_token, pos, visible_idx, masked_idx, restore)
+        return assembled
 
-
-def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, mask_token, pos, visible_idx, masked_idx, ctx.restore = inputs
-    ctx.save_for_backward(visible_idx, masked_idx)
-    ctx.mask_token_dtype, ctx.pos_shape, ctx.pos_dtype = mask_token.dtype, pos.shape, pos.dtype
-
-
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    visible_idx, masked_idx = ctx.saved_tensors
-    needs_visible, needs_mask_token, needs_pos, *_ = ctx.needs_input_grad
-    grad_visible = grad_mask_token = grad_pos = None
-    if needs_visible:  # in "concat" order they are the first rows as they stand
-        grad_visible = gather_op(grad, visible_idx, None) if ctx.restore else grad[:, : visible_idx.shape[1]]
-    if needs_mask_token:
-        grad_mask_token = _sum_masked_rows_op(grad, visible_idx, ctx.restore).to(ctx.mask_token_dtype)
-    if needs_pos and ctx.restore:
-        grad_pos = (grad if ctx.pos_shape[0] == grad.shape[0] else grad.sum(0, keepdim=True)).to(ctx.pos_dtype)
-    elif needs_pos:
-        grad_pos = grad_of_pos(grad, torch.cat([visible_idx, masked_idx], 1), ctx.pos_shape, ctx.pos_dtype)
-    return grad_visible, grad_mask_token, grad_pos, None, None, None
-
-
-_assemble_op.register_autograd(_backward, setup_context=_save)
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        visible_idx, masked_idx = ctx.saved_tensors
+        needs_visible, needs_mask_token, needs_pos, *_ = ctx.needs_input_grad
+        grad_visible = grad_mask_token = grad_pos = None
+        if needs_visible:  # in "concat" order they are the first rows as they stand
+            grad_visible = gather_op(grad, visible_idx, None) if ctx.restore else grad[:, : visible_idx.shape[1]]
+        if needs_mask_token:
+            grad_mask_token = _sum_masked_rows_op(grad, visible_idx, ctx.restore).to(ctx.mask_token_dtype)
+        if needs_pos and ctx.restore:
+            grad_pos = (grad if ctx.pos_shape[0] == grad.shape[0] else grad.sum(0, keepdim=True)).to(ctx.pos_dtype)
+        elif needs_pos:
+            grad_pos = grad_of_pos(grad, torch.cat([visible_idx, masked_idx], 1), ctx.pos_shape, ctx.pos_dtype)
+        return grad_visible, grad_mask_token, grad_pos, None, None, None
 
 
 # ------------------------------------------------------------------------------------------------------- public
@@ -300,6 +305,7 @@ def assemble_tokens(
         check_indices("sample's visible_idx and target_idx together", both, batch, num_tokens, visible.device)
     if backend_for(visible, mask_token, pos) == "triton":
         idx = (sample.visible_idx, sample.target_idx)
-        assembled: Tensor = _assemble_op(visible, mask_token.reshape(-1), as_table(pos), *idx, order == "restore")
+        restore = order == "restore"
+        assembled: Tensor = _AssembleTokens.apply(visible, mask_token.reshape(-1), as_table(pos), *idx, restore)
         return assembled
     return _assemble_tokens_reference(visible, mask_token, pos, sample, order)

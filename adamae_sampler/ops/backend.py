@@ -25,7 +25,7 @@ except ImportError:  # Triton has no wheels for this platform: the reference is 
 __all__ = ["backend_for", "get_backend", "jit", "launch", "next_power_of_2", "set_backend", "tl", "use_backend"]
 
 Backend = Literal["auto", "triton", "torch"]
-KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.uint8)
 MIN_CAPABILITY = (8, 0)
 ENVIRONMENT_VARIABLE = "ADAMAE_SAMPLER_BACKEND"
 
@@ -74,7 +74,7 @@ def use_backend(backend: Backend) -> Iterator[None]:
 
 
 def backend_for(x: Tensor, *others: Tensor, obstacle: str = "") -> Literal["triton", "torch"]:
-    """What an op runs on these floating-point tensors: "triton" or "torch".
+    """What an op runs on these tensors: "triton" or "torch".
 
     Args:
         x: one of the tensors.
@@ -82,7 +82,7 @@ def backend_for(x: Tensor, *others: Tensor, obstacle: str = "") -> Literal["trit
         obstacle: why the op has no kernel for its input, empty if it has.
 
     Raises:
-        TypeError: "triton" is asked for and a tensor is neither fp32 nor half precision.
+        TypeError: "triton" is asked for and a tensor is neither fp32, nor half precision, nor uint8.
         ValueError: "triton" is asked for and the device cannot run it, or the op has no kernel for its input.
     """
     if _backend == "torch":
@@ -94,8 +94,8 @@ def backend_for(x: Tensor, *others: Tensor, obstacle: str = "") -> Literal["trit
     for each in tensors:
         if each.dtype not in KERNEL_DTYPES:
             raise TypeError(
-                f"the Triton kernels take float32, float16 and bfloat16, got {each.dtype}. Cast it, or use "
-                'set_backend("auto"), which takes plain PyTorch for other dtypes.'
+                f"the Triton kernels take float32, float16, bfloat16 and uint8, got {each.dtype}. Cast it, or "
+                'use set_backend("auto"), which takes plain PyTorch for other dtypes.'
             )
     obstacle = obstacle or _device_obstacle(device)
     if obstacle:
@@ -139,8 +139,11 @@ def next_power_of_2(n: int) -> int:
 
 
 def launch(kernel: Any, programs: int, *args: Any, **constants: Any) -> None:
-    """Launches `programs` programs of a kernel on its first argument's device, which need not be the current one."""
+    """Launches `programs` programs of a kernel on its first argument's device, which need not be the current one.
+
+    Products and sums are rounded one by one, as the references round them, whatever Triton's version prefers, unless
+    `enable_fp_fusion=True` lets a product and a sum be one instruction.
+    """
     device = args[0].device
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-        # Products and sums are rounded one by one, as the references round them, whatever Triton's version prefers.
-        kernel[(programs,)](*args, enable_fp_fusion=False, **constants)
+        kernel[(programs,)](*args, **{"enable_fp_fusion": False, **constants})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -93,7 +94,21 @@ def at_least_fp32(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def check_video(
+def check_video(video: Tensor, patch_size: PatchSize, tubelet_size: int) -> None:
+    """Raises unless the video is [B, C, T, H, W], uint8 or floating point, and patches divide it."""
+    check_tensor("video", video)
+    token_grid(tuple(video.shape), patch_size, tubelet_size)
+    if video.dtype != torch.uint8 and not video.is_floating_point():
+        raise TypeError(f"video has dtype {video.dtype}, expected uint8 pixels or floating point.")
+
+
+def check_video_indices(name: str, video: Tensor, idx: Tensor, patch_size: PatchSize, tubelet_size: int) -> None:
+    """As `check_indices`, for the tokens of a video: [B, M], or [B R, M] for R masks of each clip."""
+    num_tokens = math.prod(token_grid(tuple(video.shape), patch_size, tubelet_size))
+    check_indices(name, idx, video.shape[0], num_tokens, video.device, several=True)
+
+
+def check_target(
     video: Tensor,
     patch_size: PatchSize,
     tubelet_size: int,
@@ -102,10 +117,7 @@ def check_video(
     std: Sequence[float] | None,
 ) -> None:
     """Raises unless the video [B, C, T, H, W] and how it is cut and normalised fit each other."""
-    check_tensor("video", video)
-    token_grid(tuple(video.shape), patch_size, tubelet_size)
-    if video.dtype != torch.uint8 and not video.is_floating_point():
-        raise TypeError(f"video has dtype {video.dtype}, expected uint8 pixels or floating point.")
+    check_video(video, patch_size, tubelet_size)
     p1, p2 = patch_pair(patch_size)
     if normalize and tubelet_size * p1 * p2 < 2:
         raise ValueError("a patch of one pixel has no standard deviation; use normalize=False.")

@@ -6,10 +6,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from adamae_sampler.ops.backend import backend_for, jit, launch, tl
 from adamae_sampler.ops.checks import check_indices, check_pos, check_tokens
-from adamae_sampler.ops.rows import as_table, cast_once, place_of_token, row_tiles, tile_of
+from adamae_sampler.ops.registration import operator
+from adamae_sampler.ops.rows import as_table, cast_once, place_of_token, row_tiles, rows_in_memory, tile_of
 
 # ---------------------------------------------------------------------------------------------------- reference
 
@@ -49,12 +51,7 @@ def _gather_kernel(
     R,
     x_stride_b,
     x_stride_n,
-    x_stride_d,
-    idx_stride_b,
-    idx_stride_k,
     pos_stride_b,
-    pos_stride_n,
-    pos_stride_d,
     HAS_POS: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
@@ -63,11 +60,11 @@ def _gather_kernel(
     row, col, inside = tile_of(num_rows, D, ROWS, COLS)
     drawn = (row // K).to(tl.int64)
     clip = drawn // R
-    token = tl.load(idx_ptr + drawn * idx_stride_b + (row % K) * idx_stride_k, mask=row < num_rows, other=0)
+    token = tl.load(idx_ptr + row, mask=row < num_rows, other=0)
     found = inside & (token >= 0) & (token < N)
-    value = tl.load(x_ptr + clip * x_stride_b + token * x_stride_n + col * x_stride_d, mask=found, other=float("nan"))
+    value = tl.load(x_ptr + clip * x_stride_b + token * x_stride_n + col, mask=found, other=float("nan"))
     if HAS_POS:
-        pos = tl.load(pos_ptr + clip * pos_stride_b + token * pos_stride_n + col * pos_stride_d, mask=found, other=0.0)
+        pos = tl.load(pos_ptr + clip * pos_stride_b + token * D + col, mask=found, other=0.0)
         value = value.to(tl.float32) + pos.to(value.dtype).to(tl.float32)
     tl.store(out_ptr + row.to(tl.int64) * D + col, value.to(out_ptr.dtype.element_ty), mask=inside)
 
@@ -83,7 +80,6 @@ def _scatter_kernel(
     R,
     grad_stride_b,
     grad_stride_k,
-    grad_stride_d,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
 ):
@@ -95,7 +91,7 @@ def _scatter_kernel(
         drawn = (row // N).to(tl.int64) * R + r
         place = tl.load(place_ptr + drawn * N + row % N, mask=row < num_rows, other=-1)
         value = tl.load(
-            grad_ptr + drawn * grad_stride_b + place.to(tl.int64) * grad_stride_k + col * grad_stride_d,
+            grad_ptr + drawn * grad_stride_b + place.to(tl.int64) * grad_stride_k + col,
             mask=inside & (place >= 0),
             other=0.0,
         )
@@ -113,41 +109,45 @@ def _scatter_sum_kernel(
     D,
     grad_stride_b,
     grad_stride_k,
-    grad_stride_d,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
 ):
-    """out[n] = the sum over clips b, in their order, of grad[b, place[b, n]]."""
-    token, col, inside = tile_of(N, D, ROWS, COLS)
+    """out[n] = the sum over clips b of grad[b, place[b, n]], for one token, ROWS clips at a time."""
+    tiles_across = tl.cdiv(D, COLS)
+    token = tl.program_id(0) // tiles_across
+    col = ((tl.program_id(0) % tiles_across) * COLS + tl.arange(0, COLS)[None, :]).to(tl.int64)
     total = tl.zeros((ROWS, COLS), tl.float32)
-    for b in range(batch):
-        clip = tl.cast(b, tl.int64)
-        place = tl.load(place_ptr + clip * N + token, mask=token < N, other=-1)
-        value = tl.load(
-            grad_ptr + clip * grad_stride_b + place.to(tl.int64) * grad_stride_k + col * grad_stride_d,
-            mask=inside & (place >= 0),
-            other=0.0,
-        )
-        total += tl.where(place == -2, float("nan"), value.to(tl.float32))
-    tl.store(out_ptr + token.to(tl.int64) * D + col, total.to(out_ptr.dtype.element_ty), mask=inside)
+    twice = tl.full((ROWS, 1), 0, tl.int32)
+    for start in range(0, batch, ROWS):
+        clip = (start + tl.arange(0, ROWS)[:, None]).to(tl.int64)
+        place = tl.load(place_ptr + clip * N + token, mask=clip < batch, other=-1)
+        twice += (place == -2).to(tl.int32)
+        row = grad_ptr + clip * grad_stride_b + place.to(tl.int64) * grad_stride_k
+        total += tl.load(row + col, mask=(place >= 0) & (col < D), other=0.0).to(tl.float32)
+    summed = tl.sum(tl.where(twice > 0, float("nan"), total), 0)[None, :]
+    tl.store(out_ptr + token.to(tl.int64) * D + col, summed.to(out_ptr.dtype.element_ty), mask=col < D)
 
 
 # ---------------------------------------------------------------------------------------------------- operators
 
 
-@torch.library.custom_op("adamae_sampler::gather_tokens", mutates_args=())
+def _empty_gathered(x: Tensor, idx: Tensor, pos: Tensor | None) -> Tensor:
+    return x.new_empty(*idx.shape, x.shape[2])
+
+
+@operator("gather_tokens(Tensor x, Tensor idx, Tensor? pos) -> Tensor", _empty_gathered)
 def gather_op(x: Tensor, idx: Tensor, pos: Tensor | None) -> Tensor:
     """x [B, N, D], idx [B R, K], pos [1, N, D] or [B, N, D] -> [B R, K, D]."""
     out = _empty_gathered(x, idx, pos)
     (batch, num_tokens, width), (draws, places) = x.shape, idx.shape
     programs, tile = row_tiles(draws * places, width)
-    if pos is not None:
-        pos = cast_once(pos, x.dtype)
+    pos = None if pos is None else cast_once(pos, x.dtype).contiguous()
+    x = rows_in_memory(x)
     launch(
         _gather_kernel,
         programs,
         x,
-        idx,
+        idx.contiguous(),
         pos,
         out,
         draws * places,
@@ -155,21 +155,22 @@ def gather_op(x: Tensor, idx: Tensor, pos: Tensor | None) -> Tensor:
         places,
         width,
         draws // max(batch, 1),
-        *x.stride(),
-        *idx.stride(),
-        *((0, 0, 0) if pos is None else pos.expand(batch, -1, -1).stride()),
+        *x.stride()[:2],
+        None if pos is None else num_tokens * width * (pos.shape[0] > 1),
         HAS_POS=pos is not None,
         **tile,
     )
     return out
 
 
-@gather_op.register_fake
-def _empty_gathered(x: Tensor, idx: Tensor, pos: Tensor | None) -> Tensor:
-    return x.new_empty(*idx.shape, x.shape[2])
+def _empty_scattered(grad: Tensor, idx: Tensor, batch: int, num_tokens: int, dtype: torch.dtype) -> Tensor:
+    return grad.new_empty(batch, num_tokens, grad.shape[2], dtype=dtype)
 
 
-@torch.library.custom_op("adamae_sampler::scatter_tokens", mutates_args=())
+@operator(
+    "scatter_tokens(Tensor grad, Tensor idx, SymInt batch, SymInt num_tokens, ScalarType dtype) -> Tensor",
+    _empty_scattered,
+)
 def scatter_op(grad: Tensor, idx: Tensor, batch: int, num_tokens: int, dtype: torch.dtype) -> Tensor:
     """grad [B R, K, D], idx [B R, K] -> [B, N, D] of the dtype, summed over a clip's masks, 0 where idx does not
     lead."""
@@ -177,31 +178,28 @@ def scatter_op(grad: Tensor, idx: Tensor, batch: int, num_tokens: int, dtype: to
     draws, _, width = grad.shape
     rows = batch * num_tokens
     programs, tile = row_tiles(rows, width)
-    place = place_of_token(idx, num_tokens)
+    place, grad = place_of_token(idx, num_tokens), rows_in_memory(grad)
     sizes = (rows, num_tokens, width, draws // max(batch, 1))
-    launch(_scatter_kernel, programs, grad, place, out, *sizes, *grad.stride(), **tile)
+    launch(_scatter_kernel, programs, grad, place, out, *sizes, *grad.stride()[:2], **tile)
     return out
 
 
-@scatter_op.register_fake
-def _empty_scattered(grad: Tensor, idx: Tensor, batch: int, num_tokens: int, dtype: torch.dtype) -> Tensor:
-    return grad.new_empty(batch, num_tokens, grad.shape[2], dtype=dtype)
+def _empty_scattered_sum(grad: Tensor, idx: Tensor, num_tokens: int, dtype: torch.dtype) -> Tensor:
+    return grad.new_empty(1, num_tokens, grad.shape[2], dtype=dtype)
 
 
-@torch.library.custom_op("adamae_sampler::scatter_tokens_sum", mutates_args=())
+@operator(
+    "scatter_tokens_sum(Tensor grad, Tensor idx, SymInt num_tokens, ScalarType dtype) -> Tensor", _empty_scattered_sum
+)
 def scatter_sum_op(grad: Tensor, idx: Tensor, num_tokens: int, dtype: torch.dtype) -> Tensor:
     """grad [B R, K, D], idx [B R, K] -> [1, N, D], summed over all masks."""
     out = _empty_scattered_sum(grad, idx, num_tokens, dtype)
     batch, _, width = grad.shape
-    programs, tile = row_tiles(num_tokens, width)
-    place = place_of_token(idx, num_tokens)
-    launch(_scatter_sum_kernel, programs, grad, place, out, batch, num_tokens, width, *grad.stride(), **tile)
+    _, tile = row_tiles(batch, width)
+    place, grad = place_of_token(idx, num_tokens), rows_in_memory(grad)
+    programs = num_tokens * -(-width // tile["COLS"])
+    launch(_scatter_sum_kernel, programs, grad, place, out, batch, num_tokens, width, *grad.stride()[:2], **tile)
     return out
-
-
-@scatter_sum_op.register_fake
-def _empty_scattered_sum(grad: Tensor, idx: Tensor, num_tokens: int, dtype: torch.dtype) -> Tensor:
-    return grad.new_empty(1, num_tokens, grad.shape[2], dtype=dtype)
 
 
 def grad_of_pos(grad: Tensor, idx: Tensor, pos_shape: torch.Size, dtype: torch.dtype) -> Tensor:
@@ -213,21 +211,22 @@ def grad_of_pos(grad: Tensor, idx: Tensor, pos_shape: torch.Size, dtype: torch.d
     return scattered
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, idx, pos = inputs
-    ctx.save_for_backward(idx)
-    ctx.batch, ctx.num_tokens, ctx.dtype = x.shape[0], x.shape[1], x.dtype
-    ctx.pos_shape, ctx.pos_dtype = (None, None) if pos is None else (pos.shape, pos.dtype)
+class _GatherTokens(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, idx: Tensor, pos: Tensor | None) -> Tensor:
+        ctx.save_for_backward(idx)
+        ctx.batch, ctx.num_tokens, ctx.dtype = x.shape[0], x.shape[1], x.dtype
+        ctx.pos_shape, ctx.pos_dtype = (None, None) if pos is None else (pos.shape, pos.dtype)
+        gathered: Tensor = gather_op(x, idx, pos)
+        return gathered
 
-
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    (idx,) = ctx.saved_tensors
-    needs_x, _, needs_pos = ctx.needs_input_grad
-    grad_x = scatter_op(grad, idx, ctx.batch, ctx.num_tokens, ctx.dtype) if needs_x else None
-    return grad_x, None, grad_of_pos(grad, idx, ctx.pos_shape, ctx.pos_dtype) if needs_pos else None
-
-
-gather_op.register_autograd(_backward, setup_context=_save)
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (idx,) = ctx.saved_tensors
+        needs_x, _, needs_pos = ctx.needs_input_grad
+        grad_x = scatter_op(grad, idx, ctx.batch, ctx.num_tokens, ctx.dtype) if needs_x else None
+        return grad_x, None, grad_of_pos(grad, idx, ctx.pos_shape, ctx.pos_dtype) if needs_pos else None
 
 
 # ------------------------------------------------------------------------------------------------------- public
@@ -260,6 +259,6 @@ def gather_tokens(x: Tensor, idx: Tensor, pos: Tensor | None = None) -> Tensor:
     if pos is not None:
         check_pos(pos, x.shape[0], x.shape[1], x.shape[2], x.device)
     if backend_for(x, *([] if pos is None else [pos])) == "triton":
-        gathered: Tensor = gather_op(x, idx, None if pos is None else as_table(pos))
+        gathered: Tensor = _GatherTokens.apply(x, idx, None if pos is None else as_table(pos))
         return gathered
     return _gather_tokens_reference(x, idx, pos)

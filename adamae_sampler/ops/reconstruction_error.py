@@ -4,79 +4,92 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from adamae_sampler.ops.backend import backend_for, jit, launch, next_power_of_2, tl
 from adamae_sampler.ops.checks import (
-    at_least_fp32,
     check_device,
     check_floating,
     check_index_shape,
-    check_indices,
-    check_video,
+    check_target,
+    check_video_indices,
 )
-from adamae_sampler.ops.gather_tokens import select_rows
-from adamae_sampler.ops.patches import PatchSize, patch_pair, patchify, token_grid
+from adamae_sampler.ops.interleave import by_channel, by_pixel
+from adamae_sampler.ops.patch_tokens import patch_obstacle, pixel_offsets
+from adamae_sampler.ops.patches import PatchSize, patch_pair, token_grid
+from adamae_sampler.ops.registration import operator
+from adamae_sampler.ops.target import Kind, Target, target_reference
 
-Kind = Literal["mse", "l1"]
-STD_EPS = 1e-6  # added to the standard deviation, not the variance, as VideoMAE and AdaMAE do
-_MOST_PIXELS = 8192  # of a patch that one program holds; a larger patch takes the reference
-_MOST_MEANS = 4  # channels whose mean and std the kernel takes
+_MOST_CHANNELS = 4  # whose scale and shift the kernel takes
 
 # ---------------------------------------------------------------------------------------------------- reference
 
 
-def _reconstruction_error_reference(prediction: Tensor, target: Tensor, kind: Kind) -> Tensor:
-    loss = F.mse_loss if kind == "mse" else F.l1_loss
-    prediction = prediction.to(torch.promote_types(prediction.dtype, target.dtype))  # a target is fp32 or fp64
-    return loss(prediction, target, reduction="none").mean(-1)
-
-
-def _target_reference(
-    video: Tensor,
-    idx: Tensor | None,
-    patch_size: PatchSize,
-    tubelet_size: int,
-    normalize: bool,
-    mean: Sequence[float] | None,
-    std: Sequence[float] | None,
-) -> Tensor:
-    patches = patchify(video, patch_size, tubelet_size)
-    if idx is not None:
-        patches = select_rows(patches, idx)  # before the arithmetic, which then runs on masked tokens alone
-    pixels = patches.unflatten(-1, (-1, video.shape[1]))  # [B, M, pixels, C]
-    pixels = pixels.float() / 255 if video.dtype == torch.uint8 else at_least_fp32(pixels)
-    # Numbers for each channel, not a tensor of them, which would be copied to the device and waited for.
-    if normalize:
-        variance, centre = torch.var_mean(pixels, dim=-2, correction=1, keepdim=True)  # [B, M, 1, C]
-        deviation = variance.sqrt()
-        # Un-normalising the pixels first would change nothing but the weight of the epsilon beside their deviation.
-        eps = [STD_EPS] * video.shape[1] if std is None else [STD_EPS / scale for scale in std]
-        deviation = torch.stack([x + each for x, each in zip(deviation.unbind(-1), eps, strict=True)], dim=-1)
-        pixels = (pixels - centre) / deviation
-    elif mean is not None and std is not None:
-        channels = zip(pixels.unbind(-1), mean, std, strict=True)
-        pixels = torch.stack([x * scale + shift for x, shift, scale in channels], dim=-1)
-    return pixels.flatten(-2)
+def error_reference(prediction: Tensor, video: Tensor, idx: Tensor, target: Target) -> tuple[Tensor, Tensor]:
+    """[B, M] the error, and [B, M, P] its unit gradient, in the prediction's dtype: see `_error_op`."""
+    wanted = target_reference(video, idx, target)
+    by_channel = prediction.unflatten(-1, (-1, video.shape[1])).transpose(-1, -2)  # (t p1 p2 c) to [.., C, pixels]
+    unit = (by_channel - wanted).transpose(-1, -2).flatten(-2)
+    if target.kind == "mse":
+        error = torch.linalg.vector_norm(unit, dim=-1).square() / unit.shape[-1]
+    else:
+        error, unit = unit.abs().mean(-1), unit.sign()
+    return error, unit.to(prediction.dtype)
 
 
 # ------------------------------------------------------------------------------------------------------- kernel
 
 
-# Neighbouring lanes are to take neighbouring pixels, since a pixel's channels lie apart in the video and together in
-# the prediction: a stride of 1 known to the compiler would give each lane a run of pixels, and its loads of the
-# prediction 32 cache lines each.
-@jit(do_not_specialize=["video_stride_w"])
+@jit
+def _difference(
+    prediction,
+    video_ptr,
+    inside,
+    exists,
+    scale,
+    shift,
+    NORMALIZE: tl.constexpr,
+    SCALED: tl.constexpr,
+    NUM_PIXELS: tl.constexpr,
+    PIXELS: tl.constexpr,
+):
+    """One channel's prediction less its target, made here of the token's pixels; NaN if there is no such token."""
+    PADDED: tl.constexpr = PIXELS != NUM_PIXELS
+    value = tl.load(video_ptr, mask=inside & exists, other=0).to(tl.float32)
+    keep = tl.where(exists, 1.0, float("nan"))
+    if NORMALIZE:
+        value -= tl.sum(value) / NUM_PIXELS
+        if PADDED:
+            value = tl.where(inside, value, 0.0)
+        variance = tl.sum(value * value) / (NUM_PIXELS - 1)
+        value *= keep / (tl.sqrt(variance) + scale)  # the epsilon
+    elif SCALED:
+        value = value * (scale * keep) + shift
+    else:
+        value *= keep
+    value = prediction.to(tl.float32) - value
+    return tl.where(inside, value, 0.0) if PADDED else value
+
+
+@jit
+def _unit(difference, SQUARED: tl.constexpr):
+    if SQUARED:
+        return difference
+    sign = tl.where(difference < 0, -1.0, difference * 0.0)  # NaN stays NaN
+    return tl.where(difference > 0, 1.0, sign)
+
+
+@jit
 def _error_kernel(
     prediction_ptr,
     video_ptr,
-    masked_idx_ptr,
-    grad_error_ptr,
-    out_ptr,
+    idx_ptr,
+    error_ptr,
+    unit_ptr,
     N,
     M,
     R,
@@ -84,243 +97,228 @@ def _error_kernel(
     TOKENS_W,
     prediction_stride_b,
     prediction_stride_m,
-    prediction_stride_p,
-    video_stride_b,
-    video_stride_c,
-    video_stride_t,
-    video_stride_h,
-    video_stride_w,
-    masked_idx_stride_b,
-    masked_idx_stride_m,
-    grad_error_stride_b,
-    grad_error_stride_m,
-    mean_0,
-    mean_1,
-    mean_2,
-    mean_3,
-    std_0,
-    std_1,
-    std_2,
-    std_3,
-    BACKWARD: tl.constexpr,
+    stride_b,
+    stride_c,
+    stride_t,
+    stride_h,
+    stride_w,
+    scale_0,
+    scale_1,
+    scale_2,
+    scale_3,
+    shift_0,
+    shift_1,
+    shift_2,
+    shift_3,
+    GRADIENT: tl.constexpr,
     SQUARED: tl.constexpr,
     NORMALIZE: tl.constexpr,
-    STD_EPS: tl.constexpr,
-    UN_NORMALIZE: tl.constexpr,
-    IS_UINT8: tl.constexpr,
+    SCALED: tl.constexpr,
     C: tl.constexpr,
     TUBELET: tl.constexpr,
     P1: tl.constexpr,
     P2: tl.constexpr,
     PIXELS: tl.constexpr,
 ):
-    """One program, one masked token: its error, or the gradient of its prediction; NaN if its index is out of range.
+    """One program, one masked token: its error, and with GRADIENT the unit gradient of its prediction, which may be
+    written over the prediction. NaN if its index is out of range.
 
-    The target is made here from the token's pixels, channel by channel, and never stored. Blocks run over a patch's
-    (t p1 p2), padded to a power of two.
+    The target is made channel by channel and never stored. Blocks run over a patch's (t p1 p2), padded to a power of
+    two.
     """
     NUM_PIXELS: tl.constexpr = TUBELET * P1 * P2
-    drawn = (tl.program_id(0) // M).to(tl.int64)  # a mask, of which each clip has R
-    place = (tl.program_id(0) % M).to(tl.int64)
-    index = tl.load(masked_idx_ptr + drawn * masked_idx_stride_b + place * masked_idx_stride_m)
+    row = tl.program_id(0).to(tl.int64)
+    drawn = row // M  # a mask, of which each clip has R
+    index = tl.load(idx_ptr + row)
     exists = (index >= 0) & (index < N)
-    token = index.to(tl.int32)
     pixel = tl.arange(0, PIXELS)
     inside = pixel < NUM_PIXELS
-    found = pixel < tl.where(exists, NUM_PIXELS, 0)
+    offset = pixel_offsets(
+        index.to(tl.int32), pixel, TOKENS_HW, TOKENS_W, stride_t, stride_h, stride_w, TUBELET, P1, P2
+    )
+    video_ptr += drawn // R * stride_b + offset
+    prediction_ptr += drawn * prediction_stride_b + row % M * prediction_stride_m
+    unit_ptr += row * (NUM_PIXELS * C)
+    UNIT: tl.constexpr = unit_ptr.dtype.element_ty
 
-    t = token // TOKENS_HW * TUBELET + pixel // (P1 * P2)
-    h = token % TOKENS_HW // TOKENS_W * P1 + pixel // P2 % P1
-    w = token % TOKENS_W * P2 + pixel % P2
-    video_ptr += drawn // R * video_stride_b
-    video_place = t.to(tl.int64) * video_stride_t + h.to(tl.int64) * video_stride_h + w.to(tl.int64) * video_stride_w
-    prediction_ptr += drawn * prediction_stride_b + place * prediction_stride_m
-    if BACKWARD:
-        upstream = tl.load(grad_error_ptr + drawn * grad_error_stride_b + place * grad_error_stride_m).to(tl.float32)
-        upstream = tl.where(exists, upstream, float("nan")) / (NUM_PIXELS * C)
-    total = tl.zeros((PIXELS,), tl.float32)
+    if (C == 3 and NUM_PIXELS == PIXELS) and PIXELS >= 16:  # each thread has whole pixels, 16 bytes a load and a store
+        ROWS: tl.constexpr = PIXELS // 16
+        place = pixel // 16 * 48 + pixel % 16
+        a = tl.reshape(tl.load(prediction_ptr + place), (ROWS, 16))
+        b = tl.reshape(tl.load(prediction_ptr + place + 16), (ROWS, 16))
+        c = tl.reshape(tl.load(prediction_ptr + place + 32), (ROWS, 16))
+        x, y, z = by_channel(a, b, c)
+        x, y, z = tl.reshape(x, (PIXELS,)), tl.reshape(y, (PIXELS,)), tl.reshape(z, (PIXELS,))
+        x = _difference(x, video_ptr, inside, exists, scale_0, shift_0, NORMALIZE, SCALED, NUM_PIXELS, PIXELS)
+        video_ptr += stride_c
+        y = _difference(y, video_ptr, inside, exists, scale_1, shift_1, NORMALIZE, SCALED, NUM_PIXELS, PIXELS)
+        video_ptr += stride_c
+        z = _difference(z, video_ptr, inside, exists, scale_2, shift_2, NORMALIZE, SCALED, NUM_PIXELS, PIXELS)
+        total = x * x + y * y + z * z if SQUARED else tl.abs(x) + tl.abs(y) + tl.abs(z)
+        if GRADIENT:
+            x = tl.reshape(_unit(x, SQUARED).to(UNIT), (ROWS, 16))
+            y = tl.reshape(_unit(y, SQUARED).to(UNIT), (ROWS, 16))
+            z = tl.reshape(_unit(z, SQUARED).to(UNIT), (ROWS, 16))
+            a, b, c = by_pixel(x, y, z)
+            tl.store(unit_ptr + place, tl.reshape(a, (PIXELS,)))
+            tl.store(unit_ptr + place + 16, tl.reshape(b, (PIXELS,)))
+            tl.store(unit_ptr + place + 32, tl.reshape(c, (PIXELS,)))
+    else:
+        total = tl.zeros((PIXELS,), tl.float32)
+        for c in tl.static_range(C):
+            scale = scale_0 if c == 0 else scale_1 if c == 1 else scale_2 if c == 2 else scale_3
+            shift = shift_0 if c == 0 else shift_1 if c == 1 else shift_2 if c == 2 else shift_3
+            x = tl.load(prediction_ptr + pixel * C + c, mask=inside, other=0.0)
+            x = _difference(x, video_ptr, inside, exists, scale, shift, NORMALIZE, SCALED, NUM_PIXELS, PIXELS)
+            video_ptr += stride_c
+            total += x * x if SQUARED else tl.abs(x)
+            if GRADIENT:
+                tl.store(unit_ptr + pixel * C + c, _unit(x, SQUARED).to(UNIT), mask=inside)
+    tl.store(error_ptr + row, tl.sum(total) / (NUM_PIXELS * C))
 
-    for c in tl.static_range(C):
-        value = tl.load(video_ptr + tl.cast(c, tl.int64) * video_stride_c + video_place, mask=found, other=0).to(
-            tl.float32
+
+@jit
+def _scale_rows_kernel(unit_ptr, grad_error_ptr, out_ptr, P, factor, TILE: tl.constexpr):
+    """out = unit * grad_error * factor, one masked token a program."""
+    row = tl.program_id(0).to(tl.int64)
+    upstream = tl.load(grad_error_ptr + row).to(tl.float32) * factor
+    for start in range(0, P, TILE):
+        value = start + tl.arange(0, TILE)
+        unit = tl.load(unit_ptr + row * P + value, mask=value < P, other=0.0)
+        tl.store(
+            out_ptr + row * P + value, (unit.to(tl.float32) * upstream).to(out_ptr.dtype.element_ty), mask=value < P
         )
-        if IS_UINT8:
-            value = value * (1.0 / 255.0)
-        if UN_NORMALIZE:  # numbers, not a tensor of them, which would be copied to the device and waited for
-            std = std_0 if c == 0 else std_1 if c == 1 else std_2 if c == 2 else std_3
-            mean = mean_0 if c == 0 else mean_1 if c == 1 else mean_2 if c == 2 else mean_3
-            value = value * std + mean
-        if NORMALIZE:
-            centre = tl.sum(tl.where(inside, value, 0.0)) / NUM_PIXELS
-            value = value - centre
-            variance = tl.sum(tl.where(inside, value * value, 0.0)) / (NUM_PIXELS - 1)
-            value = value * (1.0 / (tl.sqrt(variance) + STD_EPS))
-        column = pixel * C + c
-        prediction = tl.load(prediction_ptr + column * prediction_stride_p, mask=inside, other=0.0).to(tl.float32)
-        difference = prediction - value
-        if BACKWARD:
-            sign = tl.where(difference > 0, 1.0, tl.where(difference < 0, -1.0, difference * 0.0))  # NaN stays NaN
-            grad = upstream * (2 * difference if SQUARED else sign)
-            row = (drawn * M + place) * (NUM_PIXELS * C)
-            tl.store(out_ptr + row + column, grad.to(out_ptr.dtype.element_ty), mask=inside)
-        else:
-            total += tl.where(inside, difference * difference if SQUARED else tl.abs(difference), 0.0)
-    if not BACKWARD:
-        error = tl.where(exists, tl.sum(total), float("nan")) / (NUM_PIXELS * C)
-        tl.store(out_ptr + drawn * M + place, error)
 
 
 # ---------------------------------------------------------------------------------------------------- operators
 
 
-def _obstacle(patch: list[int], mean: Sequence[float] | None) -> str:
-    if math.prod(patch) > _MOST_PIXELS:
-        return f"the kernel takes patches of up to {_MOST_PIXELS} pixels, not {'x'.join(map(str, patch))}"
-    if mean is not None and len(mean) > _MOST_MEANS:
-        return f"the kernel takes the mean and std of up to {_MOST_MEANS} channels, not {len(mean)}"
-    return ""
+def error_obstacle(video: Tensor, target: Target) -> str:
+    """Why the kernel does not take them; empty if it does."""
+    if target.std is not None and video.shape[1] > _MOST_CHANNELS:
+        return f"the kernel takes the mean and std of up to {_MOST_CHANNELS} channels, not {video.shape[1]}"
+    return patch_obstacle(video, target.patch)
 
 
-def _padded(values: list[float] | None) -> list[float]:
-    return [*(values or []), *[0.0] * _MOST_MEANS][:_MOST_MEANS]
-
-
-def _launch(
-    prediction: Tensor,
-    video: Tensor,
-    masked_idx: Tensor,
-    grad_error: Tensor | None,
-    out: Tensor,
-    kind: str,
-    normalize: bool,
-    patch: list[int],
-    mean: list[float] | None,
-    std: list[float] | None,
+def launch_error(
+    prediction: Tensor, video: Tensor, idx: Tensor, target: Target, error: Tensor, unit: Tensor | None
 ) -> None:
-    (draws, num_masked), (batch, channels) = masked_idx.shape, video.shape[:2]
-    tubelet, p1, p2 = patch
+    """Fills error [B, M], and unit [B, M, P] where it is given, which may be the prediction itself."""
+    (draws, num_masked), (batch, channels) = idx.shape, video.shape[:2]
+    tubelet, p1, p2 = target.patch
     tokens_t, tokens_h, tokens_w = token_grid(tuple(video.shape), (p1, p2), tubelet)
-    pixels = next_power_of_2(math.prod(patch))
+    pixels = next_power_of_2(math.prod(target.patch))
+    scales: list[float] = []  # of the first four channels; further ones have the last one's
+    shifts: list[float] = []
+    if target.normalize:
+        scales = target.epsilons(video)
+    elif video.dtype == torch.uint8:
+        scales, shifts = [1 / 255] * channels, [0.0] * channels
+    elif target.mean is not None and target.std is not None:
+        scales, shifts = target.std, target.mean
+    prediction = prediction if prediction.stride(-1) == 1 else prediction.contiguous()
     launch(
         _error_kernel,
         draws * num_masked,
         prediction,
         video,
-        masked_idx,
-        grad_error,
-        out,
+        idx.contiguous(),
+        error,
+        error if unit is None else unit,
         tokens_t * tokens_h * tokens_w,
         num_masked,
         draws // max(batch, 1),
         tokens_h * tokens_w,
         tokens_w,
-        *prediction.stride(),
+        *prediction.stride()[:2],
         *video.stride(),
-        *masked_idx.stride(),
-        *((0, 0) if grad_error is None else grad_error.stride()),
-        *_padded(mean),
-        *_padded(std),
-        BACKWARD=grad_error is not None,
-        SQUARED=kind == "mse",
-        NORMALIZE=normalize,
-        STD_EPS=STD_EPS,
-        UN_NORMALIZE=mean is not None,
-        IS_UINT8=video.dtype == torch.uint8,
+        *_four(scales),
+        *_four(shifts),
+        GRADIENT=unit is not None,
+        SQUARED=target.kind == "mse",
+        NORMALIZE=target.normalize,
+        SCALED=bool(shifts),
         C=channels,
         TUBELET=tubelet,
         P1=p1,
         P2=p2,
         PIXELS=pixels,
         num_warps=max(1, min(pixels // 512, 8)),  # one warp for 2x16x16 pixels: sums then need no barrier
+        enable_fp_fusion=True,  # its sums are rounded in an order of their own in any case
     )
 
 
+def _four(values: list[float]) -> list[float | None]:
+    return [*values, *[None] * _MOST_CHANNELS][:_MOST_CHANNELS]
+
+
 # Spelt out, since torch 2.6 does not infer lists. `patch` is (tubelet, height, width).
-_HOW = "str kind, bool normalize, int[] patch, float[]? mean, float[]? std"
+HOW = "str kind, bool normalize, int[] patch, float[]? mean, float[]? std"
 
 
-@torch.library.custom_op(
-    "adamae_sampler::reconstruction_error",
-    mutates_args=(),
-    schema=f"(Tensor prediction, Tensor video, Tensor masked_idx, {_HOW}) -> Tensor",
+def _empty_error(prediction: Tensor, video: Tensor, idx: Tensor, *how: Any) -> tuple[Tensor, Tensor]:
+    unit = prediction.new_empty(prediction.shape if how[-1] else 0)
+    return prediction.new_empty(idx.shape, dtype=torch.float32), unit
+
+
+@operator(
+    f"reconstruction_error(Tensor prediction, Tensor video, Tensor masked_idx, {HOW}, bool gradient)"
+    " -> (Tensor, Tensor)",
+    _empty_error,
 )
-def _error_op(prediction: Tensor, video: Tensor, masked_idx: Tensor, *how: Any) -> Tensor:
-    error = prediction.new_empty(masked_idx.shape, dtype=torch.float32)
-    _launch(prediction, video, masked_idx, None, error, *how)
-    return error
+def _error_op(prediction: Tensor, video: Tensor, idx: Tensor, *how: Any) -> tuple[Tensor, Tensor]:
+    """The error [B, M], and with `gradient` the unit gradient of the prediction, [B, M, P] in its dtype.
+
+    That is the derivative of the error times P / 2 for "mse" and P for "l1": the difference, or its sign, whose size
+    suits half precision.
+    """
+    error, unit = _empty_error(prediction, video, idx, *how)
+    launch_error(prediction, video, idx, Target(*how[:-1]), error, unit if how[-1] else None)
+    return error, unit
 
 
-@_error_op.register_fake
-def _(prediction: Tensor, video: Tensor, masked_idx: Tensor, *_: Any) -> Tensor:
-    return prediction.new_empty(masked_idx.shape, dtype=torch.float32)
+def _empty_scaled(unit: Tensor, grad_error: Tensor, factor: float) -> Tensor:
+    return torch.empty_like(unit)
 
 
-@torch.library.custom_op(
-    "adamae_sampler::reconstruction_error_backward",
-    mutates_args=(),
-    schema=f"(Tensor grad_error, Tensor prediction, Tensor video, Tensor masked_idx, {_HOW}) -> Tensor",
-)
-def _error_backward_op(grad_error: Tensor, prediction: Tensor, video: Tensor, masked_idx: Tensor, *how: Any) -> Tensor:
-    grad = prediction.new_empty(prediction.shape)
-    _launch(prediction, video, masked_idx, grad_error, grad, *how)
-    return grad
+@operator("scale_rows(Tensor unit, Tensor grad_error, float factor) -> Tensor", _empty_scaled)
+def _scale_rows_op(unit: Tensor, grad_error: Tensor, factor: float) -> Tensor:
+    """unit [B, M, P] times grad_error [B, M] times the factor, rounded once."""
+    out = torch.empty_like(unit)
+    draws, num_masked, values = unit.shape
+    tile = min(next_power_of_2(values), 512)  # 16 values a thread
+    rows, grad_error = draws * num_masked, grad_error.contiguous()
+    launch(_scale_rows_kernel, rows, unit, grad_error, out, values, factor, TILE=tile, num_warps=1)
+    return out
 
 
-@_error_backward_op.register_fake
-def _(grad_error: Tensor, prediction: Tensor, *_: Any) -> Tensor:
-    return prediction.new_empty(prediction.shape)
+class _ReconstructionError(torch.autograd.Function):
+    """By kernel or by reference; the forward pass makes the gradient, so that neither prediction nor video is kept."""
 
+    @staticmethod
+    def forward(ctx: Any, prediction: Tensor, video: Tensor, idx: Tensor, target: Target, kernel: bool) -> Tensor:
+        wants = ctx.needs_input_grad[0]
+        if kernel:
+            error, unit = _error_op(prediction, video, idx, *target, wants)
+        else:
+            error, unit = error_reference(prediction, video, idx, target)
+        if wants:
+            ctx.save_for_backward(unit)
+            ctx.factor, ctx.kernel = (2 if target.kind == "mse" else 1) / unit.shape[-1], kernel
+        return error
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[:3])
-    ctx.how = inputs[3:]
-
-
-def _backward(ctx: Any, grad_error: Tensor) -> tuple[Tensor | None, ...]:
-    return _error_backward_op(grad_error, *ctx.saved_tensors, *ctx.how), *[None] * 7
-
-
-_error_op.register_autograd(_backward, setup_context=_save)
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_error: Tensor) -> tuple[Tensor | None, ...]:
+        (unit,) = ctx.saved_tensors
+        if ctx.kernel:
+            grad = _scale_rows_op(unit, grad_error, ctx.factor)
+        else:
+            grad = (unit * (grad_error * ctx.factor)[..., None]).to(unit.dtype)
+        return grad, None, None, None, None
 
 
 # ------------------------------------------------------------------------------------------------------- public
-
-
-@torch.no_grad()
-def reconstruction_target(
-    video: Tensor,
-    idx: Tensor | None = None,
-    *,
-    normalize: bool = True,
-    patch_size: PatchSize = 16,
-    tubelet_size: int = 2,
-    mean: Sequence[float] | None = None,
-    std: Sequence[float] | None = None,
-) -> Tensor:
-    """What a decoder is asked to predict: pixels, by default normalised per patch and channel.
-
-    Args:
-        video: [B, C, T, H, W]. uint8 is taken as pixels and divided by 255; floating point is taken as it is, or
-            un-normalised with `mean` and `std` first.
-        idx: [B, M] int64, the tokens wanted, or [B R, M] for R masks of each clip; all N if None.
-        normalize: subtract each patch's mean and divide by its (unbiased) standard deviation + 1e-6, for each
-            channel apart; False gives raw pixels.
-        patch_size: height and width of a patch in pixels, one number or a pair.
-        tubelet_size: frames of a patch.
-        mean: the channel means that the floating-point video was normalised with, if it was.
-        std: the standard deviations that go with `mean`.
-
-    Returns:
-        [B R, M, P] fp32, P = tubelet_size * p1 * p2 * C, laid out (t p1 p2 c).
-
-    Raises:
-        TypeError, ValueError: a wrong dtype or shape, a size that patches do not divide, or `mean` and `std`
-            that do not fit each other, the channels or the dtype.
-    """
-    check_video(video, patch_size, tubelet_size, normalize, mean, std)
-    if idx is not None:
-        _check_target_indices(video, idx, patch_size, tubelet_size)
-    return _target_reference(video, idx, patch_size, tubelet_size, normalize, mean, std)
 
 
 def reconstruction_error(
@@ -358,7 +356,7 @@ def reconstruction_error(
     if kind not in ("mse", "l1"):
         raise ValueError(f"kind={kind!r}, expected 'mse' or 'l1'.")
     check_floating("prediction", prediction)
-    check_video(video, patch_size, tubelet_size, normalize, mean, std)
+    check_target(video, patch_size, tubelet_size, normalize, mean, std)
     check_device("prediction", prediction, video.device)
     check_index_shape("masked_idx", masked_idx, video.shape[0], video.device, several=True)
     p1, p2 = patch_pair(patch_size)
@@ -370,18 +368,8 @@ def reconstruction_error(
             "decoder that predicts all tokens must be cut to the masked ones first, and one that predicts a part of "
             "them goes with sample.target_idx."
         )
-    _check_target_indices(video, masked_idx, patch_size, tubelet_size)
-    patch = [tubelet_size, p1, p2]
-    floating = (prediction, video) if video.is_floating_point() else (prediction,)
-    if backend_for(*floating, obstacle=_obstacle(patch, mean)) == "triton":
-        how = (kind, normalize, patch, None if mean is None else list(mean), None if std is None else list(std))
-        error: Tensor = _error_op(prediction, video.detach(), masked_idx, *how)
-        return error
-    with torch.no_grad():
-        target = _target_reference(video, masked_idx, patch_size, tubelet_size, normalize, mean, std)
-    return _reconstruction_error_reference(prediction, target, kind)
-
-
-def _check_target_indices(video: Tensor, idx: Tensor, patch_size: PatchSize, tubelet_size: int) -> None:
-    t, h, w = token_grid(tuple(video.shape), patch_size, tubelet_size)
-    check_indices("masked_idx", idx, video.shape[0], t * h * w, video.device, several=True)
+    check_video_indices("masked_idx", video, masked_idx, patch_size, tubelet_size)
+    target = Target.of(kind, normalize, patch_size, tubelet_size, mean, std)
+    kernel = backend_for(prediction, video, obstacle=error_obstacle(video, target)) == "triton"
+    error: Tensor = _ReconstructionError.apply(prediction, video.detach(), masked_idx, target, kernel)
+    return error

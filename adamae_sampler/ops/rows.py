@@ -21,6 +21,11 @@ def cast_once(pos: Tensor, dtype: torch.dtype) -> Tensor:
     return pos.to(dtype) if pos.shape[0] == 1 else pos
 
 
+def rows_in_memory(x: Tensor) -> Tensor:
+    """x [B, N, D] with the values of a row next to each other, as the kernels read them; it is so almost always."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
 def row_tiles(num_rows: int, width: int) -> tuple[int, dict[str, int]]:
     """How many programs cover num_rows rows of a width, and the tile of each, as the kernel's constants.
 
@@ -53,10 +58,10 @@ def tile_of(num_rows, num_cols, ROWS: tl.constexpr, COLS: tl.constexpr):
 
 
 @jit
-def _place_of_token_kernel(idx_ptr, place_ptr, N, K, idx_stride_b, idx_stride_k, TILE: tl.constexpr):
+def _place_of_token_kernel(idx_ptr, place_ptr, N, K, TILE: tl.constexpr):
     """One clip a program. Its threads write over each other's places, so a barrier parts the three steps."""
     clip = tl.program_id(0).to(tl.int64)
-    idx_ptr += clip * idx_stride_b
+    idx_ptr += clip * K
     place_ptr += clip * N
     lane = tl.arange(0, TILE)
     for start in range(0, N, TILE):
@@ -64,12 +69,12 @@ def _place_of_token_kernel(idx_ptr, place_ptr, N, K, idx_stride_b, idx_stride_k,
     tl.debug_barrier()
     for start in range(0, K, TILE):
         place = start + lane
-        token = tl.load(idx_ptr + place.to(tl.int64) * idx_stride_k, mask=place < K, other=-1)
+        token = tl.load(idx_ptr + place, mask=place < K, other=-1)
         tl.store(place_ptr + token, place, mask=(token >= 0) & (token < N))
     tl.debug_barrier()
     for start in range(0, K, TILE):
         place = start + lane
-        token = tl.load(idx_ptr + place.to(tl.int64) * idx_stride_k, mask=place < K, other=-1)
+        token = tl.load(idx_ptr + place, mask=place < K, other=-1)
         named = (token >= 0) & (token < N)
         overwritten = tl.load(place_ptr + token, mask=named, other=0) != place
         tl.store(place_ptr + token, -2, mask=named & overwritten)
@@ -84,5 +89,5 @@ def place_of_token(idx: Tensor, num_tokens: int) -> Tensor:
     place = torch.empty(batch, num_tokens, dtype=torch.int32, device=idx.device)
     tile = min(next_power_of_2(num_tokens), 4096)
     warps = max(1, min(tile // 256, 8))
-    launch(_place_of_token_kernel, batch, idx, place, num_tokens, places, *idx.stride(), TILE=tile, num_warps=warps)
+    launch(_place_of_token_kernel, batch, idx.contiguous(), place, num_tokens, places, TILE=tile, num_warps=warps)
     return place

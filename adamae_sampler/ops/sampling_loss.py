@@ -7,9 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from adamae_sampler.ops.backend import backend_for, jit, launch, next_power_of_2, tl
 from adamae_sampler.ops.checks import at_least_fp32, check_device, check_floating, check_indices
+from adamae_sampler.ops.registration import operator
 from adamae_sampler.ops.rows import place_of_token
 
 # Where the official code's Categorical stops: log of the fp32 epsilon, and of one minus it.
@@ -35,12 +37,6 @@ def _sampling_loss_kernel(
     partial_ptr,
     N,
     M,
-    log_probs_stride_b,
-    log_probs_stride_n,
-    masked_idx_stride_b,
-    masked_idx_stride_m,
-    error_stride_b,
-    error_stride_m,
     LOWEST: tl.constexpr,
     HIGHEST: tl.constexpr,
     TILE: tl.constexpr,
@@ -50,10 +46,10 @@ def _sampling_loss_kernel(
     total = tl.zeros((TILE,), tl.float32)
     for start in range(0, M, TILE):
         place = (start + tl.arange(0, TILE)).to(tl.int64)
-        token = tl.load(masked_idx_ptr + clip * masked_idx_stride_b + place * masked_idx_stride_m, mask=place < M)
-        error = tl.load(error_ptr + clip * error_stride_b + place * error_stride_m, mask=place < M).to(tl.float32)
+        token = tl.load(masked_idx_ptr + clip * M + place, mask=place < M)
+        error = tl.load(error_ptr + clip * M + place, mask=place < M).to(tl.float32)
         found = (place < M) & (token >= 0) & (token < N)
-        where = log_probs_ptr + clip * log_probs_stride_b + token * log_probs_stride_n
+        where = log_probs_ptr + clip * N + token
         log_p = tl.load(where, mask=found, other=float("nan")).to(tl.float32)
         clamped = tl.where(log_p < LOWEST, LOWEST, tl.where(log_p > HIGHEST, HIGHEST, log_p))  # NaN stays
         total += tl.where(place < M, clamped * error, 0.0)
@@ -69,10 +65,7 @@ def _sampling_loss_backward_kernel(
     grad_log_probs_ptr,
     num_errors,
     N,
-    log_probs_stride_b,
-    log_probs_stride_n,
-    error_stride_b,
-    error_stride_m,
+    M,
     LOWEST: tl.constexpr,
     HIGHEST: tl.constexpr,
     TILE: tl.constexpr,
@@ -82,10 +75,10 @@ def _sampling_loss_backward_kernel(
     clip = (tl.program_id(0) // tiles).to(tl.int64)
     token = ((tl.program_id(0) % tiles) * TILE + tl.arange(0, TILE)).to(tl.int64)
     place = tl.load(place_ptr + clip * N + token, mask=token < N, other=-1)
-    where = log_probs_ptr + clip * log_probs_stride_b + token * log_probs_stride_n
+    where = log_probs_ptr + clip * N + token
     log_p = tl.load(where, mask=token < N, other=0.0).to(tl.float32)
     learns = (place >= 0) & (log_p >= LOWEST) & (log_p <= HIGHEST)
-    error = tl.load(error_ptr + clip * error_stride_b + place.to(tl.int64) * error_stride_m, mask=learns, other=0.0)
+    error = tl.load(error_ptr + clip * M + place, mask=learns, other=0.0)
     grad = -tl.load(grad_ptr) * error.to(tl.float32) / num_errors
     grad = tl.where(place == -2, float("nan"), tl.where(learns, grad, 0.0))
     tl.store(grad_log_probs_ptr + clip * N + token, grad, mask=token < N)
@@ -94,22 +87,23 @@ def _sampling_loss_backward_kernel(
 # ---------------------------------------------------------------------------------------------------- operators
 
 
-@torch.library.custom_op("adamae_sampler::sampling_loss", mutates_args=())
+def _empty_loss(log_probs: Tensor, masked_idx: Tensor, error: Tensor) -> Tensor:
+    return log_probs.new_empty((), dtype=torch.float32)
+
+
+@operator("sampling_loss(Tensor log_probs, Tensor masked_idx, Tensor error) -> Tensor", _empty_loss)
 def _sampling_loss_op(log_probs: Tensor, masked_idx: Tensor, error: Tensor) -> Tensor:
     (batch, num_tokens), num_masked = log_probs.shape, masked_idx.shape[1]
     partial = log_probs.new_empty(batch, dtype=torch.float32)
     launch(
         _sampling_loss_kernel,
         batch,
-        log_probs,
-        masked_idx,
-        error,
+        log_probs.contiguous(),
+        masked_idx.contiguous(),
+        error.contiguous(),
         partial,
         num_tokens,
         num_masked,
-        *log_probs.stride(),
-        *masked_idx.stride(),
-        *error.stride(),
         LOWEST=LOG_PROB_RANGE[0],
         HIGHEST=LOG_PROB_RANGE[1],
         TILE=min(next_power_of_2(num_masked), 2048),
@@ -117,28 +111,28 @@ def _sampling_loss_op(log_probs: Tensor, masked_idx: Tensor, error: Tensor) -> T
     return partial.sum() / -(batch * num_masked)
 
 
-@_sampling_loss_op.register_fake
-def _(log_probs: Tensor, masked_idx: Tensor, error: Tensor) -> Tensor:
-    return log_probs.new_empty((), dtype=torch.float32)
+def _empty_loss_grad(grad: Tensor, log_probs: Tensor, masked_idx: Tensor, error: Tensor) -> Tensor:
+    return log_probs.new_empty(log_probs.shape, dtype=torch.float32)
 
 
-@torch.library.custom_op("adamae_sampler::sampling_loss_backward", mutates_args=())
+@operator(
+    "sampling_loss_backward(Tensor grad, Tensor log_probs, Tensor masked_idx, Tensor error) -> Tensor", _empty_loss_grad
+)
 def _sampling_loss_backward_op(grad: Tensor, log_probs: Tensor, masked_idx: Tensor, error: Tensor) -> Tensor:
     (batch, num_tokens), num_masked = log_probs.shape, masked_idx.shape[1]
-    grad_log_probs = log_probs.new_empty(batch, num_tokens, dtype=torch.float32)
+    grad_log_probs = _empty_loss_grad(grad, log_probs, masked_idx, error)
     tile = min(next_power_of_2(num_tokens), 1024)
     launch(
         _sampling_loss_backward_kernel,
         batch * -(-num_tokens // tile),
         grad,
-        log_probs,
+        log_probs.contiguous(),
         place_of_token(masked_idx, num_tokens),
-        error,
+        error.contiguous(),
         grad_log_probs,
         batch * num_masked,
         num_tokens,
-        *log_probs.stride(),
-        *error.stride(),
+        num_masked,
         LOWEST=LOG_PROB_RANGE[0],
         HIGHEST=LOG_PROB_RANGE[1],
         TILE=tile,
@@ -146,21 +140,18 @@ def _sampling_loss_backward_op(grad: Tensor, log_probs: Tensor, masked_idx: Tens
     return grad_log_probs
 
 
-@_sampling_loss_backward_op.register_fake
-def _(grad: Tensor, log_probs: Tensor, masked_idx: Tensor, error: Tensor) -> Tensor:
-    return log_probs.new_empty(log_probs.shape, dtype=torch.float32)
+class _SamplingLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, log_probs: Tensor, masked_idx: Tensor, error: Tensor) -> Tensor:
+        ctx.save_for_backward(log_probs, masked_idx, error)
+        loss: Tensor = _sampling_loss_op(log_probs, masked_idx, error)
+        return loss
 
-
-def _save(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
-
-
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    log_probs, masked_idx, error = ctx.saved_tensors
-    return _sampling_loss_backward_op(grad, log_probs, masked_idx, error).to(log_probs.dtype), None, None
-
-
-_sampling_loss_op.register_autograd(_backward, setup_context=_save)
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        log_probs, masked_idx, error = ctx.saved_tensors
+        return _sampling_loss_backward_op(grad, log_probs, masked_idx, error).to(log_probs.dtype), None, None
 
 
 # ------------------------------------------------------------------------------------------------------- public
@@ -197,6 +188,6 @@ def sampling_loss(log_probs: Tensor, masked_idx: Tensor, error: Tensor) -> Tenso
             f"error has shape {tuple(error.shape)}, expected {tuple(masked_idx.shape)}: one for each masked token."
         )
     if backend_for(log_probs, error) == "triton":
-        loss: Tensor = _sampling_loss_op(log_probs, masked_idx, error.detach())
+        loss: Tensor = _SamplingLoss.apply(log_probs, masked_idx, error.detach())
         return loss
     return _sampling_loss_reference(at_least_fp32(log_probs), masked_idx, at_least_fp32(error))
