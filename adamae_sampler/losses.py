@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from adamae_sampler import ops
 from adamae_sampler.estimators import leave_one_out, set_log_prob
@@ -105,26 +102,20 @@ def sampling_loss(
     return loss if estimator == "plackett_luce" else -loss
 
 
-class DeferredPrediction(NamedTuple):
-    """A prediction that is not made yet: the input of the decoder's last layer, and that layer.
+class HeadInputs(NamedTuple):
+    """A prediction that is not made: the input of the decoder's last layer, and that layer.
 
-    `AdaMAELoss` makes it, and its gradient, chunk by chunk, so that [B, M, P] is never held whole.
+    `AdaMAELoss(fused_head=True)` makes the error, and the gradients, a part at a time, so that [B, M, P] is never held.
 
     Attributes:
-        features: [B, M, D].
+        hidden: [B, M, D], in the order of `sample.target_idx`.
         weight: [P, D].
-        bias: [P].
-        chunks: how many parts the M tokens are cut into.
+        bias: [P], or None.
     """
 
-    features: Tensor
+    hidden: Tensor
     weight: Tensor
-    bias: Tensor
-    chunks: int
-
-    def whole(self) -> Tensor:
-        """The prediction, [B, M, P]."""
-        return F.linear(self.features, self.weight, self.bias)
+    bias: Tensor | None
 
 
 class LossOutput(NamedTuple):
@@ -134,7 +125,8 @@ class LossOutput(NamedTuple):
         loss: scalar, reconstruction + sampling_weight * sampling; call backward on it.
         reconstruction: scalar, L_R.
         sampling: scalar, L_S before its weight; 0 for masks without a distribution.
-        token_error: [B, M], the error of each masked token; with a decode_mask [B, tokens left], 0 for visible ones.
+        token_error: [B, M], the error of each masked token, without a gradient from a fused head; with a decode_mask
+            [B, tokens left], 0 for visible ones.
     """
 
     loss: Tensor
@@ -148,7 +140,7 @@ class AdaMAELoss(nn.Module):
 
     Args:
         sampling_weight: weight of the sampling loss, 1e-4 in the paper.
-        kind: see `reconstruction_error`, as for all further arguments but the last two.
+        kind: see `reconstruction_error`, as for all further arguments but the last three.
         normalize: see `reconstruction_error`.
         patch_size: see `reconstruction_error`.
         tubelet_size: see `reconstruction_error`.
@@ -157,6 +149,8 @@ class AdaMAELoss(nn.Module):
         estimator: of the sampler's gradient, see `adamae_sampler.sampling_loss`. It takes masks for drawn from p, those
             given from outside too.
         num_masks: R, masks of each clip; prediction and sample then have R rows for each clip of the video.
+        fused_head: take `HeadInputs`, or (hidden, weight, bias), in place of a prediction: the error and all gradients
+            are made in the forward pass, and the prediction is never held. Predictions are taken too.
 
     Raises:
         ValueError: an unknown estimator, or a number of masks below 1.
@@ -174,6 +168,7 @@ class AdaMAELoss(nn.Module):
         std: Sequence[float] | None = None,
         estimator: Estimator = "categorical",
         num_masks: int = 1,
+        fused_head: bool = False,
     ) -> None:
         super().__init__()
         if estimator not in _ESTIMATORS:
@@ -184,6 +179,7 @@ class AdaMAELoss(nn.Module):
             )
         self.estimator: Estimator = estimator
         self.num_masks = num_masks
+        self.fused_head = fused_head
         self.sampling_weight = sampling_weight
         self.kind: Kind = kind
         self.normalize = normalize
@@ -194,7 +190,7 @@ class AdaMAELoss(nn.Module):
 
     def forward(
         self,
-        prediction: Tensor | DeferredPrediction,
+        prediction: Tensor | HeadInputs | tuple[Tensor, Tensor, Tensor | None],
         video: Tensor,
         sample: MaskSample,
         decode_mask: Tensor | None = None,
@@ -202,7 +198,7 @@ class AdaMAELoss(nn.Module):
         """The losses of a step.
 
         Args:
-            prediction: [B, M, P], see `reconstruction_error`; or one that is made here in chunks.
+            prediction: [B, M, P], see `reconstruction_error`; or with `fused_head` what it would be made of.
             video: [B, C, T, H, W], see `reconstruction_error`.
             sample: the mask.
             decode_mask: [B, N] bool, True = not decoded, for decoders that leave tokens out (VideoMAEv2): then the
@@ -218,52 +214,40 @@ class AdaMAELoss(nn.Module):
                 f"{self.num_masks}. Give AdaMAELoss the num_masks of the sampler, and to the model, where it is given "
                 "a mask, a row for each."
             )
+        if isinstance(prediction, tuple):
+            reconstruction, error = self._fused(HeadInputs(*prediction), video, sample, decode_mask)
+            return self._with_sampling(reconstruction, error, sample)
         share: Tensor | float = 1.0  # of the tokens decoded that are masked
         if decode_mask is not None:
-            if isinstance(prediction, DeferredPrediction):
-                prediction = prediction.whole()
+            if self.estimator != "categorical" and sample.log_probs is not None:
+                raise ValueError(f"estimator={self.estimator!r} takes no decode_mask; use decode_ratio of the model.")
             sample = _decoded(sample, decode_mask, prediction.shape[1])
-        error = self._error(prediction, video, sample)
+        error = reconstruction_error(prediction, video, sample, **self._target())
         if decode_mask is not None:
             masked = sample.mask.gather(1, sample.masked_idx)
             error, share = error * masked, masked.float().mean()
-        reconstruction = error.mean() / share
+        return self._with_sampling(error.mean() / share, error, sample, share)
+
+    def _fused(
+        self, inputs: HeadInputs, video: Tensor, sample: MaskSample, decode_mask: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        if not self.fused_head:
+            raise TypeError("the prediction is a tuple, hidden states and a layer: give AdaMAELoss fused_head=True.")
+        if decode_mask is not None:
+            raise ValueError("a fused head takes no decode_mask; give the prediction itself.")
+        return ops.head_error(*inputs, video, sample.target_idx, **self._target())
+
+    def _with_sampling(
+        self, reconstruction: Tensor, error: Tensor, sample: MaskSample, share: Tensor | float = 1.0
+    ) -> LossOutput:
         if sample.log_probs is None:
             return LossOutput(reconstruction, reconstruction, error.new_zeros(()), error)
-        if decode_mask is not None and self.estimator != "categorical":
-            raise ValueError(f"estimator={self.estimator!r} takes no decode_mask; use decode_ratio of the model.")
         sampling = sampling_loss(sample, error, estimator=self.estimator, num_masks=self.num_masks) / share
         return LossOutput(reconstruction + self.sampling_weight * sampling, reconstruction, sampling, error)
 
-    def _error(self, prediction: Tensor | DeferredPrediction, video: Tensor, sample: MaskSample) -> Tensor:
-        if isinstance(prediction, Tensor):
-            return self._error_of(prediction, video, sample)
-        features, weight, bias, chunks = prediction
-        parts = zip(features.chunk(chunks, 1), sample.target_idx.chunk(chunks, 1), strict=True)
-        errors = [
-            checkpoint(self._error_of_chunk, part, weight, bias, video, sample, idx, use_reentrant=False)
-            for part, idx in parts
-        ]
-        return torch.cat(errors, 1)
-
-    def _error_of_chunk(
-        self, features: Tensor, weight: Tensor, bias: Tensor, video: Tensor, sample: MaskSample, idx: Tensor
-    ) -> Tensor:
-        """[B, m]. Its prediction is made again in the backward pass, where it is needed for the gradient."""
-        return self._error_of(F.linear(features, weight, bias), video, sample._replace(decoded_idx=idx))
-
-    def _error_of(self, prediction: Tensor, video: Tensor, sample: MaskSample) -> Tensor:
-        return reconstruction_error(
-            prediction,
-            video,
-            sample,
-            kind=self.kind,
-            normalize=self.normalize,
-            patch_size=self.patch_size,
-            tubelet_size=self.tubelet_size,
-            mean=self.mean,
-            std=self.std,
-        )
+    def _target(self) -> dict[str, Any]:
+        names = ("kind", "normalize", "patch_size", "tubelet_size", "mean", "std")
+        return {name: getattr(self, name) for name in names}
 
     def extra_repr(self) -> str:
         """For print(loss)."""

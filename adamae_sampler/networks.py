@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import Mlp
-from timm.models.vision_transformer import Block
 from torch import Tensor, nn
+
+from adamae_sampler.ops import token_scores
+from adamae_sampler.transformer import LayerNorm, Transformer
 
 _MOST_CELLS = 200
 
@@ -52,16 +52,15 @@ class MHAScoreNetwork(nn.Module):
             )
         self.project = nn.Linear(embed_dim, width, bias=False) if width != embed_dim else nn.Identity()
         self.pos_embed = nn.Parameter(torch.zeros(1, num_tokens, width))
-        self.blocks = _blocks(depth, width, num_heads, mlp_ratio, drop)
+        self.blocks = Transformer(depth, width, num_heads, mlp_ratio, qkv_bias=False, drop=drop, eps=1e-5)
         self.head = nn.Linear(width, 1)
         init_linear_layers(self)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """[B, N, D] -> [B, N] fp32."""
-        x = self.project(tokens) + self.pos_embed
-        for block in self.blocks:
-            x = block(x)
-        return _score(self.head, x)
+        x = self.project(tokens)
+        x = x + self.pos_embed.to(x.dtype)  # in fp32 it would make all that follows fp32 under autocast
+        return _score(self.head, self.blocks(x))
 
 
 class PooledScoreNetwork(nn.Module):
@@ -106,8 +105,8 @@ class PooledScoreNetwork(nn.Module):
         self.cells = _cells(grid_size, self.pool)
         self.project = nn.Linear(embed_dim, width, bias=False)
         self.pos_embed = nn.Parameter(torch.zeros(1, math.prod(self.cells), width))
-        self.blocks = _blocks(depth, width, num_heads, mlp_ratio, drop)
-        self.norm = nn.LayerNorm(width)
+        self.blocks = Transformer(depth, width, num_heads, mlp_ratio, qkv_bias=False, drop=drop, eps=1e-5)
+        self.norm = LayerNorm(width, eps=1e-5)
         self.head = nn.Linear(width, 1)
         init_linear_layers(self)
         nn.init.zeros_(self.head.weight)  # from even scores it learns faster than from random ones: benchmarks/study.py
@@ -120,10 +119,9 @@ class PooledScoreNetwork(nn.Module):
                 f"network's grid {self.grid_size}. Build it with the sampler's grid_size."
             )
         own = self.project(tokens)  # [B, N, width]
-        x = self._pool(own) + self.pos_embed  # [B, cells, width]
-        for block in self.blocks:
-            x = block(x)
-        return _score(self.head, F.gelu(self.norm(own + self._expand(x))))
+        x = self._pool(own) + self.pos_embed.to(own.dtype)  # [B, cells, width]
+        _, normed = self.norm.of_sum(own, self._expand(self.blocks(x)))
+        return _score(self.head, F.gelu(normed))
 
     def _pool(self, x: Tensor) -> Tensor:
         """[B, N, width] -> [B, cells, width], the mean of each cell's tokens."""
@@ -184,23 +182,8 @@ class MLPScoreNetwork(nn.Module):
         return _score(self.head, self.act(self.hidden(tokens)))
 
 
-def _blocks(depth: int, width: int, num_heads: int, mlp_ratio: float, drop: float) -> nn.ModuleList:
-    """Blocks whose every branch ends in dropout."""
-    return nn.ModuleList(
-        Block(width, num_heads, mlp_ratio, proj_drop=drop, norm_layer=nn.LayerNorm, mlp_layer=_mlp)
-        for _ in range(depth)
-    )
-
-
-def _mlp(*, drop: float, **kwargs: Any) -> Mlp:
-    """VideoMAE's MLP, which drops after its second layer alone."""
-    return Mlp(drop=(0.0, drop), **kwargs)
-
-
 def _score(head: nn.Linear, x: Tensor) -> Tensor:
-    """The last layer in fp32, also under autocast: half precision has too few digits for 1568 log-probabilities."""
-    with torch.autocast(device_type=x.device.type, enabled=False):
-        return F.linear(x.float(), head.weight.float(), head.bias.float()).squeeze(-1)
+    return token_scores(x, head.weight.flatten(), head.bias)
 
 
 def init_linear_layers(network: nn.Module) -> None:

@@ -165,11 +165,20 @@ def reconstruction_error(
     OPS.scale_rows(unit, error, 1.0)
 
 
+def add_norm(width: int, dtype: torch.dtype) -> None:
+    """A sum and its norm, with and without a branch, and both ways back."""
+    x, weight = torch.empty(CLIPS, N, width, dtype=dtype), torch.empty(width)
+    for branch in (x, None):
+        _, normed, mean, rstd = OPS.add_norm(x, branch, weight, weight, 1e-6)
+        OPS.add_norm_backward(normed, branch, x, weight, mean, rstd)
+
+
 def patch_tokens(video_dtype: torch.dtype, dtype: torch.dtype) -> None:
-    """All tokens, and those that are visible."""
+    """All tokens, and those that are visible; and all tokens small."""
     video = torch.empty(CLIPS, 3, 16, 224, 224, dtype=video_dtype)
     for idx in (None, torch.empty(CLIPS, K, dtype=torch.int64)):
         OPS.patch_tokens(video, idx, [2, 16, 16], dtype)
+    OPS.thumbnails(video, [2, 16, 16], [1.0] * 3, [0.5] * 3, dtype)
 
 
 def sampling_loss() -> None:
@@ -188,6 +197,12 @@ CASES: dict[str, Callable[[], None]] = {
     "draw_mask, 1568 tokens, noise given": lambda: draw_mask(N, K, noise=True),
     "draw_mask, 18432 tokens": lambda: draw_mask(18432, 921),
     "sampling_loss": sampling_loss,
+    "token_scores, 768 wide, bfloat16": lambda: OPS.token_scores(
+        torch.empty(CLIPS, N, 768, dtype=torch.bfloat16), torch.empty(768), torch.empty(1)
+    ),
+    "add_norm, 768 wide, bfloat16": lambda: add_norm(768, torch.bfloat16),
+    "add_norm, 384 wide, bfloat16": lambda: add_norm(384, torch.bfloat16),
+    "add_norm, 1024 wide, float32": lambda: add_norm(1024, torch.float32),
 }
 for _dtype in (torch.float32, torch.bfloat16, torch.float16):
     _name = str(_dtype).removeprefix("torch.")

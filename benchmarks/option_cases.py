@@ -12,7 +12,7 @@ from rows import OFFICIAL, Subject
 from steps import Step, StepCase
 from torch import Tensor, nn
 
-from adamae_sampler.models.adamae import thumbnails
+from adamae_sampler import ops
 from adamae_sampler.models.encoder import Encoder, VideoSize
 from adamae_sampler.networks import MHAScoreNetwork, PooledScoreNetwork
 
@@ -60,7 +60,7 @@ def option_groups(exact: StepCase) -> dict[str, dict[str, StepCase]]:
         "exact": {
             "exact": exact,
             "half decoded": replace(exact, decode_ratio=0.5),
-            "head in 8 chunks": replace(exact, head_chunks=8),
+            "prediction held": replace(exact, fused_head=False),
         },
     }
 
@@ -122,7 +122,7 @@ class Part:
         tokens = torch.randn(self.clips, count, self.width, device=device, requires_grad=True)
         inputs: Callable[[], Tensor] = lambda: tokens  # noqa: E731
         if self.implementation == "pixels":
-            inputs = partial(thumbnails, torch.randn(self.clips, *size.video, device=device), size)
+            inputs = partial(ops.thumbnails, torch.randn(self.clips, *size.video, device=device))
         with device:
             module = self._module(inputs)
 

@@ -1,6 +1,6 @@
 """Whole training steps: forward, losses, backward and AdamW, of the package, the official formulation, its repository.
 
-The package's step starts from uint8 video on the device and normalises it, as `examples/pretrain.py` does; the
+The package's step starts from uint8 video on the device, as `examples/pretrain.py` does; the
 official one from the fp32 video that its loader normalises. AdamW is fused in ours and torch's default in the others.
 """
 
@@ -24,14 +24,13 @@ from official_formulation import OfficialFormulation, official_error, official_l
 from official_repository import ADAMAE, repository_model
 from rows import OFFICIAL, OURS, Subject
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.models.eva import EvaBlock
-from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from adamae_sampler import AdaMAELoss, FrameTokenSampler, RandomTokenSampler, TubeTokenSampler
 from adamae_sampler.models import AdaMAE, load_checkpoint
 from adamae_sampler.sampler import TokenSampler
+from adamae_sampler.transformer import Block
 
 Masking = Literal["adaptive", "random", "tube", "frame"]
 ScoreNetwork = Literal["mha", "mlp", "pooled"]
@@ -64,7 +63,6 @@ class AnyStep(Protocol):
         """The case as rows know it."""
 
 
-_BLOCKS = (Block, EvaBlock)  # of the score network, and of encoder and decoder
 _ADAMW = partial(torch.optim.AdamW, lr=1.5e-4, betas=(0.9, 0.95), weight_decay=0.05)
 _RTOL = {"cpu": 1e-5, "cuda": 1e-4}  # of fp32 losses; a GPU's attention kernels sum in other orders
 
@@ -90,7 +88,7 @@ class StepCase:
         sample_from: see there.
         num_masks: see there; `clips` are those of the video.
         decode_ratio: see there.
-        head_chunks: see there.
+        fused_head: see there; on as in `examples/pretrain.py`.
     """
 
     masking: Masking = "adaptive"
@@ -108,12 +106,12 @@ class StepCase:
     sample_from: SampleFrom = "tokens"
     num_masks: int = 1
     decode_ratio: float = 1.0
-    head_chunks: int = 1
+    fused_head: bool = True
 
     @property
     def options(self) -> dict[str, Any]:
         """What differs from the paper's method, as the model's arguments."""
-        names = ("score_network", "sample_from", "num_masks", "decode_ratio", "head_chunks")
+        names = ("score_network", "sample_from", "num_masks", "decode_ratio", "fused_head")
         usual = {each.name: each.default for each in fields(StepCase)}
         return {name: value for name in names if (value := getattr(self, name)) != usual[name]}
 
@@ -183,7 +181,7 @@ def make_step(case: StepCase, device: torch.device) -> Step:
     if case.compiled == "whole":
         forward = torch.compile(forward, fullgraph=case.implementation == OURS, dynamic=False)
     if case.compiled == "blocks":
-        for block in filter(lambda module: isinstance(module, _BLOCKS), model.modules()):
+        for block in filter(lambda module: isinstance(module, Block), model.modules()):
             block.compile(fullgraph=True, dynamic=False)
     # Capturable, so that a CUDA graph can hold the whole step.
     options: dict[str, Any] = {"fused": True, "capturable": device.type == "cuda"}
@@ -201,15 +199,11 @@ def make_step(case: StepCase, device: torch.device) -> Step:
 
 
 def _our_forward(case: StepCase, device: torch.device) -> tuple[nn.Module, Step]:
-    model, criterion = our_model(case, device), AdaMAELoss(num_masks=case.num_masks)
+    model, criterion = our_model(case, device), AdaMAELoss(num_masks=case.num_masks, fused_head=case.fused_head)
     video = torch.randint(256, case.video_shape, dtype=torch.uint8, device=device)
-    mean, std = (
-        255 * torch.tensor(each, device=device, dtype=case.dtype).view(1, 3, 1, 1, 1)
-        for each in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
-    )
 
     def forward() -> Tensor:
-        prediction, sample = model(video.to(case.dtype).sub_(mean).div_(std))
+        prediction, sample = model(video)
         loss: Tensor = criterion(prediction, video, sample).loss
         return loss
 
@@ -251,7 +245,7 @@ def our_model(case: StepCase, device: torch.device) -> AdaMAE:
             num_frames=case.num_frames,
             mask_ratio=case.mask_ratio,
             masking=case.masking,
-            **case.options,
+            **{**case.options, "fused_head": case.fused_head},
             **({} if case.depth is None else {"depth": case.depth}),
         )
     return model

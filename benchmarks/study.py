@@ -222,7 +222,6 @@ def measure(recipe: Any, weights: Path, device: Any) -> Measured:
     from adamae_sampler import RandomTokenSampler, reconstruction_error
     from adamae_sampler.models import load_checkpoint
     from common.datasets import ClipStream
-    from common.devices import Normalise
     from common.sources import pretrain_source
     from common.sprites import Sprites
 
@@ -245,15 +244,14 @@ def measure(recipe: Any, weights: Path, device: Any) -> Measured:
     visible, weight, errors, targets = [], [], [], []
     with torch.no_grad():
         for part in video.split(32):
-            pixels = Normalise(device)(part.to(device))
+            pixels = part.to(device)
             samples = [model.draw_mask(pixels) for _ in range(20)]
             visible.append(torch.stack([~sample.mask for sample in samples]).float().mean(0))
             log_probs = samples[0].log_probs
             weight.append(visible[-1] if log_probs is None else log_probs.exp())
             mask = random_masks(torch.zeros(len(part), random_masks.num_tokens, 1, device=device), generator=generator)
             prediction, sample = model(pixels, mask=mask)
-            target = part.to(device)
-            errors.append(reconstruction_error(prediction, target, sample, normalize=recipe.normalize_target, **sizes))
+            errors.append(reconstruction_error(prediction, pixels, sample, normalize=recipe.normalize_target, **sizes))
             targets.append(sample.target_idx)
     error, masked = torch.cat(errors), 1 - model.sampler.num_visible / model.sampler.num_tokens
     if moving is None:

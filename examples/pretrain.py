@@ -30,7 +30,7 @@ from common.checkpoints import save_weights
 from common.cli import Run, parse_arguments
 from common.costs import forward_flops
 from common.datasets import ClipSource, ClipStream
-from common.devices import Normalise, make_accelerator
+from common.devices import make_accelerator
 from common.endings import run_to_the_end
 from common.engine import Loop, Resumed
 from common.metrics import PretrainMetrics
@@ -81,11 +81,10 @@ def train(recipe: PretrainRecipe, job: Job) -> None:
     flops = forward_flops(model, 1, 3, recipe.num_frames, *recipe.img_size)
     better = ("reconstruction", -1)
     loop = Loop.begin(recipe, schedule, accelerator, model, optimizer, source, resumed, better)
-    normalise = Normalise(accelerator.device)
     metrics = PretrainMetrics(model.sampler.num_tokens, accelerator.device)
 
     def forward(batch: dict[str, Any], _: int) -> Tensor:
-        prediction, sample = loop.model(normalise(batch["video"]))
+        prediction, sample = loop.model(batch["video"])
         out = criterion(prediction, batch["video"], sample)
         metrics.add_forward(out, sample)
         return out.loss
@@ -93,7 +92,7 @@ def train(recipe: PretrainRecipe, job: Job) -> None:
     loop.run(forward, metrics, flops)
     weights = whole_weights(accelerator, loop.model)
     if accelerator.is_main_process:
-        finish(recipe, weights, criterion, source, normalise)
+        finish(recipe, weights, criterion, source, accelerator.device)
         loop.quarantine.report()
     accelerator.end_training()
 
@@ -118,7 +117,7 @@ def describe(
 
 def describe_options(recipe: PretrainRecipe) -> str:
     """What differs from the paper's method."""
-    names = (*SAMPLER_SETTINGS, "num_masks", "decode_ratio", "head_chunks", "estimator")
+    names = (*SAMPLER_SETTINGS, "num_masks", "decode_ratio", "fused_head", "estimator")
     usual = {each.name: each.default for each in fields(recipe)}
     changed = {name: value for name in names if (value := getattr(recipe, name)) != usual[name]}
     return "".join(f", {name}={value}" for name, value in changed.items())
@@ -126,16 +125,16 @@ def describe_options(recipe: PretrainRecipe) -> str:
 
 @torch.no_grad()
 def finish(
-    recipe: PretrainRecipe, weights: dict[str, Tensor], criterion: AdaMAELoss, source: ClipSource, normalise: Normalise
+    recipe: PretrainRecipe, weights: dict[str, Tensor], criterion: AdaMAELoss, source: ClipSource, device: torch.device
 ) -> None:
     """Writes the weights, and a picture of the first clip that can be read."""
-    model = timm.create_model(recipe.model, **recipe.model_args()).to(normalise.mean.device)  # free of what wraps it
+    model = timm.create_model(recipe.model, **recipe.model_args()).to(device)  # free of what wraps it
     model.load_state_dict(weights)
     save_weights(model, recipe.output / "model.safetensors", recipe)
-    video = ClipStream(source, 0, 1, recipe.seed)[0]["video"][:1].to(normalise.mean.device)
+    video = ClipStream(source, 0, 1, recipe.seed)[0]["video"][:1].to(device)
     model.sampler.num_masks = criterion.num_masks = 1  # one for the picture
     generator = torch.Generator(video.device).manual_seed(recipe.seed)
-    prediction, sample = model.eval()(normalise(video), generator=generator)
+    prediction, sample = model.eval()(video, generator=generator)
     out = criterion(prediction, video, sample)
     figure = overview(
         video,

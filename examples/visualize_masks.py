@@ -26,7 +26,7 @@ from adamae_sampler.visualize import animation, mask_overview, overview, save_an
 from common.checkpoints import DECODER_SIZES, stated_recipe, stated_sizes
 from common.cli import checkpoint_of, parse_settings
 from common.datasets import VideoViews
-from common.devices import Normalise, autocast, make_accelerator
+from common.devices import autocast, make_accelerator
 from common.lists import VideoEntry
 from common.pretrain_recipe import SAMPLER_SETTINGS
 from common.recipe import EncoderSettings
@@ -117,7 +117,7 @@ def run(options: Options) -> None:
         model = build(options, ratio, report=not samples).to(device).eval()
         generator = torch.Generator(device).manual_seed(options.seed)
         with autocast(accelerator):
-            prediction, sample = model(Normalise(device)(video), generator=generator)
+            prediction, sample = model(video, generator=generator)
         out = criterion(prediction, video, sample)
         name = f"{100 * ratio:g}"
         samples[f"{name}% masked"] = sample

@@ -26,18 +26,21 @@ def make_sample(batch: int, tokens: int, visible: int) -> MaskSample:
         return ops.draw_mask(torch.zeros(batch, tokens, device=DEVICE), visible)
 
 
+def run(backend, call, leaves, upstream):
+    """[output, gradients] of a call that returns one tensor, on a backend."""
+    inputs = [leaf.detach().requires_grad_() for leaf in leaves]
+    with ops.use_backend(backend):
+        out = call(*inputs)
+        return [out.detach(), *torch.autograd.grad(out, inputs, upstream.to(out.device))]
+
+
 def run_both(call, *leaves, upstream=None):
     """(outputs and gradients of the reference, the same of the kernel), of a call that returns one tensor."""
-    results = []
-    for backend in ("torch", "triton"):
-        inputs = [leaf.detach().requires_grad_() for leaf in leaves]
-        with ops.use_backend(backend):
-            out = call(*inputs)
-            if upstream is None:
-                upstream = whole_numbers(*out.shape, dtype=out.dtype)
-            grads = torch.autograd.grad(out, inputs, upstream.to(out.device))
-        results.append((out.detach(), *grads))
-    return results
+    if upstream is None:
+        with ops.use_backend("torch"), torch.no_grad():
+            out = call(*leaves)
+        upstream = whole_numbers(*out.shape, dtype=out.dtype)
+    return [run(backend, call, leaves, upstream) for backend in ("torch", "triton")]
 
 
 def assert_same(reference, kernel):

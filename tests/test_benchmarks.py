@@ -215,7 +215,7 @@ def test_every_option_is_timed():
     groups = option_cases.option_groups(QUICK_STEP)
     assert all(len(cases) > 1 for cases in groups.values())
     seen = {name for cases in groups.values() for case in cases.values() for name in case.options}
-    assert seen == {"score_network", "sample_from", "num_masks", "decode_ratio", "head_chunks"}
+    assert seen == {"score_network", "sample_from", "num_masks", "decode_ratio", "fused_head"}
     units = {unit.case for unit in gpu_cases.units("options", torch.device("cpu"), quick=True)}
     assert units >= {case for cases in groups.values() for case in cases.values()}
     assert {part.size.num_tokens for part in option_cases.part_cases(2, quick=True)} == {128, 256}

@@ -20,10 +20,10 @@ def test_operations_of_vit_b_are_those_counted_by_hand(masking, ratio, gmacs):
     assert forward_flops(model, 1, 3, 16, 224, 224) / 2e9 == pytest.approx(gmacs, rel=0.005)
 
 
-def test_the_head_in_chunks_does_as_much():
-    whole, chunks = (timm.create_model("pretrain_adamae_vit_small_patch16_224", head_chunks=n) for n in (1, 8))
+def test_a_fused_head_does_as_much():
+    whole, fused = (timm.create_model("pretrain_adamae_vit_small_patch16_224", fused_head=n) for n in (False, True))
     size = (1, 3, 16, 224, 224)
-    assert forward_flops(chunks.train(), *size) == forward_flops(whole.train(), *size)
+    assert forward_flops(fused.train(), *size) == forward_flops(whole.train(), *size)
 
 
 def test_counting_has_no_effect():

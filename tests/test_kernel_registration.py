@@ -27,7 +27,11 @@ def op_calls():
     idx = (sample.visible_idx, sample.masked_idx)
     indices = make_sample(2, 27, 21).masked_idx
     seed = torch.tensor([11, 12], device=DEVICE)
+    statistics = torch.rand(2, 9, device=DEVICE), torch.rand(2, 9, device=DEVICE)
     return {
+        "add_norm": (x, x, mask_token, mask_token, 1e-6),
+        "add_norm_backward": (x, x, x, mask_token, *statistics),
+        "token_scores": (x, mask_token, mask_token[:1]),
         "draw_mask": (scores, 3, None, seed),
         "log_softmax_backward": (scores, scores),
         "gather_tokens": (x, sample.visible_idx, pos),
@@ -37,6 +41,8 @@ def op_calls():
         "sum_masked_rows": (x, sample.visible_idx, False),
         "patch_tokens": (video, indices, [1, 2, 2], torch.bfloat16),
         "reconstruction_error": (prediction, video, indices, *how, True),
+        "head_error": (visible, torch.randn(4, 6, device=DEVICE), None, video, indices[:, :3], *how, True, True),
+        "thumbnails": (video, [1, 2, 2], [0.5], [0.25], torch.float16),
         "scale_rows": (prediction, error, 0.5),
         "sampling_loss": (scores, sample.masked_idx, error),
         "sampling_loss_backward": (error.sum(), scores, sample.masked_idx, error),

@@ -5,6 +5,7 @@ uninitialised is poisoned throughout, so that a place that no kernel wrote shows
 """
 
 import math
+import sys
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from kernel_inputs import (
     assert_close,
     assert_same,
     make_sample,
+    run,
     run_both,
     whole_numbers,
 )
@@ -256,6 +258,55 @@ def test_mask_token_gradient_adds_its_own_rows_alone():
     assert_same(*run_both(call, torch.zeros(width, device=DEVICE), upstream=upstream))
 
 
+@pytest.mark.parametrize("rows", [(1, 1), (3, 37), (2, 1100)])
+@pytest.mark.parametrize("width", [5, 48, 384])
+@pytest.mark.parametrize("branch", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_add_norm(rows, width, branch, dtype):
+    """Sum and norm, and all gradients of both, against the reference in fp64; the residual stream's flows past the norm.
+
+    More rows than the weights' gradient has parts, too.
+    """
+    leaves = [torch.randn(*rows, width).to(DEVICE, dtype) for _ in range(1 + branch)]
+    leaves += [torch.randn(width, device=DEVICE), torch.randn(width, device=DEVICE)]
+
+    def call(*leaves):
+        *summands, weight, bias = leaves
+        total, normed = ops.add_norm(summands[0], summands[1] if branch else None, weight, bias, 1e-6)
+        return torch.stack([total, normed])
+
+    upstream = torch.randn(2, *rows, width).to(dtype)
+    kernel = run("triton", call, leaves, upstream)
+    expected = run("torch", call, [leaf.double() for leaf in leaves], upstream.double())
+    close = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}[dtype]
+    assert [each.dtype for each in kernel] == [dtype, *[leaf.dtype for leaf in leaves]]
+    for want, got in zip(expected, kernel, strict=True):
+        assert (got - want).norm() <= close * max(want.norm(), 1e-3)
+
+
+def test_add_norm_of_a_part_of_the_tokens():
+    x, branch = torch.randn(3, 9, 16, device=DEVICE), torch.randn(3, 9, 16, device=DEVICE)
+    ones, zeros = torch.ones(16, device=DEVICE), torch.zeros(16, device=DEVICE)
+    call = lambda x, branch: ops.add_norm(x[:, 4:], branch[:, 4:], ones, zeros)[1]  # noqa: E731
+    assert_close(*run_both(call, x, branch, upstream=torch.randn(3, 5, 16)))
+    for bad, name in ((branch[:, :4], "branch"), (ones[:3], "weight")):
+        with pytest.raises(ValueError, match=f"{name} has shape"):
+            ops.add_norm(x, bad if name == "branch" else None, bad if name == "weight" else ones, zeros)
+
+
+@pytest.mark.parametrize("width", [1, 48, 384])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_token_scores(width, dtype):
+    x, weight = torch.randn(2, 37, width).to(DEVICE, dtype), torch.randn(width, device=DEVICE)
+    bias = torch.randn(1, device=DEVICE)
+    reference, kernel = run_both(ops.token_scores, x, weight, bias, upstream=torch.randn(2, 37))
+    assert kernel[0].dtype == torch.float32
+    torch.testing.assert_close(kernel[0], reference[0], rtol=1e-5, atol=1e-5)
+    for expected, got in zip(reference[1:], kernel[1:], strict=True):
+        assert got.dtype == expected.dtype
+        assert (got - expected).norm() <= {torch.float32: 1e-5, torch.float16: 5e-3}.get(dtype, 2e-2) * expected.norm()
+
+
 def make_video(dtype, channels, t, h, w):
     video = torch.rand(2, channels, t, h, w)
     return ((video * 255).to(torch.uint8) if dtype == torch.uint8 else video.to(dtype)).to(DEVICE)
@@ -276,6 +327,39 @@ def test_reconstruction_error(kind, normalize, dtype, video_dtype, patch, tubele
     assert kernel_error.dtype == torch.float32
     assert_close([error], [kernel_error])
     assert_close([grad], [kernel_grad], dtype)
+
+
+@pytest.mark.parametrize("kind", ["mse", "l1"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("masks", "rows"), [(1, 99), (3, 99), (3, 14), (2, 3)])
+def test_head_error(kind, dtype, masks, rows, monkeypatch):
+    """Mean, errors and all gradients, in parts of several masks and of less than one, against the reference in fp64."""
+    monkeypatch.setattr(sys.modules["adamae_sampler.ops.head_error"], "_CHUNK_BYTES", rows * 96 * dtype.itemsize)
+    video, idx = make_video(torch.uint8, 3, 4, 8, 12), make_sample(2 * masks, 12, 5).masked_idx
+    leaves = [torch.randn(2 * masks, 7, 20).to(DEVICE, dtype), torch.randn(96, 20, device=DEVICE)]
+    leaves += [torch.randn(96, device=DEVICE)]
+    call = lambda h, w, b: ops.head_error(h, w, b, video, idx, kind=kind, patch_size=4)[0]  # noqa: E731
+    kernel = run("triton", call, leaves, torch.tensor(0.7, device=DEVICE))
+    leaves = [leaves[0].double(), *(each.to(dtype).double() for each in leaves[1:])]
+    expected = run("torch", call, leaves, torch.tensor(0.7, device=DEVICE, dtype=torch.float64))
+    close = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 4e-2}[dtype]
+    for want, got in zip(expected, kernel, strict=True):
+        assert (got - want).norm() <= close * want.norm()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("video_dtype", [torch.float32, torch.uint8])
+@pytest.mark.parametrize(("patch", "tubelet", "channels"), [((8, 4), 2, 3), ((3, 6), 1, 1), ((2, 8), 1, 5)])
+def test_thumbnails(dtype, video_dtype, patch, tubelet, channels):
+    video = make_video(video_dtype, channels, 2 * tubelet, 2 * patch[0], 3 * patch[1])
+    scaled = video_dtype == torch.uint8 and channels < 5
+    stats = {"mean": [0.5] * channels, "std": [0.1, 0.2, 0.3][:channels]} if scaled else {}
+    results = []
+    for backend in ("torch", "triton"):
+        with ops.use_backend(backend):
+            results.append(ops.thumbnails(video, patch_size=patch, tubelet_size=tubelet, dtype=dtype, **stats))
+    close = {"rtol": TOLERANCE[dtype]["rtol"], "atol": 1e-5}
+    torch.testing.assert_close(results[1], results[0], **close)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -1,6 +1,7 @@
 """The options of the reference model beside the exact method: what each must not change, and what makes no sense."""
 
 import math
+import sys
 
 import pytest
 import torch
@@ -14,9 +15,9 @@ from adamae_sampler import (
     MaskSample,
     RandomTokenSampler,
     TubeTokenSampler,
+    ops,
 )
-from adamae_sampler.losses import DeferredPrediction
-from adamae_sampler.models.adamae import thumbnails
+from adamae_sampler.losses import HeadInputs
 from adamae_sampler.networks import MHAScoreNetwork, PooledScoreNetwork
 from adamae_sampler.ops import patchify
 
@@ -42,7 +43,7 @@ def step(model, video, **kwargs):
     """Losses, and the gradient of every parameter."""
     model.zero_grad()
     prediction, sample = model(video, **kwargs)
-    criterion = AdaMAELoss(patch_size=8, num_masks=len(sample.mask) // len(video))
+    criterion = AdaMAELoss(patch_size=8, num_masks=len(sample.mask) // len(video), fused_head=model.fused_head)
     out = criterion(prediction, video, sample)
     out.loss.backward()
     return out, sample, {name: each.grad.clone() for name, each in model.named_parameters()}
@@ -94,8 +95,8 @@ def test_embedding_the_visible_tokens_alone_changes_nothing():
 
 
 def test_thumbnails_are_the_means_of_pixels():
-    model, video = tiny_model(), clips()
-    small = thumbnails(video, model.size)
+    video = clips()
+    small = ops.thumbnails(video, patch_size=8)
     assert small.shape == (2, 64, 2 * 4 * 4 * 3)
     pixels = patchify(video, 8, 2).view(2, 64, 2, 8, 8, 3)
     torch.testing.assert_close(small.view(2, 64, 2, 4, 4, 3)[:, :, 1, 2, 3], pixels[:, :, 1, 4:6, 6:8].mean((2, 3)))
@@ -150,35 +151,44 @@ def test_a_decoder_that_gets_a_part_sees_that_part_in_its_places():
 
 
 @pytest.mark.parametrize("options", [{}, {"decode_ratio": 0.5}, {"num_masks": 2}])
-def test_the_head_in_chunks_gives_the_same(options):
+@pytest.mark.parametrize("rows", [10**6, 96, 7])
+def test_a_fused_head_gives_the_same(options, rows, monkeypatch):
+    """All at once, a mask at a time and in parts of a mask."""
+    monkeypatch.setattr(sys.modules["adamae_sampler.ops.head_error"], "_CHUNK_BYTES", rows * 384 * 4)
     video, found = clips(), []
-    for chunks in (1, 5):
+    for fused in (False, True):
         torch.manual_seed(0)
-        model = without_dropout(tiny_model(head_chunks=chunks, **options)).train()
+        model = without_dropout(tiny_model(fused_head=fused, **options)).train()
         torch.manual_seed(1)
         found.append(step(model, video))
     (one, _, gradients), (two, _, others) = found
     # Not bit for bit: how a matrix product of fewer rows is summed is the processor's library's to choose.
-    torch.testing.assert_close(one.token_error, two.token_error, rtol=1e-6, atol=0)
+    torch.testing.assert_close([*one], [*two], rtol=1e-6, atol=0)
     for name, gradient in gradients.items():
         torch.testing.assert_close(gradient, others[name], rtol=1e-5, atol=1e-8, msg=name)
 
 
-def test_the_head_in_chunks_holds_no_whole_prediction():
-    model, video = tiny_model(head_chunks=6).train(), clips()
+def test_a_fused_head_holds_no_prediction():
+    model, video = tiny_model(fused_head=True).train(), clips()
     sizes = []
 
     def seen(tensor):
-        sizes.append(tensor.numel())
+        sizes.append(tuple(tensor.shape))
         return tensor
 
-    prediction, sample = model(video)
-    assert isinstance(prediction, DeferredPrediction)
+    inputs, sample = model(video)
+    assert isinstance(inputs, HeadInputs)
     with torch.autograd.graph.saved_tensors_hooks(seen, lambda tensor: tensor):
-        CRITERION(prediction, video, sample).loss.backward()
-    assert max(sizes) <= max(2 * 48 * 384 // 6, video.numel())
-    assert prediction.whole().shape == (2, 48, 384)
+        AdaMAELoss(patch_size=8, fused_head=True)(inputs, video, sample).loss.backward()
+    assert (2, 48, 384) not in sizes
+    assert (2, 48, 16) in sizes  # the hidden states' gradient
     assert isinstance(model.eval()(video)[0], torch.Tensor)
+    with pytest.raises(TypeError, match="give AdaMAELoss fused_head=True"):
+        CRITERION(inputs, video, sample)
+    with pytest.raises(ValueError, match="a fused head takes no decode_mask"):
+        AdaMAELoss(patch_size=8, fused_head=True)(inputs, video, sample, decode_mask=sample.mask)
+    with pytest.raises(ValueError, match=r"weight has shape \(384, 8\), expected \(384, 16\)"):
+        AdaMAELoss(patch_size=8, fused_head=True)((inputs.hidden, inputs.weight[:, :8], None), video, sample)
 
 
 @pytest.mark.parametrize("grid", [(4, 4, 4), (8, 14, 14), (3, 5, 7), (1, 14, 14), (1, 1, 3)])
@@ -269,8 +279,6 @@ def test_temperature_and_exploration():
         ),
         ({"decode_ratio": 0.0}, "decode_ratio=0.0, expected a share of the masked tokens"),
         ({"decode_ratio": 1.5}, "decode_ratio=1.5, expected"),
-        ({"head_chunks": 0}, "head_chunks=0, expected a whole number"),
-        ({"head_chunks": 1.5}, "head_chunks=1.5, expected a whole number"),
         ({"sample_from": "frames"}, "sample_from='frames', expected 'tokens' or 'pixels'"),
         ({"temperature": 0.0}, "temperature=0.0, expected a positive number"),
         ({"exploration": 1.0}, "exploration=1.0, expected a share of p"),
@@ -301,12 +309,13 @@ def test_the_defaults_are_the_exact_method():
     ("options", "estimator"),
     [
         ({**FAST, "temperature": 2.0, "exploration": 0.1}, "categorical"),
-        ({"num_masks": 2, "head_chunks": 3}, "plackett_luce"),
+        ({"num_masks": 2, "fused_head": True}, "plackett_luce"),
     ],
 )
 def test_a_step_is_one_graph(options, estimator):
     model = tiny_model(**options).train()
-    criterion = AdaMAELoss(patch_size=8, estimator=estimator, num_masks=model.sampler.num_masks)
+    num_masks = model.sampler.num_masks
+    criterion = AdaMAELoss(patch_size=8, estimator=estimator, num_masks=num_masks, fused_head=True)
 
     def step(video):
         prediction, sample = model(video)

@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from timm.layers import trunc_normal_
 from timm.models import register_model
 from torch import Tensor, nn
 
-from adamae_sampler.losses import DeferredPrediction
+from adamae_sampler.losses import HeadInputs
 from adamae_sampler.mask import MaskSample
 from adamae_sampler.models.build import build_variant
 from adamae_sampler.models.encoder import Encoder, VideoSize, fill_constants
-from adamae_sampler.models.layers import LayerNorm, Transformer, sinusoid_table
+from adamae_sampler.models.layers import sinusoid_table
 from adamae_sampler.networks import init_linear_layers
-from adamae_sampler.ops import assemble_tokens
-from adamae_sampler.ops.patches import PatchSize, patchify
-from adamae_sampler.ops.target import reconstruction_target
+from adamae_sampler.ops import assemble_tokens, thumbnails
+from adamae_sampler.ops.patches import PatchSize
+from adamae_sampler.ops.thumbnails import thumbnail_sides
 from adamae_sampler.sampler import (
     AdaptiveTokenSampler,
     FrameTokenSampler,
@@ -30,10 +29,10 @@ from adamae_sampler.sampler import (
     TubeTokenSampler,
     draw_decoded,
 )
+from adamae_sampler.transformer import LayerNorm, Transformer
 
 Masking = Literal["adaptive", "random", "tube", "frame"]
 _LEARNED = {"score_network": "mha", "temperature": 1.0, "exploration": 0.0}  # defaults of what adaptive masking has
-_THUMBNAIL = 4  # pixels of a patch's side that a sampler of pixels sees
 
 
 class Decoder(nn.Module):
@@ -47,7 +46,7 @@ class Decoder(nn.Module):
 
     def features(self, x: Tensor, num_masked: int) -> Tensor:
         """[B, K + M, D], the masked tokens last -> what the head makes their pixels of, [B, M, D]."""
-        normed: Tensor = self.norm(self.blocks(x)[:, -num_masked:])
+        normed: Tensor = self.blocks(x, self.norm, last=num_masked)
         return normed
 
     def forward(self, x: Tensor, num_masked: int) -> Tensor:
@@ -82,8 +81,11 @@ class AdaMAE(nn.Module):
         sample_from: what the sampler sees, the "tokens", or small "pixels": patches shrunk to 4 x 4. Then the visible
             tokens alone are embedded, which saves time with fixed masks too.
         decode_ratio: share of the masked tokens that is decoded in training, drawn uniformly; all in evaluation.
-        head_chunks: parts in which the last layer and the loss are computed in training; with more than one the model
-            returns a `DeferredPrediction`, which `AdaMAELoss` takes.
+        mean: what uint8 video is normalised by, as shares of 255, a number for each channel; ImageNet's if None, for
+            three channels.
+        std: the standard deviations that go with `mean`.
+        fused_head: in training return `HeadInputs` in place of the prediction, for `AdaMAELoss(fused_head=True)`, which
+            makes the last layer and the error as one.
 
     Raises:
         ValueError: sizes that do not divide, a number out of range, an unknown masking, options that do not go with it,
@@ -111,24 +113,22 @@ class AdaMAE(nn.Module):
         num_masks: int = 1,
         sample_from: Literal["tokens", "pixels"] = "tokens",
         decode_ratio: float = 1.0,
-        head_chunks: int = 1,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+        fused_head: bool = False,
     ) -> None:
         super().__init__()
         if sample_from not in ("tokens", "pixels"):
             raise ValueError(f"sample_from={sample_from!r}, expected 'tokens' or 'pixels'.")
         if not 0 < decode_ratio <= 1:
             raise ValueError(f"decode_ratio={decode_ratio}, expected a share of the masked tokens above 0, 1 for all.")
-        if not isinstance(head_chunks, int) or head_chunks < 1:
-            raise ValueError(
-                f"head_chunks={head_chunks!r}, expected a whole number, 1 or more; 1 computes the head at once."
-            )
         self.sample_from = sample_from
         self.decode_ratio = decode_ratio
-        self.head_chunks = head_chunks
+        self.fused_head = fused_head
         self.size = VideoSize.of(img_size, num_frames, patch_size, tubelet_size, in_chans)
         num_tokens = self.size.num_tokens
 
-        self.encoder = Encoder(self.size, embed_dim, depth, num_heads)
+        self.encoder = Encoder(self.size, embed_dim, depth, num_heads, mean=mean, std=std)
         self.encoder_to_decoder = nn.Linear(embed_dim, decoder_embed_dim, bias=False)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_embed_dim))
         self.decoder_pos_embed: Tensor
@@ -146,11 +146,12 @@ class AdaMAE(nn.Module):
         video: Tensor,
         mask: Tensor | MaskSample | None = None,
         generator: torch.Generator | None = None,
-    ) -> tuple[Tensor | DeferredPrediction, MaskSample]:
+    ) -> tuple[Tensor | HeadInputs, MaskSample]:
         """Predicts the masked part of each clip.
 
         Args:
-            video: [B, C, T, H, W], floating point, normalised as you wish.
+            video: [B, C, T, H, W], uint8 pixels, or floating point, normalised as you wish. uint8 is the faster: no
+                floating-point copy of the video is made.
             mask: a mask in place of a draw, see `TokenSampler.forward`; log_probs are still the sampler's.
             generator: source of the draw's randomness.
 
@@ -158,7 +159,7 @@ class AdaMAE(nn.Module):
             prediction [B, M, P], in the order of `sample.target_idx`, values laid out (t p1 p2 c); and the sample.
 
         Raises:
-            TypeError: integer video.
+            TypeError: video of other integers than uint8.
             ValueError: a video of another size than the model's, or a mask that does not fit it.
         """
         self.size.check(video)
@@ -169,11 +170,10 @@ class AdaMAE(nn.Module):
         x = self.encoder_to_decoder(x)  # [B, K, decoder D]
         x = assemble_tokens(x, self.mask_token, self.decoder_pos_embed, sample)  # [B, K + M, decoder D]
         num_masked = sample.target_idx.shape[1]
-        if self.training and self.head_chunks > 1:
-            features, head = self.decoder.features(x, num_masked), self.decoder.head
+        if self.training and self.fused_head:
             # Copies: a parameter that leaves the forward pass is taken back by FSDP2 and counts as unused for DDP.
-            weight, bias = (each.to(features.dtype, copy=True) for each in (head.weight, head.bias))
-            return DeferredPrediction(features, weight, bias, self.head_chunks), sample
+            head = self.decoder.head
+            return HeadInputs(self.decoder.features(x, num_masked), head.weight.clone(), head.bias.clone()), sample
         prediction: Tensor = self.decoder(x, num_masked)  # [B, M, P]
         return prediction, sample
 
@@ -186,17 +186,19 @@ class AdaMAE(nn.Module):
             sample: MaskSample = self.sampler(tokens, mask=mask, generator=generator)
             return self.encoder(tokens, sample.visible_idx), sample
         sample = self.draw_mask(video, mask=mask, generator=generator)
-        patches = reconstruction_target(
-            video, sample.visible_idx, normalize=False, patch_size=self.size.patch, tubelet_size=self.size.tubelet
-        )
-        return self.encoder.of_patches(patches.to(video.dtype), sample.visible_idx), sample
+        return self.encoder.of_video(video, sample.visible_idx), sample
 
     def draw_mask(
         self, video: Tensor, mask: Tensor | MaskSample | None = None, generator: torch.Generator | None = None
     ) -> MaskSample:
         """A mask for each clip, as `forward` draws it: for evaluation with `forward(video, mask=...)`, and pictures."""
         self.size.check(video)
-        tokens = self.encoder.patch_embed(video) if self.sample_from == "tokens" else thumbnails(video, self.size)
+        embed = self.encoder.patch_embed
+        if self.sample_from == "tokens":
+            tokens: Tensor = embed(video)
+        else:
+            how: dict[str, Any] = {"patch_size": self.size.patch, "tubelet_size": self.size.tubelet}
+            tokens = thumbnails(video, mean=embed.mean, std=embed.std, dtype=embed.dtype_for(video), **how)
         sample: MaskSample = self.sampler(tokens, mask=mask, generator=generator)
         return sample
 
@@ -216,16 +218,8 @@ class AdaMAE(nn.Module):
         return {name for name, _ in self.named_parameters() if name.rpartition(".")[2] in ("mask_token", "pos_embed")}
 
 
-@torch.no_grad()
-def thumbnails(video: Tensor, size: VideoSize) -> Tensor:
-    """Each patch, shrunk to at most 4 x 4 pixels: [B, C, T, H, W] -> [B, N, values], laid out (t p1 p2 c)."""
-    sides = [math.gcd(_THUMBNAIL, side) for side in size.patch]
-    small = F.avg_pool3d(video.float(), (1, *(side // kept for side, kept in zip(size.patch, sides, strict=True))))
-    return patchify(small, (sides[0], sides[1]), size.tubelet).to(video.dtype)
-
-
 def _thumbnail_values(size: VideoSize) -> int:
-    return size.video[0] * size.tubelet * math.gcd(_THUMBNAIL, size.patch[0]) * math.gcd(_THUMBNAIL, size.patch[1])
+    return size.video[0] * size.tubelet * math.prod(thumbnail_sides(size.patch))
 
 
 def _make_sampler(
@@ -252,8 +246,8 @@ def _make_sampler(
         if isinstance(masking, AdaptiveTokenSampler) and masking.embed_dim != embed_dim:
             raise ValueError(
                 f"the sampler's embed_dim is {masking.embed_dim}, and it gets {embed_dim} values of a token, "
-                f"which are the model's embed_dim, or with sample_from='pixels' a patch shrunk to {_THUMBNAIL} x "
-                f"{_THUMBNAIL}; build it with that."
+                f"which are the model's embed_dim, or with sample_from='pixels' a patch shrunk to 4 x 4; build it with "
+                "that."
             )
         return masking
     if masking == "adaptive":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,9 +12,9 @@ from torch import Tensor, nn
 
 from adamae_sampler.models.build import build_variant
 from adamae_sampler.models.encoder import Encoder, VideoSize, fill_constants
-from adamae_sampler.models.layers import LayerNorm
 from adamae_sampler.networks import init_linear_layers
 from adamae_sampler.ops.patches import PatchSize
+from adamae_sampler.transformer import LayerNorm
 
 
 class VideoClassifier(nn.Module):
@@ -36,6 +37,8 @@ class VideoClassifier(nn.Module):
         drop_rate: dropout before the head.
         head_init_scale: factor on the head's initial weights; small ones leave the encoder alone at first.
         encoder_norm: keep the encoder's own last norm, for features of a frozen one.
+        mean: what uint8 video is normalised by, see `AdaMAE`.
+        std: the standard deviations that go with `mean`.
 
     Raises:
         ValueError: sizes that do not divide.
@@ -56,12 +59,14 @@ class VideoClassifier(nn.Module):
         drop_rate: float = 0.0,
         head_init_scale: float = 1e-3,
         encoder_norm: bool = False,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
     ) -> None:
         super().__init__()
         self.size = VideoSize.of(img_size, num_frames, patch_size, tubelet_size, in_chans)
         self.num_classes = num_classes
         self.num_features = embed_dim
-        self.encoder = Encoder(self.size, embed_dim, depth, num_heads, drop_path_rate, norm=encoder_norm)
+        self.encoder = Encoder(self.size, embed_dim, depth, num_heads, drop_path_rate, encoder_norm, mean, std)
         self.fc_norm = LayerNorm(embed_dim)
         self.head_drop = nn.Dropout(drop_rate)
         self.head = nn.Linear(embed_dim, num_classes) if num_classes else nn.Identity()
@@ -73,10 +78,10 @@ class VideoClassifier(nn.Module):
                 self.head.weight.mul_(head_init_scale)
 
     def forward(self, video: Tensor) -> Tensor:
-        """[B, C, T, H, W] floating point -> logits [B, num_classes].
+        """[B, C, T, H, W] uint8, or floating point, normalised -> logits [B, num_classes].
 
         Raises:
-            TypeError: integer video.
+            TypeError: video of other integers than uint8.
             ValueError: a video of another size than the model's.
         """
         return self.forward_head(self.forward_features(video))

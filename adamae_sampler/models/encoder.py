@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models.eva import EvaAttention
 from torch import Tensor, nn
 
-from adamae_sampler.models.layers import LayerNorm, PatchEmbed3d, Transformer, sinusoid_table
+from adamae_sampler.models.layers import PatchEmbed3d, sinusoid_table
 from adamae_sampler.ops import gather_tokens
 from adamae_sampler.ops.gather_tokens import select_rows
 from adamae_sampler.ops.patches import PatchSize, patch_pair, token_grid
+from adamae_sampler.transformer import LayerNorm, Transformer
 
 
 @dataclass(frozen=True)
@@ -47,12 +50,10 @@ class VideoSize:
         )
 
     def check(self, video: Tensor) -> None:
-        """Raises TypeError for integer video, ValueError for another shape than [B, C, T, H, W] of this size."""
-        if not video.is_floating_point():
-            raise TypeError(
-                f"video has dtype {video.dtype}, expected floating point: divide pixels by 255 and normalise them. "
-                "The losses do take uint8 video, as the target."
-            )
+        """Raises TypeError for other integers than uint8, ValueError for another shape than [B, C, T, H, W] of this
+        size."""
+        if not video.is_floating_point() and video.dtype != torch.uint8:
+            raise TypeError(f"video has dtype {video.dtype}, expected uint8 pixels, or floating point, normalised.")
         if tuple(video.shape[1:]) != self.video:
             raise ValueError(
                 f"video has shape {tuple(video.shape)}, expected [B, {', '.join(map(str, self.video))}] (clips, "
@@ -70,18 +71,31 @@ class Encoder(nn.Module):
         num_heads: attention heads.
         drop_path: stochastic depth of the last block, rising linearly from 0 at the first.
         norm: whether a LayerNorm ends it.
+        mean: what uint8 video is normalised by, see `PatchEmbed3d`; None is ImageNet's for three channels, else none.
+        std: the standard deviations that go with `mean`.
     """
 
     pos_embed: Tensor
 
     def __init__(
-        self, size: VideoSize, width: int, depth: int, num_heads: int, drop_path: float = 0.0, norm: bool = True
+        self,
+        size: VideoSize,
+        width: int,
+        depth: int,
+        num_heads: int,
+        drop_path: float = 0.0,
+        norm: bool = True,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
     ) -> None:
         super().__init__()
-        self.patch_embed = PatchEmbed3d(size.patch, size.tubelet, size.video[0], width)
+        channels = size.video[0]
+        if mean is None and std is None and channels == len(IMAGENET_DEFAULT_MEAN):
+            mean, std = IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+        self.patch_embed = PatchEmbed3d(size.patch, size.tubelet, channels, width, mean, std)
         self.register_buffer("pos_embed", sinusoid_table(size.num_tokens, width), persistent=False)
         self.blocks = Transformer(depth, width, num_heads, drop_path=drop_path)
-        self.norm = LayerNorm(width) if norm else nn.Identity()
+        self.norm = LayerNorm(width) if norm else None
 
     def forward(self, tokens: Tensor, visible_idx: Tensor | None = None) -> Tensor:
         """All tokens [B, N, D] -> the encoded visible ones [B, K, D] (visible_idx [B, K]), or all [B, N, D]."""
@@ -89,13 +103,13 @@ class Encoder(nn.Module):
             x = tokens + self.pos_embed.to(tokens.dtype)
         else:
             x = gather_tokens(tokens, visible_idx, self.pos_embed)
-        encoded: Tensor = self.norm(self.blocks(x))
+        encoded: Tensor = self.blocks(x, self.norm)
         return encoded
 
-    def of_patches(self, patches: Tensor, visible_idx: Tensor) -> Tensor:
-        """As `forward`, from the visible tokens' pixels [B, K, P], so that no other token is embedded."""
-        x = self.patch_embed.of_patches(patches)
-        encoded: Tensor = self.norm(self.blocks(x + select_rows(self.pos_embed, visible_idx).to(x.dtype)))
+    def of_video(self, video: Tensor, visible_idx: Tensor) -> Tensor:
+        """As `forward` of the patch embedding, which is made of the visible tokens alone."""
+        x = self.patch_embed(video, visible_idx)
+        encoded: Tensor = self.blocks(x + select_rows(self.pos_embed, visible_idx).to(x.dtype), self.norm)
         return encoded
 
 
@@ -106,5 +120,7 @@ def fill_constants(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, Encoder):
             module.pos_embed.copy_(sinusoid_table(*module.pos_embed.shape[1:]))
-        if isinstance(module, EvaAttention):
+        if isinstance(module, PatchEmbed3d):
+            module.fill_constants()
+        if isinstance(module, EvaAttention) and module.k_bias is not None:
             module.k_bias.zero_()

@@ -84,7 +84,7 @@ def configuration(model: AdaMAE) -> dict[str, Any]:
         "num_attention_heads": block.attn.num_heads,
         "intermediate_size": block.mlp.fc1.out_features,
         "hidden_act": "gelu",
-        "layer_norm_eps": model.encoder.norm.eps,
+        "layer_norm_eps": block.norm1.eps,
         "qkv_bias": True,
         "use_mean_pooling": False,
     }

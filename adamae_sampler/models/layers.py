@@ -1,45 +1,91 @@
-"""The parts of the reference model that timm does not have: video patch embedding, 1-d sinusoid table, blocks."""
+"""The parts of the reference model that timm does not have: video patch embedding and a 1-d sinusoid table."""
 
 from __future__ import annotations
 
-from functools import partial
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from timm.models import checkpoint_seq
-from timm.models.eva import EvaBlock
 from torch import Tensor, nn
 
+from adamae_sampler.ops import patch_tokens
 from adamae_sampler.ops.patches import PatchSize, patch_pair
-
-LayerNorm = partial(nn.LayerNorm, eps=1e-6)
 
 
 class PatchEmbed3d(nn.Module):
-    """Tubelets to tokens: a 3-d convolution whose stride is its kernel (Table 5, "Tokenization").
+    """Tubelets to tokens: a 3-d convolution whose stride is its kernel (Table 5, "Tokenization"), as a matrix product.
+
+    uint8 video is normalised by the weights: their product with the pixels as they are, exact in half precision too, is
+    what the weights would make of normalised ones, and no floating-point copy of the video is made.
 
     Args:
         patch_size: height and width of a patch in pixels.
         tubelet_size: frames of a patch.
         in_chans: channels of the video.
         embed_dim: D, width of the tokens.
+        mean: of uint8 pixels, as shares of 255, a number for each channel; None if there will be none.
+        std: the standard deviations that go with it.
+
+    Raises:
+        ValueError: a mean or std of other channels than the video's.
     """
 
-    def __init__(self, patch_size: PatchSize, tubelet_size: int, in_chans: int, embed_dim: int) -> None:
+    def __init__(
+        self,
+        patch_size: PatchSize,
+        tubelet_size: int,
+        in_chans: int,
+        embed_dim: int,
+        mean: Sequence[float] | None,
+        std: Sequence[float] | None,
+    ) -> None:
         super().__init__()
-        kernel = (tubelet_size, *patch_pair(patch_size))
-        self.proj = nn.Conv3d(in_chans, embed_dim, kernel_size=kernel, stride=kernel)
+        if (mean is None) != (std is None) or any(each is not None and len(each) != in_chans for each in (mean, std)):
+            raise ValueError(
+                f"mean={mean} and std={std}, expected {in_chans} numbers each, one for a channel, or neither."
+            )
+        self.patch_size, self.tubelet_size = patch_pair(patch_size), tubelet_size
+        self.mean, self.std = mean, std
+        kernel = (tubelet_size, *self.patch_size)
+        self.proj = nn.Conv3d(in_chans, embed_dim, kernel_size=kernel, stride=kernel)  # what a checkpoint holds
+        self.pixel_scale: Tensor
+        self.pixel_shift: Tensor
+        for name in ("pixel_scale", "pixel_shift"):
+            self.register_buffer(name, torch.empty(1, in_chans, 1, 1, 1), persistent=False)
+        self.fill_constants()
 
-    def of_patches(self, patches: Tensor) -> Tensor:
-        """Patches [..., P], laid out (t p1 p2 c) -> tokens [..., D], those that `forward` makes of them."""
-        weight = self.proj.weight.permute(0, 2, 3, 4, 1).flatten(1)  # [D, P]
-        return F.linear(patches, weight, self.proj.bias)
+    @torch.no_grad()
+    def fill_constants(self) -> None:
+        """Fills what no checkpoint holds."""
+        pairs = list(zip(self.mean or [], self.std or [], strict=True)) or [(0.0, 1.0)] * self.pixel_scale.shape[1]
+        self.pixel_scale.copy_(torch.tensor([1 / (255 * std) for _, std in pairs]).view(1, -1, 1, 1, 1))
+        self.pixel_shift.copy_(torch.tensor([-mean / std for mean, std in pairs]).view(1, -1, 1, 1, 1))
 
-    def forward(self, video: Tensor) -> Tensor:
-        """[B, C, T, H, W] -> [B, N, D], tokens in t-h-w order."""
-        x = self.proj(video)  # [B, D, T', H', W']
-        return x.flatten(2).transpose(1, 2).contiguous()  # rows in memory, for the gathers that follow
+    def dtype_for(self, video: Tensor) -> torch.dtype:
+        """In which the product is made: autocast's, or the video's, or for uint8 the weights'."""
+        device = video.device.type
+        if torch.is_autocast_enabled(device):
+            return torch.get_autocast_dtype(device)
+        return video.dtype if video.is_floating_point() else self.proj.weight.dtype
+
+    def forward(self, video: Tensor, idx: Tensor | None = None) -> Tensor:
+        """[B, C, T, H, W] -> [B, N, D], tokens in t-h-w order; or the tokens idx [B R, K] alone, [B R, K, D].
+
+        Raises:
+            TypeError: uint8 video, and no mean and std.
+        """
+        weight, bias = self.proj.weight, self.proj.bias
+        if video.dtype == torch.uint8:
+            if self.mean is None:
+                raise TypeError("video is uint8, and the model has no mean and std to normalise it by; give it both.")
+            weight = weight.float()
+            shift = (weight * self.pixel_shift).sum((1, 2, 3, 4))
+            bias = shift if bias is None else bias + shift
+            weight = weight * self.pixel_scale
+        rows = patch_tokens(
+            video, idx, patch_size=self.patch_size, tubelet_size=self.tubelet_size, dtype=self.dtype_for(video)
+        )
+        return F.linear(rows, weight.flatten(1), bias)
 
 
 def sinusoid_table(num_tokens: int, width: int) -> Tensor:
@@ -49,46 +95,3 @@ def sinusoid_table(num_tokens: int, width: int) -> Tensor:
     angle = position / 10000.0 ** (even / width)  # [N, D]
     table = torch.where(torch.arange(width) % 2 == 0, angle.sin(), angle.cos())
     return table.float()[None]
-
-
-class Transformer(nn.ModuleList):
-    """Pre-norm blocks on timm's EvaBlock: fused attention whose q and v have biases and k has none.
-
-    Args:
-        depth: number of blocks.
-        width: D.
-        num_heads: attention heads.
-        mlp_ratio: hidden width of the MLP over D.
-        drop_path: stochastic depth of the last block, rising linearly from 0 at the first.
-        block: more arguments of EvaBlock.
-    """
-
-    def __init__(
-        self, depth: int, width: int, num_heads: int, mlp_ratio: float = 4.0, drop_path: float = 0.0, **block: Any
-    ) -> None:
-        if width % num_heads:
-            raise ValueError(
-                f"{num_heads} heads do not divide the width {width}; choose num_heads and embed_dim (of the "
-                "decoder decoder_num_heads and decoder_embed_dim) to fit."
-            )
-        super().__init__(
-            EvaBlock(
-                width,
-                num_heads,
-                mlp_ratio=mlp_ratio,
-                norm_layer=LayerNorm,
-                drop_path=drop_path * index / max(depth - 1, 1),
-                **block,
-            )
-            for index in range(depth)
-        )
-        self.grad_checkpointing = False
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, N, D] -> [B, N, D]."""
-        if self.grad_checkpointing and torch.is_grad_enabled():
-            checkpointed: Tensor = checkpoint_seq(self, x, use_reentrant=False)
-            return checkpointed
-        for block in self:
-            x = block(x)
-        return x

@@ -282,7 +282,7 @@ def _empty_scaled(unit: Tensor, grad_error: Tensor, factor: float) -> Tensor:
 
 
 @operator("scale_rows(Tensor unit, Tensor grad_error, float factor) -> Tensor", _empty_scaled)
-def _scale_rows_op(unit: Tensor, grad_error: Tensor, factor: float) -> Tensor:
+def scale_rows_op(unit: Tensor, grad_error: Tensor, factor: float) -> Tensor:
     """unit [B, M, P] times grad_error [B, M] times the factor, rounded once."""
     out = torch.empty_like(unit)
     draws, num_masked, values = unit.shape
@@ -312,7 +312,7 @@ class _ReconstructionError(torch.autograd.Function):
     def backward(ctx: Any, grad_error: Tensor) -> tuple[Tensor | None, ...]:
         (unit,) = ctx.saved_tensors
         if ctx.kernel:
-            grad = _scale_rows_op(unit, grad_error, ctx.factor)
+            grad = scale_rows_op(unit, grad_error, ctx.factor)
         else:
             grad = (unit * (grad_error * ctx.factor)[..., None]).to(unit.dtype)
         return grad, None, None, None, None

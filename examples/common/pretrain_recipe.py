@@ -43,8 +43,8 @@ class PretrainRecipe(Recipe):
     """Masks of each clip, from one tokenization and one p; batches are so many times as large from the encoder on."""
     decode_ratio: float = 1.0
     """Share of the masked tokens that is decoded."""
-    head_chunks: int = 1
-    """Parts in which the decoder's last layer and the loss are computed, to save memory."""
+    fused_head: bool = True
+    """Compute the decoder's last layer and the loss as one, a part at a time; the prediction is never held."""
     estimator: Estimator = "categorical"
     """Of the sampler's gradient: 'categorical' is the paper's, 'plackett_luce' the exact policy gradient that lowers
     the expected error, 'plackett_luce_max' that which raises it."""
@@ -79,7 +79,7 @@ class PretrainRecipe(Recipe):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.check_least(sampling_weight=0, num_masks=1, head_chunks=1)
+        self.check_least(sampling_weight=0, num_masks=1)
         if self.masking != "adaptive" and self.estimator != "categorical":
             raise ValueError(
                 f"estimator={self.estimator}: masking={self.masking} learns nothing. Leave it out, or mask adaptively."
@@ -87,11 +87,11 @@ class PretrainRecipe(Recipe):
 
     def model_args(self) -> dict[str, Any]:
         """Keyword arguments for `timm.create_model`, which leaves out those that are None."""
-        decoder = ("decoder_embed_dim", "decoder_depth", "decoder_num_heads", "decode_ratio", "head_chunks")
+        decoder = ("decoder_embed_dim", "decoder_depth", "decoder_num_heads", "decode_ratio", "fused_head")
         names = ("masking", "mask_ratio", "num_masks", *SAMPLER_SETTINGS, *decoder)
         return {**self.sizes(), **{name: getattr(self, name) for name in names}}
 
     def loss_args(self) -> dict[str, Any]:
         """Keyword arguments for `AdaMAELoss`."""
-        same = ("sampling_weight", "patch_size", "tubelet_size", "estimator", "num_masks")
+        same = ("sampling_weight", "patch_size", "tubelet_size", "estimator", "num_masks", "fused_head")
         return {"kind": self.loss, "normalize": self.normalize_target, **{name: getattr(self, name) for name in same}}

@@ -38,7 +38,7 @@ _FORMAT = "adamae_sampler training state 4"
 _TENSOR = "$tensor"  # marks a tensor's place in the JSON
 # Settings that may differ between a run and its resumption; any other makes it another run.
 _FREE = {"output", "steps", "epochs", "workers", "log_every", "batch_size", "compile"}
-_FREE |= {"checkpoint_activations", "head_chunks"}  # for a run that ended without memory
+_FREE |= {"checkpoint_activations", "fused_head"}  # for a run that ended without memory
 _FREE |= {"save_every", "save_minutes", "keep_checkpoints", "stop_after_nonfinite", "max_broken", "profile", "tracker"}
 _FREE |= {"eval_every", "eval_batch_size", "test_clips", "test_crops"}
 _FREE |= {"effective_batch", "data", "train", "val"}  # compared by what they come to

@@ -1,0 +1,282 @@
+"""add_norm: a residual sum and its LayerNorm, in one pass over the rows in each direction."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from adamae_sampler.ops.backend import backend_for, jit, launch, next_power_of_2, tl
+from adamae_sampler.ops.checks import check_device, check_floating
+from adamae_sampler.ops.registration import operator
+from adamae_sampler.ops.rows import rows_in_memory
+
+_WIDEST = 4096  # values of a row that a program holds
+_MOST_PARTS = 2112  # of the weights' gradient; they depend on shapes alone, so that every GPU adds in the same order
+
+# ---------------------------------------------------------------------------------------------------- reference
+
+
+def _add_norm_reference(
+    x: Tensor, branch: Tensor | None, weight: Tensor, bias: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    total = x if branch is None else x + branch
+    if total.device.type != "cpu":  # torch takes weights of another dtype on a CPU alone
+        weight, bias = weight.to(total.dtype), bias.to(total.dtype)
+    with torch.autocast(total.device.type, enabled=False):  # which would norm, and keep, a copy in fp32
+        return total, F.layer_norm(total, weight.shape, weight, bias, eps)
+
+
+# ------------------------------------------------------------------------------------------------------ kernels
+
+
+@jit
+def _add_norm_kernel(
+    x_ptr,
+    branch_ptr,
+    weight_ptr,
+    bias_ptr,
+    total_ptr,
+    normed_ptr,
+    mean_ptr,
+    rstd_ptr,
+    num_rows,
+    N,
+    D,
+    eps,
+    x_stride_b,
+    x_stride_n,
+    branch_stride_b,
+    branch_stride_n,
+    HAS_BRANCH: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+):
+    """total = x + branch, rounded; normed = its LayerNorm; and the statistics of each row."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
+    col = tl.arange(0, COLS)[None, :]
+    inside = (row < num_rows) & (col < D)
+    place = row.to(tl.int64) * D + col
+    clip, token = (row // N).to(tl.int64), row % N
+    value = tl.load(x_ptr + clip * x_stride_b + token * x_stride_n + col, mask=inside, other=0.0).to(tl.float32)
+    if HAS_BRANCH:
+        branch = branch_ptr + clip * branch_stride_b + token * branch_stride_n + col
+        value += tl.load(branch, mask=inside, other=0.0).to(tl.float32)
+        value = value.to(total_ptr.dtype.element_ty)
+        tl.store(total_ptr + place, value, mask=inside)
+        value = value.to(tl.float32)
+    mean = tl.sum(value, 1)[:, None] / D
+    value = tl.where(inside, value - mean, 0.0)
+    rstd = 1.0 / tl.sqrt(tl.sum(value * value, 1)[:, None] / D + eps)
+    weight = tl.load(weight_ptr + col, mask=col < D, other=0.0).to(tl.float32)
+    bias = tl.load(bias_ptr + col, mask=col < D, other=0.0).to(tl.float32)
+    normed = value * rstd * weight + bias
+    tl.store(normed_ptr + place, normed.to(normed_ptr.dtype.element_ty), mask=inside)
+    tl.store(mean_ptr + row, mean, mask=row < num_rows)
+    tl.store(rstd_ptr + row, rstd, mask=row < num_rows)
+
+
+@jit
+def _add_norm_backward_kernel(
+    grad_normed_ptr,
+    grad_total_ptr,
+    total_ptr,
+    weight_ptr,
+    mean_ptr,
+    rstd_ptr,
+    out_ptr,
+    grad_weight_ptr,
+    grad_bias_ptr,
+    num_rows,
+    rows_each,
+    D,
+    HAS_TOTAL: tl.constexpr,
+    COLS: tl.constexpr,
+):
+    """The gradient of both summands, a row at a time, and this program's part of those of weight and bias."""
+    col = tl.arange(0, COLS)
+    inside = col < D
+    weight = tl.load(weight_ptr + col, mask=inside, other=0.0).to(tl.float32)
+    grad_weight = tl.zeros((COLS,), tl.float32)
+    grad_bias = tl.zeros((COLS,), tl.float32)
+    first = tl.program_id(0) * rows_each
+    for row in range(first, tl.minimum(first + rows_each, num_rows)):
+        place = tl.cast(row, tl.int64) * D + col
+        grad = tl.load(grad_normed_ptr + place, mask=inside, other=0.0).to(tl.float32)
+        total = tl.load(total_ptr + place, mask=inside, other=0.0).to(tl.float32)
+        mean, rstd = tl.load(mean_ptr + row), tl.load(rstd_ptr + row)
+        normal = (total - mean) * rstd
+        grad_bias += grad
+        grad_weight += grad * normal
+        grad *= weight  # 0 beyond the width
+        grad = (grad - tl.sum(grad) / D - normal * (tl.sum(grad * normal) / D)) * rstd
+        if HAS_TOTAL:
+            grad += tl.load(grad_total_ptr + place, mask=inside, other=0.0).to(tl.float32)
+        tl.store(out_ptr + place, grad.to(out_ptr.dtype.element_ty), mask=inside)
+    part = tl.program_id(0).to(tl.int64) * D + col
+    tl.store(grad_weight_ptr + part, grad_weight, mask=inside)
+    tl.store(grad_bias_ptr + part, grad_bias, mask=inside)
+
+
+# ---------------------------------------------------------------------------------------------------- operators
+
+
+def _as_tokens(x: Tensor) -> Tensor:
+    """[..., D] as [B, N, D] with the values of a row next to each other; its tokens may be a part of more."""
+    return rows_in_memory(x) if x.ndim == 3 else x.reshape(1, -1, x.shape[-1]).contiguous()
+
+
+def _empty_normed(
+    x: Tensor, branch: Tensor | None, weight: Tensor, bias: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dtype = x.dtype if branch is None else torch.promote_types(x.dtype, branch.dtype)
+    total = x.new_empty(0 if branch is None else x.shape, dtype=dtype)
+    statistics = [x.new_empty(x.shape[:-1], dtype=torch.float32) for _ in range(2)]
+    return total, x.new_empty(x.shape, dtype=dtype), statistics[0], statistics[1]
+
+
+@operator(
+    "add_norm(Tensor x, Tensor? branch, Tensor weight, Tensor bias, float eps) -> (Tensor, Tensor, Tensor, Tensor)",
+    _empty_normed,
+)
+def _add_norm_op(
+    x: Tensor, branch: Tensor | None, weight: Tensor, bias: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """x [..., D], branch the same or None -> the sum (empty without a branch), its norm, mean and 1 / deviation."""
+    total, normed, mean, rstd = _empty_normed(x, branch, weight, bias, eps)
+    rows, cols = mean.numel(), next_power_of_2(x.shape[-1])
+    rows_each = max(1, 4096 // cols)
+    x = _as_tokens(x)
+    branch = None if branch is None else _as_tokens(branch)
+    launch(
+        _add_norm_kernel,
+        -(-rows // rows_each),
+        x,
+        branch,
+        weight,
+        bias,
+        total,
+        normed,
+        mean,
+        rstd,
+        rows,
+        x.shape[1],
+        x.shape[2],
+        eps,
+        *x.stride()[:2],
+        *((None, None) if branch is None else branch.stride()[:2]),
+        HAS_BRANCH=branch is not None,
+        ROWS=rows_each,
+        COLS=cols,
+        num_warps=4,
+    )
+    return total, normed, mean, rstd
+
+
+def _empty_grads(
+    grad_normed: Tensor, grad_total: Tensor | None, total: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    of_weight, of_bias = (weight.new_empty(weight.shape, dtype=torch.float32) for _ in range(2))
+    return total.new_empty(total.shape), of_weight, of_bias
+
+
+@operator(
+    "add_norm_backward(Tensor grad_normed, Tensor? grad_total, Tensor total, Tensor weight, Tensor mean, Tensor rstd) "
+    "-> (Tensor, Tensor, Tensor)",
+    _empty_grads,
+)
+def _add_norm_backward_op(
+    grad_normed: Tensor, grad_total: Tensor | None, total: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of each summand (one tensor), of weight and of bias."""
+    grad = total.new_empty(total.shape)
+    rows, width, total = mean.numel(), total.shape[-1], total.contiguous()
+    parts, cols = min(_MOST_PARTS, rows), next_power_of_2(width)
+    of_weight, of_bias = (weight.new_empty(parts, width, dtype=torch.float32) for _ in range(2))
+    launch(
+        _add_norm_backward_kernel,
+        parts,
+        grad_normed.contiguous(),
+        None if grad_total is None else grad_total.contiguous(),
+        total,
+        weight,
+        mean,
+        rstd,
+        grad,
+        of_weight,
+        of_bias,
+        rows,
+        -(-rows // max(parts, 1)),
+        width,
+        HAS_TOTAL=grad_total is not None,
+        COLS=cols,
+        num_warps=max(1, min(cols // 256, 8)),  # eight values a thread
+    )
+    return grad, of_weight.sum(0), of_bias.sum(0)
+
+
+class _AddNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, branch: Tensor | None, weight: Tensor, bias: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor]:
+        total, normed, mean, rstd = _add_norm_op(x, branch, weight, bias, eps)
+        ctx.save_for_backward(x if branch is None else total, weight, mean, rstd)
+        ctx.dtypes = x.dtype, None if branch is None else branch.dtype, bias.dtype
+        ctx.set_materialize_grads(False)
+        return total, normed
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_total: Tensor | None, grad_normed: Tensor | None) -> tuple[Tensor | None, ...]:
+        total, weight, mean, rstd = ctx.saved_tensors
+        of_x, of_branch, of_bias = ctx.dtypes
+        grad_total = None if of_branch is None else grad_total
+        if grad_normed is None:  # the norm is not used
+            return grad_total, grad_total, None, None, None
+        grad, grad_weight, grad_bias = _add_norm_backward_op(grad_normed, grad_total, total, weight, mean, rstd)
+        grad_branch = None if of_branch is None else grad.to(of_branch)
+        return grad.to(of_x), grad_branch, grad_weight.to(weight.dtype), grad_bias.to(of_bias), None
+
+
+# ------------------------------------------------------------------------------------------------------- public
+
+
+def add_norm(
+    x: Tensor, branch: Tensor | None, weight: Tensor, bias: Tensor, eps: float = 1e-6
+) -> tuple[Tensor, Tensor]:
+    """x + branch and its LayerNorm, as pre-norm blocks take them, in the dtype of the sum; statistics are fp32.
+
+    Under autocast too, where torch's own norm casts its input to fp32, keeps that copy for the backward pass and
+    returns fp32. A code generator fuses these operations itself, so `torch.compile` sees plain PyTorch.
+
+    Args:
+        x: [..., D], the residual stream.
+        branch: [..., D], what is added to it; None for nothing.
+        weight: [D].
+        bias: [D].
+        eps: added to the variance.
+
+    Returns:
+        the sum [..., D] (x itself without a branch), and the norm of the sum as it is rounded, [..., D].
+
+    Raises:
+        TypeError, ValueError: a wrong dtype, shape or device.
+    """
+    check_floating("x", x)
+    check_floating("weight", weight)
+    width = x.shape[-1:]
+    for name, each, shape in (("branch", branch, x.shape), ("weight", weight, width), ("bias", bias, width)):
+        if each is not None:
+            check_device(name, each, x.device)
+            if each.shape != shape:
+                raise ValueError(f"{name} has shape {tuple(each.shape)}, expected {tuple(shape)}, to go with x.")
+    obstacle = f"the kernel takes rows of up to {_WIDEST} values, not {x.shape[-1]}" if x.shape[-1] > _WIDEST else ""
+    tensors = (x, weight, bias) if branch is None else (x, weight, bias, branch)
+    if not torch.compiler.is_compiling() and backend_for(*tensors, obstacle=obstacle) == "triton":
+        total, normed = _AddNorm.apply(x, branch, weight, bias, eps)
+        return x if branch is None else total, normed
+    return _add_norm_reference(x, branch, weight, bias, eps)

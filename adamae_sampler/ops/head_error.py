@@ -1,0 +1,180 @@
+"""head_error: the decoder's last layer and the reconstruction error as one, so that no prediction is ever held."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from adamae_sampler.ops.backend import backend_for
+from adamae_sampler.ops.checks import check_device, check_floating, check_index_shape, check_target, check_video_indices
+from adamae_sampler.ops.patches import PatchSize
+from adamae_sampler.ops.reconstruction_error import HOW, error_obstacle, error_reference, launch_error, scale_rows_op
+from adamae_sampler.ops.registration import operator
+from adamae_sampler.ops.target import Kind, Target
+
+_CHUNK_BYTES = 24 * 2**20  # of predictions at a time: they stay in the second-level cache of a data-centre GPU
+
+
+def _chunks(draws: int, num_masked: int, masks: int, rows: int) -> Iterator[tuple[slice, slice, slice]]:
+    """(masks, tokens, clips) of about so many rows: several masks, or a part of one; never a part of a clip's masks
+    beside another clip's."""
+    at_once, first = max(1, rows // num_masked), 0
+    while first < draws:
+        end = min(first + (at_once // masks * masks or at_once), draws)
+        if at_once < masks:
+            end = min(end, (first // masks + 1) * masks)
+        for start in range(0, num_masked, max(1, rows)):
+            yield slice(first, end), slice(start, start + max(1, rows)), slice(first // masks, -(-end // masks))
+        first = end
+
+
+def _empty_head_error(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, video: Tensor, masked_idx: Tensor, *how: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    gradient = how[-1]
+    high = torch.promote_types(hidden.dtype, torch.float32)
+    error = hidden.new_empty(masked_idx.shape, dtype=high)
+    of_weight = weight.new_empty(weight.shape if gradient else 0, dtype=high)
+    of_bias = weight.new_empty(weight.shape[0] if gradient and bias is not None else 0, dtype=high)
+    return error, hidden.new_empty(hidden.shape if gradient else 0), of_weight, of_bias
+
+
+@operator(
+    "head_error(Tensor hidden, Tensor weight, Tensor? bias, Tensor video, Tensor masked_idx, "
+    f"{HOW}, bool kernel, bool gradient) -> (Tensor, Tensor, Tensor, Tensor)",
+    _empty_head_error,
+)
+def _head_error_op(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, video: Tensor, masked_idx: Tensor, *how: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The error [B, M], and with `gradient` the unit gradients (see `reconstruction_error`) of hidden, weight and bias;
+    the last two are summed in fp32."""
+    *rest, kernel, gradient = how
+    target = Target(*rest)
+    error, of_hidden, of_weight, of_bias = _empty_head_error(hidden, weight, bias, video, masked_idx, gradient)
+    of_weight.zero_()
+    of_bias.zero_()
+    cast = weight.to(hidden.dtype)
+    cast_bias = None if bias is None else bias.to(hidden.dtype)
+    (draws, num_masked), values = masked_idx.shape, weight.shape[0]
+    rows = _CHUNK_BYTES // (values * hidden.element_size())
+    with torch.autocast(hidden.device.type, enabled=False):  # all is in the dtype of the hidden states
+        for masks, tokens, clips in _chunks(draws, num_masked, draws // max(len(video), 1), rows):
+            idx = masked_idx[masks, tokens]
+            flat = hidden[masks, tokens].reshape(-1, hidden.shape[2])
+            unit = F.linear(flat, cast, cast_bias).view(*idx.shape, values)  # the prediction, at first
+            if kernel:
+                part = torch.empty(idx.shape, dtype=error.dtype, device=error.device)
+                launch_error(unit, video[clips], idx, target, part, unit if gradient else None)
+            else:
+                part, unit = error_reference(unit, video[clips], idx, target)
+            error[masks, tokens] = part
+            if gradient:
+                unit = unit.view(-1, values)
+                of_hidden[masks, tokens] = (unit @ cast).view(*idx.shape, -1)
+                of_weight += unit.t() @ flat
+                if bias is not None:
+                    of_bias += unit.sum(0, dtype=of_bias.dtype)
+    return error, of_hidden, of_weight, of_bias
+
+
+class _HeadError(torch.autograd.Function):
+    """The gradients are made in the forward pass, up to the factor that the mean's gradient is: the idea of fused
+    linear cross entropy (Liger-Kernel, arXiv:2410.10989)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        video: Tensor,
+        masked_idx: Tensor,
+        target: Target,
+        kernel: bool,
+    ) -> tuple[Tensor, Tensor]:
+        gradient = any(ctx.needs_input_grad[:3])
+        error, *units = _head_error_op(hidden, weight, bias, video, masked_idx, *target, kernel, gradient)
+        ctx.mark_non_differentiable(error)
+        if gradient:
+            ctx.save_for_backward(*units)
+            ctx.factor = (2 if target.kind == "mse" else 1) / (weight.shape[0] * error.numel())
+            ctx.kernel, ctx.dtypes = kernel, (weight.dtype, None if bias is None else bias.dtype)
+        return error.mean(), error
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        of_hidden, of_weight, of_bias = ctx.saved_tensors
+        if ctx.kernel:
+            grad_hidden = scale_rows_op(of_hidden, grad.expand(of_hidden.shape[:2]), ctx.factor)
+        else:  # one value that has axes, which half precision does not round
+            grad_hidden = (of_hidden * (grad * ctx.factor).view(1, 1, 1)).to(of_hidden.dtype)
+        of_weight_dtype, of_bias_dtype = ctx.dtypes
+        grad_weight = (of_weight * (grad * ctx.factor)).to(of_weight_dtype)
+        grad_bias = None if of_bias_dtype is None else (of_bias * (grad * ctx.factor)).to(of_bias_dtype)
+        return grad_hidden, grad_weight, grad_bias, None, None, None, None
+
+
+def head_error(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    video: Tensor,
+    masked_idx: Tensor,
+    *,
+    kind: Kind = "mse",
+    normalize: bool = True,
+    patch_size: PatchSize = 16,
+    tubelet_size: int = 2,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`reconstruction_error` of the prediction `F.linear(hidden, weight, bias)`, which is made a part at a time.
+
+    The forward pass makes the gradients too, while a part is in the cache, and keeps those of the hidden states and the
+    weights in the place of the prediction; so only the mean has a gradient.
+
+    Args:
+        hidden: [B R, M, D], what the last layer makes predictions of, in the order of `masked_idx`.
+        weight: [P, D] of the last layer, in any precision; the product is in that of the hidden states.
+        bias: [P], or None.
+        video: [B, C, T, H, W], see `reconstruction_error`, as for all further arguments.
+        masked_idx: [B R, M] int64.
+        kind: see there.
+        normalize: see there.
+        patch_size: see there.
+        tubelet_size: see there.
+        mean: see there.
+        std: see there.
+
+    Returns:
+        the mean error, a scalar with a gradient, and the errors [B R, M] without one; fp32, also under autocast.
+
+    Raises:
+        TypeError, ValueError: as `reconstruction_error`; or a hidden state, weight and bias that do not fit each other.
+    """
+    if kind not in ("mse", "l1"):
+        raise ValueError(f"kind={kind!r}, expected 'mse' or 'l1'.")
+    check_target(video, patch_size, tubelet_size, normalize, mean, std)
+    check_index_shape("masked_idx", masked_idx, video.shape[0], video.device, several=True)
+    target = Target.of(kind, normalize, patch_size, tubelet_size, mean, std)
+    values, width = video.shape[1] * target.patch[0] * target.patch[1] * target.patch[2], hidden.shape[-1]
+    tensors = [("hidden", hidden, (*masked_idx.shape, width)), ("weight", weight, (values, width))]
+    for name, each, expected in [*tensors, *([] if bias is None else [("bias", bias, (values,))])]:
+        check_floating(name, each)
+        check_device(name, each, video.device)
+        if tuple(each.shape) != expected:
+            raise ValueError(
+                f"{name} has shape {tuple(each.shape)}, expected {expected}: hidden states of {masked_idx.shape[1]} "
+                f"masked tokens, and a layer to {values} values, those of a {'x'.join(map(str, target.patch))} patch."
+            )
+    check_video_indices("masked_idx", video, masked_idx, patch_size, tubelet_size)
+    kernel = backend_for(hidden, video, obstacle=error_obstacle(video, target)) == "triton"
+    mean_error, error = _HeadError.apply(hidden, weight, bias, video.detach(), masked_idx, target, kernel)
+    return mean_error, error

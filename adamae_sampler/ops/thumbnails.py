@@ -1,0 +1,205 @@
+"""thumbnails: every patch shrunk to a few pixels, straight from the video, for a sampler that sees pixels."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from adamae_sampler.ops.backend import KERNEL_DTYPES, backend_for, jit, launch, next_power_of_2, tl
+from adamae_sampler.ops.checks import at_least_fp32, check_video
+from adamae_sampler.ops.patch_tokens import patch_obstacle, pixel_offsets
+from adamae_sampler.ops.patches import PatchSize, patch_pair, patchify, token_grid
+from adamae_sampler.ops.registration import operator
+
+_SIDE = 4  # pixels of a shrunk patch's side, or the most that divide a patch's
+_MOST_CHANNELS = 4  # whose scale and shift the kernel takes
+
+
+def thumbnail_sides(patch_size: PatchSize) -> tuple[int, int]:
+    """Height and width of a shrunk patch."""
+    p1, p2 = patch_pair(patch_size)
+    return math.gcd(_SIDE, p1), math.gcd(_SIDE, p2)
+
+
+# ---------------------------------------------------------------------------------------------------- reference
+
+
+def _thumbnails_reference(
+    video: Tensor, patch: Sequence[int], scale: Sequence[float] | None, shift: Sequence[float] | None
+) -> Tensor:
+    tubelet, p1, p2 = patch
+    side1, side2 = thumbnail_sides((p1, p2))
+    small = torch.nn.functional.avg_pool3d(at_least_fp32(video), (1, p1 // side1, p2 // side2))
+    if scale is not None and shift is not None:
+        channels = zip(small.unbind(1), scale, shift, strict=True)
+        small = torch.stack([x * factor + offset for x, factor, offset in channels], dim=1)
+    return patchify(small, (side1, side2), tubelet)
+
+
+# ------------------------------------------------------------------------------------------------------- kernel
+
+
+@jit
+def _thumbnails_kernel(
+    video_ptr,
+    out_ptr,
+    N,
+    TOKENS_HW,
+    TOKENS_W,
+    stride_b,
+    stride_c,
+    stride_t,
+    stride_h,
+    stride_w,
+    scale_0,
+    scale_1,
+    scale_2,
+    scale_3,
+    shift_0,
+    shift_1,
+    shift_2,
+    shift_3,
+    SCALED: tl.constexpr,
+    C: tl.constexpr,
+    TUBELET: tl.constexpr,
+    P1: tl.constexpr,
+    P2: tl.constexpr,
+    SIDE1: tl.constexpr,
+    SIDE2: tl.constexpr,
+    SMALL: tl.constexpr,
+    WINDOW: tl.constexpr,
+):
+    """One program shrinks one token's patch: a row of the tile is a pixel of the result, with all that it averages."""
+    POOL1: tl.constexpr = P1 // SIDE1
+    POOL2: tl.constexpr = P2 // SIDE2
+    row = tl.program_id(0).to(tl.int64)
+    small = tl.arange(0, SMALL)
+    within = tl.arange(0, WINDOW)[None, :]
+    t, h, w = small // (SIDE1 * SIDE2), small // SIDE2 % SIDE1, small % SIDE2
+    corner = (t * P1 + h * POOL1) * P2 + w * POOL2  # counted (t p1 p2)
+    pixel = corner[:, None] + within // POOL2 * P2 + within % POOL2
+    inside = small < TUBELET * SIDE1 * SIDE2
+    read = inside[:, None] & (within < POOL1 * POOL2)
+    token = tl.program_id(0) % N
+    offset = pixel_offsets(token, pixel, TOKENS_HW, TOKENS_W, stride_t, stride_h, stride_w, TUBELET, P1, P2)
+    video_ptr += row // N * stride_b
+    for c in tl.static_range(C):
+        value = tl.load(video_ptr + c * stride_c + offset, mask=read, other=0).to(tl.float32)
+        value = tl.sum(value, 1) / (POOL1 * POOL2)
+        if SCALED:
+            scale = scale_0 if c == 0 else scale_1 if c == 1 else scale_2 if c == 2 else scale_3
+            shift = shift_0 if c == 0 else shift_1 if c == 1 else shift_2 if c == 2 else shift_3
+            value = value * scale + shift
+        place = row * (C * TUBELET * SIDE1 * SIDE2) + small * C + c
+        tl.store(out_ptr + place, value.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+# ----------------------------------------------------------------------------------------------------- operator
+
+
+def _empty_thumbnails(
+    video: Tensor,
+    patch: Sequence[int],
+    scale: Sequence[float] | None,
+    shift: Sequence[float] | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    tubelet, p1, p2 = patch
+    tokens = math.prod(token_grid(tuple(video.shape), (p1, p2), tubelet))
+    values = video.shape[1] * tubelet * math.prod(thumbnail_sides((p1, p2)))
+    return video.new_empty(video.shape[0], tokens, values, dtype=dtype)
+
+
+@operator(
+    "thumbnails(Tensor video, int[] patch, float[]? scale, float[]? shift, ScalarType dtype) -> Tensor",
+    _empty_thumbnails,
+)
+def _thumbnails_op(
+    video: Tensor,
+    patch: Sequence[int],
+    scale: Sequence[float] | None,
+    shift: Sequence[float] | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    out = _empty_thumbnails(video, patch, scale, shift, dtype)
+    tubelet, p1, p2 = patch
+    side1, side2 = thumbnail_sides((p1, p2))
+    _, grid_h, grid_w = token_grid(tuple(video.shape), (p1, p2), tubelet)
+    launch(
+        _thumbnails_kernel,
+        out.shape[0] * out.shape[1],
+        video,
+        out,
+        out.shape[1],
+        grid_h * grid_w,
+        grid_w,
+        *video.stride(),
+        *[*(scale or []), *[None] * _MOST_CHANNELS][:_MOST_CHANNELS],
+        *[*(shift or []), *[None] * _MOST_CHANNELS][:_MOST_CHANNELS],
+        SCALED=scale is not None,
+        C=video.shape[1],
+        TUBELET=tubelet,
+        P1=p1,
+        P2=p2,
+        SIDE1=side1,
+        SIDE2=side2,
+        SMALL=next_power_of_2(tubelet * side1 * side2),
+        WINDOW=next_power_of_2(p1 * p2 // (side1 * side2)),
+        num_warps=1,
+    )
+    return out
+
+
+# ------------------------------------------------------------------------------------------------------- public
+
+
+@torch.no_grad()
+def thumbnails(
+    video: Tensor,
+    *,
+    patch_size: PatchSize = 16,
+    tubelet_size: int = 2,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Each patch averaged down to 4 x 4 pixels a frame, or the most that divide its sides; without a gradient.
+
+    Args:
+        video: [B, C, T, H, W], uint8 or floating point.
+        patch_size: height and width of a patch in pixels, one number or a pair.
+        tubelet_size: frames of a patch.
+        mean: what to normalise uint8 pixels by, as shares of 255, a number for each channel; floating-point video is
+            taken as it is.
+        std: the standard deviations that go with `mean`.
+        dtype: of the result; the video's if it is floating point, else fp32.
+
+    Returns:
+        [B, N, C * tubelet_size * 4 * 4], laid out (t p1 p2 c); tokens in t-h-w order.
+
+    Raises:
+        TypeError, ValueError: a wrong dtype or shape, or a size that patches do not divide.
+    """
+    check_video(video, patch_size, tubelet_size)
+    if (mean is None) != (std is None):
+        raise ValueError(f"mean={mean} and std={std}: give both or neither.")
+    scale = shift = None
+    if mean is not None and std is not None and video.dtype == torch.uint8:
+        if not len(mean) == len(std) == video.shape[1]:
+            raise ValueError(f"mean has {len(mean)} values, std {len(std)}, the video {video.shape[1]} channels.")
+        scale = [1 / (255 * each) for each in std]
+        shift = [-centre / each for centre, each in zip(mean, std, strict=True)]
+    dtype = dtype or (video.dtype if video.is_floating_point() else torch.float32)
+    patch = [tubelet_size, *patch_pair(patch_size)]
+    obstacle = patch_obstacle(video, patch)
+    if dtype not in KERNEL_DTYPES:
+        obstacle = f"the kernel gives float32, float16 and bfloat16, not {dtype}"
+    if scale is not None and video.shape[1] > _MOST_CHANNELS:
+        obstacle = f"the kernel takes the mean and std of up to {_MOST_CHANNELS} channels, not {video.shape[1]}"
+    if backend_for(video, obstacle=obstacle) == "triton":
+        small: Tensor = _thumbnails_op(video, patch, scale, shift, dtype)
+        return small
+    return _thumbnails_reference(video, patch, scale, shift).to(dtype)
