@@ -98,7 +98,7 @@ def test_what_is_another_run_is_refused(tmp_path):
         assert message in refused(pretrain_script.main, "--resume", checkpoint, *change)
     # Going on in the folder of another run sets that one aside. What only saves memory may change.
     pretrain_here(*SPRITES, "--steps", 1, "--output", tmp_path / "other")
-    arguments = ["--steps", 3, "--head-chunks", 2, "--output", tmp_path / "other"]
+    arguments = ["--steps", 3, "--no-fused-head", "--output", tmp_path / "other"]
     printed = pretrain_here("--resume", checkpoint, *arguments)
     assert f"the earlier run is now {tmp_path / 'other-1'}" in printed
     assert [line["step"] for line in metrics(tmp_path / "other")] == [3]
