@@ -177,7 +177,7 @@ class StepCase:
 def make_step(case: StepCase, device: torch.device) -> Step:
     """A training step on random video, with weights and optimizer of its own."""
     baseline = _repository_forward if case.repository else _official_forward
-    model, forward = (_our_forward if case.implementation == OURS else baseline)(case, device)
+    model, forward = (our_forward if case.implementation == OURS else baseline)(case, device)
     if case.compiled == "whole":
         forward = torch.compile(forward, fullgraph=case.implementation == OURS, dynamic=False)
     if case.compiled == "blocks":
@@ -198,7 +198,8 @@ def make_step(case: StepCase, device: torch.device) -> Step:
     return step
 
 
-def _our_forward(case: StepCase, device: torch.device) -> tuple[nn.Module, Step]:
+def our_forward(case: StepCase, device: torch.device) -> tuple[nn.Module, Step]:
+    """The package's model, and a function from random video to the loss."""
     model, criterion = our_model(case, device), AdaMAELoss(num_masks=case.num_masks, fused_head=case.fused_head)
     video = torch.randint(256, case.video_shape, dtype=torch.uint8, device=device)
 

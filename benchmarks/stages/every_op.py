@@ -49,6 +49,17 @@ def main(full: bool) -> None:
         x = torch.randn(2, 100, 40, device=device)
         pos = torch.randn(1, 100, 40, device=device, requires_grad=True)  # one table for all clips: a sum of theirs
         ops.gather_tokens(x, sample.visible_idx, pos).sum().backward()
+        # What the reference model is made of besides.
+        video = torch.randint(256, (2, 3, 4, 32, 32), dtype=torch.uint8, device=device)
+        ops.patch_tokens(video, patch_size=8)
+        ops.patch_tokens(video, torch.arange(5, device=device).repeat(2, 1), patch_size=8)
+        ops.thumbnails(video, patch_size=8, mean=[0.5] * 3, std=[0.2] * 3)
+        weight = torch.ones(40, device=device, requires_grad=True)
+        _, normed = ops.add_norm(x.requires_grad_(), x, weight, weight)
+        ops.token_scores(normed, weight, weight[:1]).sum().backward()
+        masked_idx = torch.arange(20, device=device).repeat(2, 1)
+        layer = torch.randn(384, 40, device=device, requires_grad=True)
+        ops.head_error(x[:, :20], layer, None, video, masked_idx, patch_size=8)[0].backward()
     if device.type == "cuda":
         torch.cuda.synchronize()
     print(DONE)

@@ -1,0 +1,110 @@
+"""Host time of the package's ops, kernels left out: what a call costs before and after Triton launches anything.
+
+    python benchmarks/host_time.py        # a few seconds on one core of a CPU
+
+Checks, autograd, dispatch and allocations run as for a GPU, on CPU tensors; a launch does nothing. The backward pass is
+`torch.autograd.grad`, whose own time, that of `x.neg()`, is in the last line.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+from unittest import mock
+
+import torch
+from tables import table
+from torch import Tensor
+from triton.runtime.jit import JITFunction
+
+from adamae_sampler import MaskSample, mask, ops
+from adamae_sampler.ops import backend, checks
+
+CLIPS, N, K, D = 2, 64, 16, 8
+
+
+def calls() -> dict[str, tuple[Callable[..., Any], tuple[Tensor, ...]]]:
+    """Each op as a function of what has a gradient, and that."""
+    sample = _sample()
+    pos, ones, video = torch.randn(1, N, D), torch.ones(D), torch.zeros(CLIPS, 3, 2, 32, 32, dtype=torch.uint8)
+    x, visible = torch.randn(CLIPS, N, D), torch.randn(CLIPS, K, D)
+    prediction, hidden = torch.randn(CLIPS, N - K, 96), torch.randn(CLIPS, N - K, D)
+    error = torch.rand(CLIPS, N - K)
+    sizes: dict[str, Any] = {"patch_size": 4, "tubelet_size": 2}
+    weight = torch.randn(96, D)
+    return {
+        "draw_mask": (lambda scores: ops.draw_mask(scores, K).log_probs, (x[..., 0],)),
+        "gather_tokens": (lambda x: ops.gather_tokens(x, sample.visible_idx, pos), (x,)),
+        "assemble_tokens": (lambda v, m: ops.assemble_tokens(v, m, pos, sample), (visible, ones)),
+        "patch_tokens": (lambda _: ops.patch_tokens(video, **sizes), ()),
+        "thumbnails": (lambda _: ops.thumbnails(video, **sizes), ()),
+        "add_norm": (lambda x, b: ops.add_norm(x, b, ones, ones)[1], (x, x)),
+        "token_scores": (lambda x: ops.token_scores(x, ones, ones[:1]), (x,)),
+        "reconstruction_error": (
+            lambda p: ops.reconstruction_error(p, video, sample.masked_idx, **sizes),
+            (prediction,),
+        ),
+        "head_error": (
+            lambda h, w: ops.head_error(h, w, None, video, sample.masked_idx, **sizes)[0],
+            (hidden, weight),
+        ),
+        "sampling_loss": (lambda log_probs: ops.sampling_loss(log_probs, sample.masked_idx, error), (x[..., 0],)),
+        "torch.neg": (torch.neg, (x,)),
+    }
+
+
+def _sample() -> MaskSample:
+    with ops.use_backend("torch"):
+        return ops.draw_mask(torch.zeros(CLIPS, N), K)
+
+
+def _launch_nothing(*_: object, **__: object) -> None:
+    """In the place of a kernel on its grid."""
+
+
+def microseconds(call: Callable[[], object], repeats: int = 200) -> float:
+    """The least of several means."""
+    call()
+    best = float("inf")
+    for _ in range(15):
+        began = time.perf_counter()
+        for _ in range(repeats):
+            call()
+        best = min(best, (time.perf_counter() - began) / repeats)
+    return 1e6 * best
+
+
+def main() -> None:
+    """Measures and prints."""
+    torch.set_num_threads(1)
+    ready = calls()
+    rows: list[tuple[str, str, str]] = []
+    nothing = mock.Mock(return_value=False)  # values of CPU tensors are checked, those on a GPU are not
+    with (
+        mock.patch.object(JITFunction, "__getitem__", return_value=_launch_nothing),
+        mock.patch.object(backend, "_find_obstacle", return_value=""),
+        mock.patch.object(checks, "free_to_read", nothing),
+        mock.patch.object(mask, "free_to_read", nothing),
+        mock.patch("adamae_sampler.ops.assemble_tokens.free_to_read", nothing, create=True),
+        ops.use_backend("triton"),
+    ):
+        for name, (op, tensors) in ready.items():
+            leaves = [each.clone().requires_grad_() for each in tensors]
+            arguments = leaves or [torch.empty(0)]
+            forward = microseconds(lambda op=op, arguments=arguments: op(*arguments))  # type: ignore[misc]
+            back = ""
+            if leaves:
+                out = op(*leaves)
+                cotangent = torch.ones_like(out)
+                grads = lambda out=out, leaves=leaves, up=cotangent: torch.autograd.grad(  # noqa: E731
+                    out, leaves, up, retain_graph=True
+                )
+                back = f"{microseconds(grads):.0f} us"
+            rows.append((name, f"{forward:.0f} us", back))
+    columns = [("op", lambda row: row[0]), ("call", lambda row: row[1]), ("backward pass", lambda row: row[2])]
+    print(table(columns, rows))
+
+
+if __name__ == "__main__":
+    main()
