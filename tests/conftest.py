@@ -79,3 +79,12 @@ def tiny_model(**kwargs) -> AdaMAE:
         "mask_ratio": 0.75,
     }
     return AdaMAE(**{**sizes, **kwargs})
+
+
+@pytest.fixture
+def poisoned_memory():
+    """What an allocation leaves uninitialised is NaN and extremes, so that a place that no kernel wrote shows."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)

@@ -1,6 +1,6 @@
 """What only a GPU can show: large shapes, addresses past 2^31, no waiting for the device, CUDA graphs.
 
-The tests of test_kernels.py run on the GPU too, where there is one.
+The tests of test_kernels.py and test_pixel_kernels.py run on the GPU too, where there is one.
 """
 
 import re

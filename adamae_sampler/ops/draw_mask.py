@@ -118,10 +118,6 @@ def _draw_mask_kernel(
     num_nonfinite_ptr,
     N,
     K,
-    scores_stride_b,
-    scores_stride_n,
-    noise_stride_b,
-    noise_stride_n,
     LOWEST: tl.constexpr,
     BELOW: tl.constexpr,
     ABOVE: tl.constexpr,
@@ -133,18 +129,17 @@ def _draw_mask_kernel(
     INF: tl.constexpr = float("inf")
     NAN: tl.constexpr = float("nan")
     clip = tl.program_id(0).to(tl.int64)
-    scores_ptr += clip * scores_stride_b
+    scores_ptr += clip * N
     lane = tl.arange(0, TILE)
     stop = TILE if ONE_TILE else N  # a loop known to run once is none
-    score = tl.load(scores_ptr + lane.to(tl.int64) * scores_stride_n, mask=lane < N, other=0.0).to(tl.float32)
+    score = tl.load(scores_ptr + lane, mask=lane < N, other=0.0).to(tl.float32)
 
     top = tl.full((TILE,), -INF, tl.float32)  # of the finite scores
     nonfinite = tl.full((TILE,), 0, tl.int32)
     for start in range(0, stop, TILE):
         token = start + lane
         if not ONE_TILE:
-            place = scores_ptr + token.to(tl.int64) * scores_stride_n
-            score = tl.load(place, mask=token < N, other=0.0).to(tl.float32)
+            score = tl.load(scores_ptr + token, mask=token < N, other=0.0).to(tl.float32)
         finite = (tl.abs(score) < INF) & (token < N)
         top = tl.maximum(top, tl.where(finite, score, -INF))
         nonfinite += ((~finite) & (token < N)).to(tl.int32)
@@ -159,13 +154,11 @@ def _draw_mask_kernel(
     for start in range(0, stop, TILE):
         token = start + lane
         if not ONE_TILE:
-            place = scores_ptr + token.to(tl.int64) * scores_stride_n
-            score = tl.load(place, mask=token < N, other=0.0).to(tl.float32)
+            score = tl.load(scores_ptr + token, mask=token < N, other=0.0).to(tl.float32)
         shifted = score - highest
         totals += tl.where(token < N, tl.exp(shifted), 0.0)
         if GIVEN_NOISE:
-            place = noise_ptr + clip * noise_stride_b + token.to(tl.int64) * noise_stride_n
-            noise = tl.load(place, mask=token < N, other=0.0).to(tl.float32)
+            noise = tl.load(noise_ptr + clip * N + token, mask=token < N, other=0.0).to(tl.float32)
         else:
             noise = _gumbel(seed, clip.to(tl.int32), token)
         outlier = tl.where(score == INF, ABOVE, BELOW)
@@ -239,21 +232,18 @@ def _draw_mask_kernel(
 
 
 @jit
-def _log_softmax_backward_kernel(
-    grad_ptr, log_probs_ptr, grad_scores_ptr, N, grad_stride_b, grad_stride_n, TILE: tl.constexpr
-):
+def _log_softmax_backward_kernel(grad_ptr, log_probs_ptr, grad_scores_ptr, N, TILE: tl.constexpr):
     """grad - p sum(grad), one clip a program."""
     clip = tl.program_id(0).to(tl.int64)
-    grad_ptr += clip * grad_stride_b
     lane = tl.arange(0, TILE)
     totals = tl.zeros((TILE,), tl.float32)
     for start in range(0, N, TILE):
         token = start + lane
-        totals += tl.load(grad_ptr + token.to(tl.int64) * grad_stride_n, mask=token < N, other=0.0)
+        totals += tl.load(grad_ptr + clip * N + token, mask=token < N, other=0.0)
     total = tl.sum(totals)
     for start in range(0, N, TILE):
         token = start + lane
-        grad = tl.load(grad_ptr + token.to(tl.int64) * grad_stride_n, mask=token < N, other=0.0)
+        grad = tl.load(grad_ptr + clip * N + token, mask=token < N, other=0.0)
         probs = tl.exp(tl.load(log_probs_ptr + clip * N + token, mask=token < N, other=0.0))
         tl.store(grad_scores_ptr + clip * N + token, grad - probs * total, mask=token < N)
 
@@ -300,8 +290,8 @@ def _draw_mask_op(
     launch(
         _draw_mask_kernel,
         batch,
-        scores,
-        noise,
+        scores.contiguous(),
+        None if noise is None else noise.contiguous(),
         seed,
         None if one_tile else torch.empty(batch, num_tokens, dtype=torch.int32, device=scores.device),
         visible_idx,
@@ -311,8 +301,6 @@ def _draw_mask_op(
         num_nonfinite,
         num_tokens,
         num_visible,
-        *scores.stride(),
-        *((None, None) if noise is None else noise.stride()),
         LOWEST=_LOWEST_FINITE,
         BELOW=_BELOW_FINITE,
         ABOVE=_ABOVE_FINITE,
@@ -332,7 +320,7 @@ def _log_softmax_backward_op(grad: Tensor, log_probs: Tensor) -> Tensor:
     grad_scores = torch.empty_like(log_probs)
     batch, num_tokens = log_probs.shape
     tile = _tile_and_warps(num_tokens)
-    launch(_log_softmax_backward_kernel, batch, grad, log_probs, grad_scores, num_tokens, *grad.stride(), **tile)
+    launch(_log_softmax_backward_kernel, batch, grad.contiguous(), log_probs, grad_scores, num_tokens, **tile)
     return grad_scores
 
 
