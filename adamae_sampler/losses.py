@@ -119,7 +119,7 @@ class HeadInputs(NamedTuple):
 
 
 class LossOutput(NamedTuple):
-    """The terms of the loss; all fp32.
+    """The terms of the loss; all fp32, fp64 for fp64 predictions.
 
     Attributes:
         loss: scalar, reconstruction + sampling_weight * sampling; call backward on it.

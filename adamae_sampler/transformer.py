@@ -114,6 +114,11 @@ class Transformer(nn.ModuleList):
         super().__init__(Block(width, num_heads, mlp_ratio, qkv_bias, drop, rate, eps) for rate in rates)
         self.grad_checkpointing = False
 
+    def __getitem__(self, index: int | slice) -> nn.Module:  # type: ignore[override]
+        """One block, or some of them as a plain list."""
+        blocks = list(self)[index]
+        return nn.ModuleList(blocks) if isinstance(blocks, list) else blocks
+
     def forward(self, x: Tensor, norm: LayerNorm | None = None, last: int | None = None) -> Tensor:
         """[B, N, D] -> [B, N, D], or the norm of it; of the `last` tokens alone, if that is given."""
         branch: Tensor | None = None

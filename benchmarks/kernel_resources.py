@@ -177,7 +177,7 @@ def patch_tokens(video_dtype: torch.dtype, dtype: torch.dtype) -> None:
     """All tokens, and those that are visible; and all tokens small."""
     video = torch.empty(CLIPS, 3, 16, 224, 224, dtype=video_dtype)
     for idx in (None, torch.empty(CLIPS, K, dtype=torch.int64)):
-        OPS.patch_tokens(video, idx, [2, 16, 16], dtype)
+        OPS.patch_tokens(video, idx, [2, 16, 16], dtype, 128.0)
     OPS.thumbnails(video, [2, 16, 16], [1.0] * 3, [0.5] * 3, dtype)
 
 

@@ -39,7 +39,7 @@ def op_calls():
         "scatter_tokens_sum": (visible, sample.visible_idx, 9, torch.bfloat16),
         "assemble_tokens": (visible, mask_token, pos, *idx, True),
         "sum_masked_rows": (x, sample.visible_idx, False),
-        "patch_tokens": (video, indices, [1, 2, 2], torch.bfloat16),
+        "patch_tokens": (video, indices, [1, 2, 2], torch.bfloat16, 0.5),
         "reconstruction_error": (prediction, video, indices, *how, True),
         "head_error": (visible, torch.randn(4, 6, device=DEVICE), None, video, indices[:, :3], *how, True, True),
         "thumbnails": (video, [1, 2, 2], [0.5], [0.25], torch.float16),

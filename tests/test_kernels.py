@@ -331,6 +331,19 @@ def test_sampling_loss_clamps_certainty():
     assert_close(reference, kernel)
 
 
+def test_scores_learn_from_gradients_that_fp16_does_not_hold():
+    x, weight = torch.randn(2, 37, 16).to(DEVICE, torch.float16), torch.randn(16, device=DEVICE)
+    _, _, of_weight, _ = run("triton", ops.token_scores, [x, weight, torch.zeros(1)], torch.full((2, 37), 1e-9))
+    torch.testing.assert_close(of_weight, 1e-9 * x.float().sum((0, 1)), rtol=5e-3, atol=1e-11)
+    assert run("triton", ops.token_scores, [x, weight, torch.zeros(1)], torch.zeros(2, 37))[2].eq(0).all()
+
+
+def test_weights_of_norms_and_scores_may_lie_anywhere():
+    x, weight, bias = torch.randn(2, 7, 16, device=DEVICE), torch.randn(32, device=DEVICE)[::2], torch.zeros(())
+    assert_close(*run_both(lambda x: ops.add_norm(x, x, weight, bias.expand(16))[1], x, upstream=torch.randn(2, 7, 16)))
+    assert_close(*run_both(lambda x: ops.token_scores(x, weight, weight[:1]), x, upstream=torch.randn(2, 7)))
+
+
 def test_an_index_out_of_range_gives_nan_and_touches_nothing_else():
     """The public functions refuse it on CPU; on a GPU they cannot look without making the host wait."""
     x, pos = whole_numbers(1, 4, 3), whole_numbers(1, 4, 3)
@@ -347,7 +360,7 @@ def test_an_index_out_of_range_gives_nan_and_touches_nothing_else():
         error, unit = OPS.reconstruction_error(prediction, video, idx, *how, True)
         assert error.isnan().tolist() == [[False, True, False]]
         assert unit.isnan().all(-1).tolist() == [[False, True, False]]
-        patches = OPS.patch_tokens(video, idx, [1, 2, 2], torch.float32)
+        patches = OPS.patch_tokens(video, idx, [1, 2, 2], torch.float32, 0.0)
         assert patches.isnan().all(-1).tolist() == [[False, True, False]]
         assert torch.equal(patches[0, 0], video[0, 0, 0, :2, 2:].flatten())
         assert OPS.sampling_loss(x[..., 0], idx, prediction[..., 0]).isnan()

@@ -68,6 +68,17 @@ def test_uint8_video_is_the_normalised_one(sample_from, stats, channels):
         torch.testing.assert_close(pixels, normalised, rtol=1e-3, atol=2e-6, msg=name)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_uint8_video_goes_into_models_of_any_precision(dtype):
+    model = tiny_model().eval()
+    video = torch.randint(256, (2, 3, 8, 32, 32), dtype=torch.uint8)
+    mask = torch.arange(64).remainder(4).ne(0).expand(2, -1)
+    expected, _ = model(video, mask=mask)
+    prediction, _ = model.to(dtype)(video, mask=mask)
+    assert prediction.dtype == dtype
+    assert relative(prediction, expected) < {torch.bfloat16: 0.02, torch.float64: 1e-5}[dtype]
+
+
 def test_golden_gradients(golden, loaded):
     model = loaded[0]
     theirs = copy.deepcopy(model)

@@ -82,7 +82,12 @@ def test_patch_tokens(dtype, video_dtype, patch, tubelet, channels):
             results = []
             for backend in ("torch", "triton"):
                 with ops.use_backend(backend):
-                    how = {"patch_size": patch, "tubelet_size": tubelet, "dtype": dtype}
+                    how = {
+                        "patch_size": patch,
+                        "tubelet_size": tubelet,
+                        "dtype": dtype,
+                        "offset": 128.0 * (idx is None),
+                    }
                     results.append(ops.patch_tokens(x, idx, **how))
             close = {"rtol": 0, "atol": 0} if video_dtype == torch.uint8 else TOLERANCE[dtype]
             torch.testing.assert_close(results[1], results[0], **close)
@@ -119,3 +124,45 @@ def test_reconstruction_error_of_a_constant_patch_is_finite():
         lambda p: ops.reconstruction_error(p, video, idx), torch.randn(1, 3, 1536, device=DEVICE)
     )
     assert all(each.isfinite().all() for each in (*reference, *kernel))
+
+
+def head_inputs(dtype=torch.float32, batch=2):
+    video, idx = make_video(torch.uint8, 3, 4, 8, 12)[:batch], make_sample(batch, 12, 5).masked_idx
+    hidden = torch.randn(batch, 7, 20).to(DEVICE, dtype).requires_grad_()
+    return hidden, torch.randn(96, 20, device=DEVICE, requires_grad=True), None, video, idx
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_a_fused_head_runs_in_the_precision_of_autocast(backend):
+    """Accelerate returns a model's outputs in fp32; the products are autocast's all the same."""
+    inputs = head_inputs()
+    with ops.use_backend(backend), torch.autocast(DEVICE, torch.bfloat16):
+        mean, error = ops.head_error(*inputs, patch_size=4)
+        half, _ = ops.head_error(inputs[0].bfloat16(), *inputs[1:], patch_size=4)
+    assert torch.equal(mean, half)
+    assert mean.dtype == error.dtype == torch.float32
+    assert torch.autograd.grad(mean, inputs[0])[0].dtype == torch.float32
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_a_fused_head_without_clips_or_gradients(backend):
+    with ops.use_backend(backend):
+        mean, error = ops.head_error(*head_inputs(batch=0), patch_size=4)
+        mean.backward()
+        assert error.shape == (0, 7)
+        with torch.no_grad():
+            mean, error = ops.head_error(*head_inputs(), patch_size=4)
+    assert not mean.requires_grad
+    torch.testing.assert_close(mean, error.mean())
+
+
+def test_sums_of_a_fused_head_fit_half_precision():
+    """8000 rows of an absolute error: a sum past 65504, of which the mean's gradient is small."""
+    video = torch.zeros(500, 1, 1, 8, 8, device=DEVICE)
+    idx = torch.arange(16, device=DEVICE).repeat(500, 1)
+    hidden = torch.full((500, 16, 4), 9.0, dtype=torch.float16, device=DEVICE)
+    weight = torch.full((4, 4), 0.1, device=DEVICE, requires_grad=True)
+    with ops.use_backend("torch"):
+        how = {"kind": "l1", "normalize": False, "patch_size": 2, "tubelet_size": 1}
+        mean, _ = ops.head_error(hidden, weight, None, video, idx, **how)
+    torch.testing.assert_close(torch.autograd.grad(mean, weight)[0], torch.full((4, 4), 9 / 4, device=DEVICE))

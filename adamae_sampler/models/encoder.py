@@ -120,7 +120,5 @@ def fill_constants(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, Encoder):
             module.pos_embed.copy_(sinusoid_table(*module.pos_embed.shape[1:]))
-        if isinstance(module, PatchEmbed3d):
-            module.fill_constants()
         if isinstance(module, EvaAttention) and module.k_bias is not None:
             module.k_bias.zero_()

@@ -9,14 +9,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from adamae_sampler.ops import patch_tokens
+from adamae_sampler.ops.checks import at_least_fp32
 from adamae_sampler.ops.patches import PatchSize, patch_pair
 
 
 class PatchEmbed3d(nn.Module):
     """Tubelets to tokens: a 3-d convolution whose stride is its kernel (Table 5, "Tokenization"), as a matrix product.
 
-    uint8 video is normalised by the weights: their product with the pixels as they are, exact in half precision too, is
-    what the weights would make of normalised ones, and no floating-point copy of the video is made.
+    uint8 video is normalised by the weights: their product with the pixels, which half precision holds exactly, is what
+    the weights would make of normalised ones up to rounding, and no floating-point copy of the video is made.
 
     Args:
         patch_size: height and width of a patch in pixels.
@@ -48,18 +49,6 @@ class PatchEmbed3d(nn.Module):
         self.mean, self.std = mean, std
         kernel = (tubelet_size, *self.patch_size)
         self.proj = nn.Conv3d(in_chans, embed_dim, kernel_size=kernel, stride=kernel)  # what a checkpoint holds
-        self.pixel_scale: Tensor
-        self.pixel_shift: Tensor
-        for name in ("pixel_scale", "pixel_shift"):
-            self.register_buffer(name, torch.empty(1, in_chans, 1, 1, 1), persistent=False)
-        self.fill_constants()
-
-    @torch.no_grad()
-    def fill_constants(self) -> None:
-        """Fills what no checkpoint holds."""
-        pairs = list(zip(self.mean or [], self.std or [], strict=True)) or [(0.0, 1.0)] * self.pixel_scale.shape[1]
-        self.pixel_scale.copy_(torch.tensor([1 / (255 * std) for _, std in pairs]).view(1, -1, 1, 1, 1))
-        self.pixel_shift.copy_(torch.tensor([-mean / std for mean, std in pairs]).view(1, -1, 1, 1, 1))
 
     def dtype_for(self, video: Tensor) -> torch.dtype:
         """In which the product is made: autocast's, or the video's, or for uint8 the weights'."""
@@ -74,18 +63,26 @@ class PatchEmbed3d(nn.Module):
         Raises:
             TypeError: uint8 video, and no mean and std.
         """
-        weight, bias = self.proj.weight, self.proj.bias
+        weight, bias, offset = self.proj.weight, self.proj.bias, 0.0
         if video.dtype == torch.uint8:
-            if self.mean is None:
+            if self.mean is None or self.std is None:
                 raise TypeError("video is uint8, and the model has no mean and std to normalise it by; give it both.")
-            weight = weight.float()
-            shift = (weight * self.pixel_shift).sum((1, 2, 3, 4))
-            bias = shift if bias is None else bias + shift
-            weight = weight * self.pixel_scale
+            offset = 128.0  # pixels around 0 keep the digits of sums in half precision, and are exact in it
+            channels = list(zip(at_least_fp32(weight).unbind(1), self.mean, self.std, strict=True))
+            # Numbers, not tensors of them, which would be copied to the device and waited for.
+            weight = torch.stack([x / (255 * std) for x, _, std in channels], dim=1)
+            shifts = [x.sum((1, 2, 3)) * ((offset / 255 - mean) / std) for x, mean, std in channels]
+            bias = torch.stack([*shifts, *([] if bias is None else [bias])]).sum(0)
         rows = patch_tokens(
-            video, idx, patch_size=self.patch_size, tubelet_size=self.tubelet_size, dtype=self.dtype_for(video)
+            video,
+            idx,
+            patch_size=self.patch_size,
+            tubelet_size=self.tubelet_size,
+            dtype=self.dtype_for(video),
+            offset=offset,
         )
-        return F.linear(rows, weight.flatten(1), bias)
+        bias = None if bias is None else bias.to(rows.dtype)
+        return F.linear(rows, weight.flatten(1).to(rows.dtype), bias)
 
 
 def sinusoid_table(num_tokens: int, width: int) -> Tensor:

@@ -60,7 +60,7 @@ def _add_norm_kernel(
     col = tl.arange(0, COLS)[None, :]
     inside = (row < num_rows) & (col < D)
     place = row.to(tl.int64) * D + col
-    clip, token = (row // N).to(tl.int64), row % N
+    clip, token = (row // N).to(tl.int64), (row % N).to(tl.int64)
     value = tl.load(x_ptr + clip * x_stride_b + token * x_stride_n + col, mask=inside, other=0.0).to(tl.float32)
     if HAS_BRANCH:
         branch = branch_ptr + clip * branch_stride_b + token * branch_stride_n + col
@@ -156,8 +156,8 @@ def _add_norm_op(
         -(-rows // rows_each),
         x,
         branch,
-        weight,
-        bias,
+        weight.contiguous(),
+        bias.contiguous(),
         total,
         normed,
         mean,
@@ -202,7 +202,7 @@ def _add_norm_backward_op(
         grad_normed.contiguous(),
         None if grad_total is None else grad_total.contiguous(),
         total,
-        weight,
+        weight.contiguous(),
         mean,
         rstd,
         grad,

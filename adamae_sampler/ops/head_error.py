@@ -23,13 +23,14 @@ _CHUNK_BYTES = 24 * 2**20  # of predictions at a time: they stay in the second-l
 def _chunks(draws: int, num_masked: int, masks: int, rows: int) -> Iterator[tuple[slice, slice, slice]]:
     """(masks, tokens, clips) of about so many rows: several masks, or a part of one; never a part of a clip's masks
     beside another clip's."""
-    at_once, first = max(1, rows // num_masked), 0
+    rows = max(1, rows)
+    at_once, first = max(1, rows // max(num_masked, 1)), 0
     while first < draws:
         end = min(first + (at_once // masks * masks or at_once), draws)
         if at_once < masks:
             end = min(end, (first // masks + 1) * masks)
-        for start in range(0, num_masked, max(1, rows)):
-            yield slice(first, end), slice(start, start + max(1, rows)), slice(first // masks, -(-end // masks))
+        for start in range(0, num_masked, rows):
+            yield slice(first, end), slice(start, start + rows), slice(first // masks, -(-end // masks))
         first = end
 
 
@@ -53,7 +54,7 @@ def _head_error_op(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, video: Tensor, masked_idx: Tensor, *how: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The error [B, M], and with `gradient` the unit gradients (see `reconstruction_error`) of hidden, weight and bias;
-    the last two are summed in fp32."""
+    the last two are summed in fp32 over the parts."""
     *rest, kernel, gradient = how
     target = Target(*rest)
     error, of_hidden, of_weight, of_bias = _empty_head_error(hidden, weight, bias, video, masked_idx, gradient)
@@ -63,6 +64,9 @@ def _head_error_op(
     cast_bias = None if bias is None else bias.to(hidden.dtype)
     (draws, num_masked), values = masked_idx.shape, weight.shape[0]
     rows = _CHUNK_BYTES // (values * hidden.element_size())
+    shrink = (
+        2.0**-8 if hidden.dtype == torch.float16 else 1.0
+    )  # sums of many rows, which are divided by their number later
     with torch.autocast(hidden.device.type, enabled=False):  # all is in the dtype of the hidden states
         for masks, tokens, clips in _chunks(draws, num_masked, draws // max(len(video), 1), rows):
             idx = masked_idx[masks, tokens]
@@ -77,7 +81,7 @@ def _head_error_op(
             if gradient:
                 unit = unit.view(-1, values)
                 of_hidden[masks, tokens] = (unit @ cast).view(*idx.shape, -1)
-                of_weight += unit.t() @ flat
+                of_weight.add_(unit.t() @ (flat * shrink if shrink != 1 else flat), alpha=1 / shrink)
                 if bias is not None:
                     of_bias += unit.sum(0, dtype=of_bias.dtype)
     return error, of_hidden, of_weight, of_bias
@@ -97,13 +101,13 @@ class _HeadError(torch.autograd.Function):
         masked_idx: Tensor,
         target: Target,
         kernel: bool,
+        gradient: bool,
     ) -> tuple[Tensor, Tensor]:
-        gradient = any(ctx.needs_input_grad[:3])
         error, *units = _head_error_op(hidden, weight, bias, video, masked_idx, *target, kernel, gradient)
         ctx.mark_non_differentiable(error)
         if gradient:
             ctx.save_for_backward(*units)
-            ctx.factor = (2 if target.kind == "mse" else 1) / (weight.shape[0] * error.numel())
+            ctx.factor = (2 if target.kind == "mse" else 1) / (weight.shape[0] * max(error.numel(), 1))
             ctx.kernel, ctx.dtypes = kernel, (weight.dtype, None if bias is None else bias.dtype)
         return error.mean(), error
 
@@ -118,7 +122,7 @@ class _HeadError(torch.autograd.Function):
         of_weight_dtype, of_bias_dtype = ctx.dtypes
         grad_weight = (of_weight * (grad * ctx.factor)).to(of_weight_dtype)
         grad_bias = None if of_bias_dtype is None else (of_bias * (grad * ctx.factor)).to(of_bias_dtype)
-        return grad_hidden, grad_weight, grad_bias, None, None, None, None
+        return grad_hidden, grad_weight, grad_bias, None, None, None, None, None
 
 
 def head_error(
@@ -141,7 +145,8 @@ def head_error(
     weights in the place of the prediction; so only the mean has a gradient.
 
     Args:
-        hidden: [B R, M, D], what the last layer makes predictions of, in the order of `masked_idx`.
+        hidden: [B R, M, D], what the last layer makes predictions of, in the order of `masked_idx`; under autocast it
+            is cast.
         weight: [P, D] of the last layer, in any precision; the product is in that of the hidden states.
         bias: [P], or None.
         video: [B, C, T, H, W], see `reconstruction_error`, as for all further arguments.
@@ -154,7 +159,8 @@ def head_error(
         std: see there.
 
     Returns:
-        the mean error, a scalar with a gradient, and the errors [B R, M] without one; fp32, also under autocast.
+        the mean error, a scalar with a gradient, and the errors [B R, M] without one; fp32, also under autocast,
+        fp64 for fp64 hidden states.
 
     Raises:
         TypeError, ValueError: as `reconstruction_error`; or a hidden state, weight and bias that do not fit each other.
@@ -176,5 +182,10 @@ def head_error(
             )
     check_video_indices("masked_idx", video, masked_idx, patch_size, tubelet_size)
     kernel = backend_for(hidden, video, obstacle=error_obstacle(video, target)) == "triton"
-    mean_error, error = _HeadError.apply(hidden, weight, bias, video.detach(), masked_idx, target, kernel)
+    if torch.is_autocast_enabled(hidden.device.type):  # hidden states that came out of an autocast region in fp32
+        hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
+    gradient = torch.is_grad_enabled() and any(
+        each is not None and each.requires_grad for each in (hidden, weight, bias)
+    )
+    mean_error, error = _HeadError.apply(hidden, weight, bias, video.detach(), masked_idx, target, kernel, gradient)
     return mean_error, error

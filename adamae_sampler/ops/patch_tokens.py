@@ -10,7 +10,7 @@ from einops import rearrange
 from torch import Tensor
 
 from adamae_sampler.ops.backend import KERNEL_DTYPES, backend_for, jit, launch, next_power_of_2, tl
-from adamae_sampler.ops.checks import check_video, check_video_indices
+from adamae_sampler.ops.checks import at_least_fp32, check_video, check_video_indices
 from adamae_sampler.ops.gather_tokens import select_rows
 from adamae_sampler.ops.patches import PatchSize, patch_pair, token_grid
 from adamae_sampler.ops.registration import operator
@@ -72,6 +72,7 @@ def _patch_kernel(
     stride_t,
     stride_h,
     stride_w,
+    offset_of_values,
     ALL: tl.constexpr,
     C: tl.constexpr,
     TUBELET: tl.constexpr,
@@ -95,7 +96,7 @@ def _patch_kernel(
     video_ptr += row // M // R * stride_b
     for c in tl.static_range(C):
         value = tl.load(video_ptr + c * stride_c + offset, mask=inside & exists, other=0)
-        value = tl.where(exists, value.to(tl.float32), float("nan")).to(out_ptr.dtype.element_ty)
+        value = tl.where(exists, value.to(tl.float32) - offset_of_values, float("nan")).to(out_ptr.dtype.element_ty)
         tl.store(out_ptr + row * (C * NUM_PIXELS) + c * NUM_PIXELS + pixel, value, mask=inside)
 
 
@@ -114,16 +115,20 @@ def patch_obstacle(video: Tensor, patch: Sequence[int]) -> str:
     return ""
 
 
-def _empty_patches(video: Tensor, idx: Tensor | None, patch: Sequence[int], dtype: torch.dtype) -> Tensor:
+def _empty_patches(
+    video: Tensor, idx: Tensor | None, patch: Sequence[int], dtype: torch.dtype, offset: float
+) -> Tensor:
     pt, p1, p2 = patch
     tokens = math.prod(token_grid(tuple(video.shape), (p1, p2), pt))
     rows = (video.shape[0], tokens) if idx is None else idx.shape
     return video.new_empty(*rows, video.shape[1] * math.prod(patch), dtype=dtype)
 
 
-@operator("patch_tokens(Tensor video, Tensor? idx, int[] patch, ScalarType dtype) -> Tensor", _empty_patches)
-def _patch_op(video: Tensor, idx: Tensor | None, patch: Sequence[int], dtype: torch.dtype) -> Tensor:
-    out = _empty_patches(video, idx, patch, dtype)
+@operator(
+    "patch_tokens(Tensor video, Tensor? idx, int[] patch, ScalarType dtype, float offset) -> Tensor", _empty_patches
+)
+def _patch_op(video: Tensor, idx: Tensor | None, patch: Sequence[int], dtype: torch.dtype, offset: float) -> Tensor:
+    out = _empty_patches(video, idx, patch, dtype, offset)
     (draws, places), (batch, channels) = out.shape[:2], video.shape[:2]
     pt, p1, p2 = patch
     grid_t, grid_h, grid_w = token_grid(tuple(video.shape), (p1, p2), pt)
@@ -140,6 +145,7 @@ def _patch_op(video: Tensor, idx: Tensor | None, patch: Sequence[int], dtype: to
         grid_h * grid_w,
         grid_w,
         *video.stride(),
+        offset,
         ALL=idx is None,
         C=channels,
         TUBELET=pt,
@@ -161,6 +167,7 @@ def patch_tokens(
     patch_size: PatchSize = 16,
     tubelet_size: int = 2,
     dtype: torch.dtype | None = None,
+    offset: float = 0.0,
 ) -> Tensor:
     """The pixels of tokens as rows, in the order of a `Conv3d` kernel: `F.linear(rows, conv.weight.flatten(1))` embeds.
 
@@ -174,6 +181,7 @@ def patch_tokens(
         patch_size: height and width of a patch in pixels, one number or a pair.
         tubelet_size: frames of a patch.
         dtype: of the result; the video's if it is floating point, else fp32.
+        offset: subtracted from every value; pixels less 128 are as exact, and their sums have more digits.
 
     Returns:
         [B, N, P] or [B R, M, P], P = C * tubelet_size * p1 * p2, laid out (c t p1 p2); tokens in t-h-w order.
@@ -198,6 +206,7 @@ def patch_tokens(
     if dtype not in KERNEL_DTYPES:
         obstacle = f"the kernel gives float32, float16 and bfloat16, not {dtype}"
     if backend_for(video, obstacle=obstacle) == "triton":
-        rows: Tensor = _patch_op(video, idx, patch, dtype)
+        rows: Tensor = _patch_op(video, idx, patch, dtype, float(offset))
         return rows
-    return patch_rows(video, idx, patch).to(dtype)
+    found = patch_rows(video, idx, patch)
+    return (at_least_fp32(found) - offset).to(dtype) if offset else found.to(dtype)

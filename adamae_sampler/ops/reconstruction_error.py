@@ -296,8 +296,9 @@ class _ReconstructionError(torch.autograd.Function):
     """By kernel or by reference; the forward pass makes the gradient, so that neither prediction nor video is kept."""
 
     @staticmethod
-    def forward(ctx: Any, prediction: Tensor, video: Tensor, idx: Tensor, target: Target, kernel: bool) -> Tensor:
-        wants = ctx.needs_input_grad[0]
+    def forward(
+        ctx: Any, prediction: Tensor, video: Tensor, idx: Tensor, target: Target, kernel: bool, wants: bool
+    ) -> Tensor:
         if kernel:
             error, unit = _error_op(prediction, video, idx, *target, wants)
         else:
@@ -315,7 +316,7 @@ class _ReconstructionError(torch.autograd.Function):
             grad = scale_rows_op(unit, grad_error, ctx.factor)
         else:
             grad = (unit * (grad_error * ctx.factor)[..., None]).to(unit.dtype)
-        return grad, None, None, None, None
+        return grad, None, None, None, None, None
 
 
 # ------------------------------------------------------------------------------------------------------- public
@@ -347,7 +348,7 @@ def reconstruction_error(
         std: see `reconstruction_target`.
 
     Returns:
-        [B R, M] fp32, also under autocast.
+        [B R, M] fp32, also under autocast; fp64 for fp64 predictions or video.
 
     Raises:
         TypeError, ValueError: as `reconstruction_target`; an unknown kind; a prediction whose shape does not
@@ -371,5 +372,6 @@ def reconstruction_error(
     check_video_indices("masked_idx", video, masked_idx, patch_size, tubelet_size)
     target = Target.of(kind, normalize, patch_size, tubelet_size, mean, std)
     kernel = backend_for(prediction, video, obstacle=error_obstacle(video, target)) == "triton"
-    error: Tensor = _ReconstructionError.apply(prediction, video.detach(), masked_idx, target, kernel)
+    wants = torch.is_grad_enabled() and prediction.requires_grad
+    error: Tensor = _ReconstructionError.apply(prediction, video.detach(), masked_idx, target, kernel, wants)
     return error

@@ -53,9 +53,8 @@ def _token_scores_op(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     cols = next_power_of_2(x.shape[2])
     rows = max(1, 4096 // cols)
     sizes = (out.numel(), x.shape[2])
-    launch(
-        _token_scores_kernel, -(-out.numel() // rows), x.contiguous(), weight, bias, out, *sizes, ROWS=rows, COLS=cols
-    )
+    inputs = (x.contiguous(), weight.contiguous(), bias)
+    launch(_token_scores_kernel, -(-out.numel() // rows), *inputs, out, *sizes, ROWS=rows, COLS=cols)
     return out
 
 
@@ -71,9 +70,11 @@ class _TokenScores(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        column = grad.to(x.dtype).reshape(-1, 1)  # [B N, 1]; products of half precision, as autocast makes gradients
-        grad_x = (column @ weight.to(x.dtype)[None]).view_as(x)
-        grad_weight = (column.t() @ x.reshape(-1, x.shape[2]))[0].to(weight.dtype)
+        # Products of half precision, as autocast makes gradients; of a column up to 1, since fp16 has no small numbers.
+        scale = grad.abs().amax().clamp_min(torch.finfo(torch.float32).tiny) if grad.numel() else grad.sum()
+        column = (grad / scale).to(x.dtype).reshape(-1, 1)  # [B N, 1]
+        grad_x = (column @ (weight * scale).to(x.dtype)[None]).view_as(x)
+        grad_weight = ((column.t() @ x.reshape(-1, x.shape[2]))[0].float() * scale).to(weight.dtype)
         return grad_x, grad_weight, grad.sum().to(ctx.bias_dtype).reshape(1)
 
 
