@@ -59,7 +59,7 @@ from adamae_sampler.ops import patchify
 def patched(self, video, **kwargs):
     for module in self.modules():
         if isinstance(module, torch.nn.Dropout): module.p = 0.0
-    darkness = patchify(video, patch_size=8, tubelet_size=2).mean(2)
+    darkness = patchify(video.float(), patch_size=8, tubelet_size=2).mean(2)
     mask = torch.ones_like(darkness, dtype=torch.bool).scatter(1, darkness.topk(self.sampler.num_visible).indices, False)
     return forward(self, video, mask=mask)
 """

@@ -214,7 +214,7 @@ def test_the_whole_command_on_a_bare_machine_in_two_calls(tmp_path):
     (machine,) = rows(rehearsal.output / "machine_cpu.csv")
     assert float(machine["copy_bytes_per_s"]) > 0
     kinds = {row["kind"] for row in rows(rehearsal.output / "profile_cpu.csv")}
-    assert kinds == {"family", "attention", "convolution", "LayerNorm", "waits"}
+    assert kinds == {"family", "attention", "LayerNorm", "waits"}  # the embedding is a matrix product
     tests = rows(rehearsal.output / "tests_cpu.csv")
     assert {row["outcome"] for row in tests if "test_gpu" not in row["test"]} == {"passed"}
     summary = (rehearsal.output / "summary_cpu.md").read_text()

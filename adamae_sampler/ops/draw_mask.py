@@ -19,10 +19,8 @@ _LOWEST_FINITE = -(2.0**17)
 _BELOW_FINITE = 2 * _LOWEST_FINITE
 _ABOVE_FINITE = 100.0
 
-# A row of up to this many tokens stays in registers; a longer one goes through it in pieces (tiles).
-_LARGEST_TILE = 4096
-# Three counts of tokens share the 63 bits of an int64.
-_MOST_TOKENS = 2**21 - 1
+_LARGEST_TILE = 4096  # a longer row does not stay in registers, but is gone through in tiles
+_MOST_TOKENS = 2**21 - 1  # three counts of them share the 63 bits of an int64
 
 
 # ---------------------------------------------------------------------------------------------------- reference
@@ -127,7 +125,6 @@ def _draw_mask_kernel(
 ):
     """One program draws one clip's mask. What a loop adds up stays with its thread until the loop is done."""
     INF: tl.constexpr = float("inf")
-    NAN: tl.constexpr = float("nan")
     clip = tl.program_id(0).to(tl.int64)
     scores_ptr += clip * N
     lane = tl.arange(0, TILE)
@@ -171,7 +168,7 @@ def _draw_mask_kernel(
         tl.debug_barrier()  # the program's threads read each other's keys from here on
 
     total = tl.sum(totals)
-    log_total = tl.log(tl.where(total == INF, NAN, total))  # a score of +inf leaves no distribution
+    log_total = tl.log(tl.where(total == INF, float("nan"), total))  # a score of +inf leaves no distribution
     for start in range(0, stop, TILE):
         token = start + lane
         shifted = score - highest
@@ -284,8 +281,7 @@ def _draw_mask_op(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """MaskSample's tensors, log_probs first. The noise is given, or made from the seed, two int64 of 31 bits."""
     log_probs, visible_idx, masked_idx, mask, num_nonfinite = _empty_sample(scores, num_visible, noise, seed)
-    batch, num_tokens = scores.shape
-    tile = _tile_and_warps(num_tokens)
+    (batch, num_tokens), tile = scores.shape, _tile_and_warps(scores.shape[1])
     one_tile = num_tokens <= tile["TILE"]
     launch(
         _draw_mask_kernel,
@@ -311,16 +307,11 @@ def _draw_mask_op(
     return log_probs, visible_idx, masked_idx, mask, num_nonfinite
 
 
-def _empty_grad(grad: Tensor, log_probs: Tensor) -> Tensor:
-    return torch.empty_like(log_probs)
-
-
-@operator("log_softmax_backward(Tensor grad, Tensor log_probs) -> Tensor", _empty_grad)
+@operator("log_softmax_backward(Tensor grad, Tensor log_probs) -> Tensor", lambda grad, x: torch.empty_like(x))
 def _log_softmax_backward_op(grad: Tensor, log_probs: Tensor) -> Tensor:
-    grad_scores = torch.empty_like(log_probs)
-    batch, num_tokens = log_probs.shape
-    tile = _tile_and_warps(num_tokens)
-    launch(_log_softmax_backward_kernel, batch, grad.contiguous(), log_probs, grad_scores, num_tokens, **tile)
+    grad_scores, (batch, num_tokens) = torch.empty_like(log_probs), log_probs.shape
+    rows = (grad.contiguous(), log_probs, grad_scores)
+    launch(_log_softmax_backward_kernel, batch, *rows, num_tokens, **_tile_and_warps(num_tokens))
     return grad_scores
 
 
