@@ -8,6 +8,7 @@ Checks, autograd, dispatch and allocations run as for a GPU, on CPU tensors; a l
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -59,8 +60,22 @@ def _sample() -> MaskSample:
         return ops.draw_mask(torch.zeros(CLIPS, N), K)
 
 
+# In the places of what a GPU would have; plain functions, since a call of a `Mock` takes as long as an op.
 def _launch_nothing(*_: object, **__: object) -> None:
-    """In the place of a kernel on its grid."""
+    """A kernel on its grid."""
+
+
+def _on_any_grid(*_: object) -> Callable[..., None]:
+    return _launch_nothing
+
+
+def _no_obstacle(_: object) -> str:
+    return ""
+
+
+def _not_free_to_read(_: object) -> bool:
+    """Values of CPU tensors are checked, those on a GPU are not."""
+    return False
 
 
 def microseconds(call: Callable[[], object], repeats: int = 200) -> float:
@@ -80,13 +95,12 @@ def main() -> None:
     torch.set_num_threads(1)
     ready = calls()
     rows: list[tuple[str, str, str]] = []
-    nothing = mock.Mock(return_value=False)  # values of CPU tensors are checked, those on a GPU are not
     with (
-        mock.patch.object(JITFunction, "__getitem__", return_value=_launch_nothing),
-        mock.patch.object(backend, "_find_obstacle", return_value=""),
-        mock.patch.object(checks, "free_to_read", nothing),
-        mock.patch.object(mask, "free_to_read", nothing),
-        mock.patch("adamae_sampler.ops.assemble_tokens.free_to_read", nothing, create=True),
+        mock.patch.object(JITFunction, "__getitem__", _on_any_grid),
+        mock.patch.object(backend, "_find_obstacle", _no_obstacle),
+        mock.patch.object(checks, "free_to_read", _not_free_to_read),
+        mock.patch.object(mask, "free_to_read", _not_free_to_read),
+        mock.patch.object(sys.modules["adamae_sampler.ops.assemble_tokens"], "free_to_read", _not_free_to_read),
         ops.use_backend("triton"),
     ):
         for name, (op, tensors) in ready.items():

@@ -42,6 +42,7 @@ _FREE |= {"checkpoint_activations", "fused_head"}  # for a run that ended withou
 _FREE |= {"save_every", "save_minutes", "keep_checkpoints", "stop_after_nonfinite", "max_broken", "profile", "tracker"}
 _FREE |= {"eval_every", "eval_batch_size", "test_clips", "test_crops"}
 _FREE |= {"effective_batch", "data", "train", "val"}  # compared by what they come to
+_GONE = {"head_chunks"}  # settings of earlier runs that changed no result
 
 
 @dataclass(frozen=True)
@@ -253,7 +254,8 @@ def recipe_of_state(kind: type[AnyRecipe], path: Path) -> AnyRecipe:
     """
     tree = _read(path, kind.kind)
     now = {"output": str(path.resolve().parent.parent), "effective_batch": tree["effective_batch"]}
-    return recipe_from(kind, tree["recipe"] | now)
+    saved = {name: value for name, value in tree["recipe"].items() if name not in _GONE}
+    return recipe_from(kind, saved | now)
 
 
 def restore(state: Mapping[str, Any], accelerator: Accelerator, model: nn.Module, optimizer: Any) -> None:
