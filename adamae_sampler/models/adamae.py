@@ -150,8 +150,8 @@ class AdaMAE(nn.Module):
         """Predicts the masked part of each clip.
 
         Args:
-            video: [B, C, T, H, W], uint8 pixels, or floating point, normalised as you wish. uint8 is the faster: no
-                floating-point copy of the video is made.
+            video: [B, C, T, H, W], uint8 pixels, or floating point, normalised as you wish. With uint8 no
+                fp32 copy of the video is made on a GPU.
             mask: a mask in place of a draw, see `TokenSampler.forward`; log_probs are still the sampler's.
             generator: source of the draw's randomness.
 

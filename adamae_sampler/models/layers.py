@@ -17,7 +17,7 @@ class PatchEmbed3d(nn.Module):
     """Tubelets to tokens: a 3-d convolution whose stride is its kernel (Table 5, "Tokenization"), as a matrix product.
 
     uint8 video is normalised by the weights: their product with the pixels, which half precision holds exactly, is what
-    the weights would make of normalised ones up to rounding, and no floating-point copy of the video is made.
+    the weights would make of normalised ones up to rounding, and no fp32 copy of the video is made on a GPU.
 
     Args:
         patch_size: height and width of a patch in pixels.
