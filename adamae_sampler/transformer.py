@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from timm.layers import DropPath, Mlp
-from timm.models.eva import EvaAttention
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from adamae_sampler.attention import Attention
 from adamae_sampler.ops import add_norm
 
 
@@ -25,19 +24,6 @@ class LayerNorm(nn.LayerNorm):
     def of_sum(self, x: Tensor, branch: Tensor | None) -> tuple[Tensor, Tensor]:
         """x + branch (x if it is None), and the norm of that."""
         return add_norm(x, branch, self.weight, self.bias, self.eps)
-
-
-class Attention(EvaAttention):
-    """timm's attention whose q and v have biases and k has none. The gradients of q, k and v are written side by side,
-    as the projection's backward pass reads them, and not copied there."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, N, D] -> [B, N, D]."""
-        bias = None if self.q_bias is None else torch.cat((self.q_bias, self.k_bias, self.v_bias))
-        qkv = F.linear(x, self.qkv.weight, bias).unflatten(-1, (3, self.num_heads, -1))  # [B, N, 3, heads, d]
-        q, k, v = (each.transpose(1, 2) for each in qkv.unbind(2))
-        x = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-        return self.proj_drop(self.proj(x))
 
 
 class Block(nn.Module):

@@ -29,6 +29,8 @@ from timing import (
     time_wall,
 )
 
+from adamae_sampler.attention import prefer_cudnn
+
 _Found = TypeVar("_Found")
 
 _PRODUCT = {"cpu": (3136, 768, 3072), "cuda": (8192, 8192, 8192)}  # rows, inner, columns: large enough for full rate
@@ -81,7 +83,7 @@ def measure(unit: Unit, timings: Sequence[str], device: torch.device, budget_s: 
     if device.type == "cpu":
         torch.set_num_threads(1)  # a rehearsal, which has to be quick where other programs run too
     facts, subject = facts_of(device, commit), unit.case.subject(unit.suite)
-    with own_stream(device):
+    with own_stream(device), prefer_cudnn():
         one = _measure_op if isinstance(unit.case, OpCase) else _measure_step
         for times, peak in one(unit, timings, device, budget_s):
             yield make_row(subject, unit.label, times, facts, peak_bytes=peak)

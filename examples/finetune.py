@@ -257,7 +257,7 @@ def describe(
     lines["regularised"] = f"layer decay {recipe.layer_decay:g}, drop path {recipe.drop_path:g}" + (
         f", moving average {recipe.ema:g}" if recipe.ema else ""
     )
-    return format_lines(lines | describe_training(recipe, schedule, accelerator, len(train)))
+    return format_lines(lines | describe_training(recipe, schedule, model, accelerator, len(train)))
 
 
 def main(arguments: list[str]) -> None:

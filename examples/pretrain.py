@@ -112,7 +112,7 @@ def describe(
         "target": f"{'normalised' if recipe.normalize_target else 'raw'} pixels, {recipe.loss}, sampling weight "
         f"{recipe.sampling_weight:g}",
     }
-    return format_lines(lines | describe_training(recipe, schedule, accelerator, clips))
+    return format_lines(lines | describe_training(recipe, schedule, model, accelerator, clips))
 
 
 def describe_options(recipe: PretrainRecipe) -> str:

@@ -11,6 +11,7 @@ from timm.optim import param_groups_weight_decay
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from adamae_sampler import AdaMAELoss, AdaptiveTokenSampler, MaskSample, TubeTokenSampler
+from adamae_sampler.attention import Attention, attention_kernels, prefer_cudnn
 from adamae_sampler.models import AdaMAE, load_checkpoint
 
 
@@ -305,3 +306,26 @@ def test_bad_input():
 
 def test_adaptive_sampler_inside_is_the_public_one():
     assert isinstance(tiny_model().sampler, AdaptiveTokenSampler)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_attention_that_is_named_is_the_one_that_runs(device, dtype):
+    nodes = {"cuDNN": "Cudnn", "flash": "Flash", "memory-efficient": "Efficient"}
+    attention = Attention(64, 4, scale_norm=False).to(device, dtype)
+    order = torch._C._get_sdp_priority_order()
+    [name] = attention_kernels(attention, 20, torch.device(device), dtype)
+    with prefer_cudnn():
+        out = attention(torch.randn(2, 20, 64, device=device, dtype=dtype))
+    ran = [node for node in graph_nodes(out) if node.startswith("ScaledDotProduct")]
+    assert [nodes[name] in node for node in ran] == [True]
+    assert torch._C._get_sdp_priority_order() == order
+
+
+def graph_nodes(x):
+    found, left = set(), [x.grad_fn]
+    while left:
+        node = left.pop()
+        found.add(node.name())
+        left += [each for each, _ in node.next_functions if each is not None]
+    return found

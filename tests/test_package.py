@@ -43,11 +43,11 @@ assert not {"matplotlib", "av", "accelerate", "tensorboard", "tyro", "common", "
 
 
 def test_data_flows_one_way():
-    """mask <- ops, estimators <- transformer, networks, sampler, losses <- models, integrations, visualize; none imports upwards."""
+    """mask <- ops, estimators <- attention, transformer, networks, sampler, losses <- models, integrations, visualize; none imports upwards."""
     layers = [
         ["mask"],
         ["ops", "estimators"],
-        ["transformer", "networks", "sampler", "losses"],
+        ["attention", "transformer", "networks", "sampler", "losses"],
         ["models", "integrations", "visualize"],
     ]
     level = {name: height for height, names in enumerate(layers) for name in names}

@@ -19,7 +19,7 @@ def row(request):
 
 def test_a_step_keeps_and_moves_little(row):
     """In GiB of a clip. Before: 0.168 and 0.079 kept, 0.039 and 0.020 of it in fp32, 0.898 and 0.487 elementwise."""
-    kept, elementwise = {"exact": (0.145, 0.36), "fast": (0.07, 0.17)}[row.setting]
+    kept, elementwise = {"exact": (0.145, 0.335), "fast": (0.07, 0.16)}[row.setting]
     assert row.saved <= kept
     assert row.saved_fp32 <= 0.001
     assert row.elementwise <= elementwise
@@ -28,6 +28,14 @@ def test_a_step_keeps_and_moves_little(row):
 def test_no_large_tensor_is_in_fp32(row):
     """Neither tokens (1568 x 768 a clip), nor a prediction (1490 x 1536), nor the video (3 x 16 x 224 x 224)."""
     assert row.largest_fp32 < 1568 * 192
+
+
+@pytest.mark.parametrize(("masking", "scattered"), [("adaptive", 0), ("random", 1)])
+def test_scored_tokens_get_one_dense_gradient(masking, scattered):
+    """A gather's gradient is zeros for all tokens; where the scores' is there, nothing is summed with such zeros."""
+    case = replace(CASES["exact"], clips=4, img_size=64, num_frames=4, depth=1, size="small", masking=masking)
+    count, *_ = count_step(case)
+    assert sum(name == "scatter_tokens" for _, name in count.moved) == scattered
 
 
 @pytest.mark.parametrize("options", [{}, {"fused_head": False}, {"num_masks": 2}, {"score_network": "pooled"}])

@@ -181,12 +181,19 @@ class AdaMAE(nn.Module):
         self, video: Tensor, mask: Tensor | MaskSample | None, generator: torch.Generator | None
     ) -> tuple[Tensor, MaskSample]:
         """The encoded visible tokens [B, K, D], and the mask."""
+        embed = self.encoder.patch_embed
+        layer = embed.layer_for(video)
         if self.sample_from == "tokens":
-            tokens = self.encoder.patch_embed(video)  # [B, N, D]
+            tokens = embed(video, layer=layer)  # [B, N, D]
             sample: MaskSample = self.sampler(tokens, mask=mask, generator=generator)
-            return self.encoder(tokens, sample.visible_idx), sample
-        sample = self.draw_mask(video, mask=mask, generator=generator)
-        return self.encoder.of_video(video, sample.visible_idx), sample
+            if sample.log_probs is None:
+                return self.encoder(tokens, sample.visible_idx), sample
+        else:
+            sample = self.draw_mask(video, mask=mask, generator=generator)
+        # Where scores give the tokens a gradient, the visible ones are embedded once more: that is a few rows of a
+        # product, and a gather's gradient would be zeros for all tokens, and a sum over all of them.
+        visible = embed(video, sample.visible_idx, layer)
+        return self.encoder.of_visible(visible, sample.visible_idx), sample
 
     def draw_mask(
         self, video: Tensor, mask: Tensor | MaskSample | None = None, generator: torch.Generator | None = None

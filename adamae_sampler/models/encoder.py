@@ -106,10 +106,10 @@ class Encoder(nn.Module):
         encoded: Tensor = self.blocks(x, self.norm)
         return encoded
 
-    def of_video(self, video: Tensor, visible_idx: Tensor) -> Tensor:
-        """As `forward` of the patch embedding, which is made of the visible tokens alone."""
-        x = self.patch_embed(video, visible_idx)
-        encoded: Tensor = self.blocks(x + select_rows(self.pos_embed, visible_idx).to(x.dtype), self.norm)
+    def of_visible(self, visible: Tensor, visible_idx: Tensor) -> Tensor:
+        """The encoded visible tokens [B, K, D], of themselves."""
+        x = visible + select_rows(self.pos_embed, visible_idx).to(visible.dtype)
+        encoded: Tensor = self.blocks(x, self.norm)
         return encoded
 
 

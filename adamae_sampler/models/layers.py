@@ -12,6 +12,8 @@ from adamae_sampler.ops import patch_tokens
 from adamae_sampler.ops.checks import at_least_fp32
 from adamae_sampler.ops.patches import PatchSize, patch_pair
 
+_MIDDLE = 128.0  # uint8 pixels less this keep the digits of sums in half precision, and are exact in it
+
 
 class PatchEmbed3d(nn.Module):
     """Tubelets to tokens: a 3-d convolution whose stride is its kernel (Table 5, "Tokenization"), as a matrix product.
@@ -57,32 +59,45 @@ class PatchEmbed3d(nn.Module):
             return torch.get_autocast_dtype(device)
         return video.dtype if video.is_floating_point() else self.proj.weight.dtype
 
-    def forward(self, video: Tensor, idx: Tensor | None = None) -> Tensor:
-        """[B, C, T, H, W] -> [B, N, D], tokens in t-h-w order; or the tokens idx [B R, K] alone, [B R, K, D].
+    def layer_for(self, video: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The weight [D, P] and bias [D] that patches of the video are multiplied by, in the dtype of the product.
 
         Raises:
             TypeError: uint8 video, and no mean and std.
         """
-        weight, bias, offset = self.proj.weight, self.proj.bias, 0.0
+        weight, bias = self.proj.weight, self.proj.bias
         if video.dtype == torch.uint8:
             if self.mean is None or self.std is None:
                 raise TypeError("video is uint8, and the model has no mean and std to normalise it by; give it both.")
-            offset = 128.0  # pixels around 0 keep the digits of sums in half precision, and are exact in it
             channels = list(zip(at_least_fp32(weight).unbind(1), self.mean, self.std, strict=True))
             # Numbers, not tensors of them, which would be copied to the device and waited for.
             weight = torch.stack([x / (255 * std) for x, _, std in channels], dim=1)
-            shifts = [x.sum((1, 2, 3)) * ((offset / 255 - mean) / std) for x, mean, std in channels]
+            shifts = [x.sum((1, 2, 3)) * ((_MIDDLE / 255 - mean) / std) for x, mean, std in channels]
             bias = torch.stack([*shifts, *([] if bias is None else [bias])]).sum(0)
-        rows = patch_tokens(
-            video,
-            idx,
-            patch_size=self.patch_size,
-            tubelet_size=self.tubelet_size,
-            dtype=self.dtype_for(video),
-            offset=offset,
-        )
-        bias = None if bias is None else bias.to(rows.dtype)
-        return F.linear(rows, weight.flatten(1).to(rows.dtype), bias)
+        dtype = self.dtype_for(video)
+        return weight.flatten(1).to(dtype), None if bias is None else bias.to(dtype)
+
+    def forward(
+        self, video: Tensor, idx: Tensor | None = None, layer: tuple[Tensor, Tensor | None] | None = None
+    ) -> Tensor:
+        """Embeds all patches, or some.
+
+        Args:
+            video: [B, C, T, H, W].
+            idx: [B R, K] int64, the tokens to make; all of them if None.
+            layer: of `layer_for`, for those who embed twice.
+
+        Returns:
+            [B, N, D], tokens in t-h-w order; or [B R, K, D].
+
+        Raises:
+            TypeError: see `layer_for`.
+        """
+        weight, bias = layer or self.layer_for(video)
+        offset = _MIDDLE if video.dtype == torch.uint8 else 0.0
+        size, tubelet, dtype = self.patch_size, self.tubelet_size, weight.dtype
+        rows = patch_tokens(video, idx, patch_size=size, tubelet_size=tubelet, dtype=dtype, offset=offset)
+        return F.linear(rows, weight, bias)
 
 
 def sinusoid_table(num_tokens: int, width: int) -> Tensor:

@@ -28,6 +28,7 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.profiler import ProfilerActivity, profile, record_function
 from worker import Worker, WorkFailed
 
+from adamae_sampler.attention import prefer_cudnn
 from stages.common import Failures, Told, parser, told
 
 STAGE = "profile"
@@ -93,7 +94,7 @@ def family_of(name: str) -> str:
 def profile_step(case: StepCase, device: torch.device, commit: str) -> Iterator[Share]:
     """The shares of one step; three are profiled after two others."""
     count = 3
-    with own_stream(device), norms_recorded():
+    with own_stream(device), prefer_cudnn(), norms_recorded():
         step = make_step(case, device)
         for _ in range(2):
             step()

@@ -88,10 +88,15 @@ def precision_of(accelerator: Accelerator) -> str:
     return "fp32" if accelerator.mixed_precision == "no" else str(accelerator.mixed_precision)
 
 
+def dtype_of(accelerator: Accelerator) -> torch.dtype:
+    """In which matrix products are made."""
+    return _DTYPES.get(precision_of(accelerator), torch.float32)
+
+
 def autocast(accelerator: Accelerator) -> AbstractContextManager[Any]:
     """The precision, for calls of a model that is not prepared or that FSDP2 shards."""
-    dtype = _DTYPES.get(precision_of(accelerator))
-    return nullcontext() if dtype is None else torch.autocast(accelerator.device.type, dtype)
+    dtype = dtype_of(accelerator)
+    return nullcontext() if dtype == torch.float32 else torch.autocast(accelerator.device.type, dtype)
 
 
 class Normalise:

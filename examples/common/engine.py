@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from adamae_sampler.attention import prefer_cudnn
 from common.costs import Clock, memory_gib, utilisation
 from common.datasets import ClipSource, ClipStream, collate_clips, digest
 from common.devices import autocast, deepspeed_config, uses_deepspeed
@@ -185,6 +186,7 @@ class Loop:
             return saved
 
         with (
+            prefer_cudnn(),
             Interrupts(recipe.save_minutes) as interrupts,
             RunLog(recipe.output, first, is_main, accelerator.trackers) as log,
             closing(_feed(self.batches)) as feed,

@@ -7,13 +7,17 @@ from pathlib import Path
 
 from accelerate import Accelerator
 
+from adamae_sampler.attention import attention_kernels
 from adamae_sampler.models import AdaMAE, VideoClassifier
-from common.devices import precision_of
+from common.devices import dtype_of, precision_of
 from common.recipe import EncoderSettings, Recipe, Schedule
 
 
-def describe_training(recipe: Recipe, schedule: Schedule, accelerator: Accelerator, videos: int) -> dict[str, str]:
+def describe_training(
+    recipe: Recipe, schedule: Schedule, model: AdaMAE | VideoClassifier, accelerator: Accelerator, videos: int
+) -> dict[str, str]:
     """The lines of the resolved recipe that every training has."""
+    attention = attention_kernels(model, model.size.num_tokens, accelerator.device, dtype_of(accelerator))
     warmup = f"{schedule.warmup_steps} of warm-up" + (" (shortened to half the run)" if schedule.shortened else "")
     steps = f"{schedule.steps}, {warmup}, {schedule.steps * schedule.effective_batch / max(videos, 1):.1f} epochs"
     if not videos:
@@ -27,6 +31,7 @@ def describe_training(recipe: Recipe, schedule: Schedule, accelerator: Accelerat
         f"{schedule.min_lr:.3g}",
         "optimizer": f"AdamW, betas {recipe.betas}, weight decay {recipe.weight_decay:g}, {clip}",
         "device": ", ".join([str(accelerator.device), precision_of(accelerator), *_parallel(recipe, accelerator)]),
+        "attention": " and ".join(attention),
         "reading": f"{recipe.workers} processes for each device",
         "output": str(recipe.output),
     }
