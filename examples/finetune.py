@@ -81,7 +81,7 @@ def build(recipe: FinetuneRecipe, run: Run) -> Job:
         raise ValueError("--eval-only needs --checkpoint: the weights of a classifier.")
     if recipe.eval_only and DECODER_SIZES[0] in stated_sizes(recipe.checkpoint):
         raise ValueError(f"{recipe.checkpoint} has no head; --eval-only needs a classifier, a file of finetune.py.")
-    accelerator = make_accelerator(recipe.precision, recipe.compile, recipe.tracker)
+    accelerator = make_accelerator(recipe.precision, recipe.compile == "whole", recipe.tracker)
     if recipe.ema and accelerator.distributed_type == "FSDP":
         raise ValueError("--ema needs the whole weights on each device, which FSDP2 shards; use DDP or --ema None.")
     train = Labelled.find("" if recipe.eval_only else recipe.train, recipe)

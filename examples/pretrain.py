@@ -33,6 +33,7 @@ from common.datasets import ClipSource, ClipStream
 from common.devices import make_accelerator
 from common.endings import run_to_the_end
 from common.engine import Loop, Resumed
+from common.graphs import check_graph
 from common.metrics import PretrainMetrics
 from common.pretrain_recipe import SAMPLER_SETTINGS, PretrainRecipe
 from common.recipe import Schedule
@@ -54,7 +55,9 @@ class Job(NamedTuple):
 def build(recipe: PretrainRecipe, run: Run) -> Job:
     """Finds the data and makes the model; raises ValueError or FileNotFoundError for what cannot be run."""
     check_output(recipe.output)
-    accelerator = make_accelerator(recipe.precision, recipe.compile, recipe.tracker)
+    accelerator = make_accelerator(recipe.precision, recipe.compile == "whole", recipe.tracker)
+    if recipe.graph:
+        check_graph(recipe, accelerator)
     if not recipe.data and not run.dry_run:
         raise ValueError(f"preset {run.preset} needs --data: a folder of videos, or a list file.")
     source = pretrain_source(recipe)
@@ -89,7 +92,7 @@ def train(recipe: PretrainRecipe, job: Job) -> None:
         metrics.add_forward(out, sample)
         return out.loss
 
-    loop.run(forward, metrics, flops)
+    loop.run(forward, metrics, flops, graph=recipe.graph)
     weights = whole_weights(accelerator, loop.model)
     if accelerator.is_main_process:
         finish(recipe, weights, criterion, source, accelerator.device)
@@ -112,7 +115,9 @@ def describe(
         "target": f"{'normalised' if recipe.normalize_target else 'raw'} pixels, {recipe.loss}, sampling weight "
         f"{recipe.sampling_weight:g}",
     }
-    return format_lines(lines | describe_training(recipe, schedule, model, accelerator, clips))
+    lines |= describe_training(recipe, schedule, model, accelerator, clips)
+    lines["device"] += ", CUDA graph" if recipe.graph else ""
+    return format_lines(lines)
 
 
 def describe_options(recipe: PretrainRecipe) -> str:

@@ -32,7 +32,8 @@ from scripts import (
 )
 from videos import write_video
 
-from common.state import BEST, Checkpoints, _put_tensors, _take_tensors
+from common.pretrain_recipe import PretrainRecipe
+from common.state import BEST, Checkpoints, _put_tensors, _take_tensors, recipe_of_state
 
 pretrain = partial(run_script, "pretrain.py")
 pretrain_here = partial(run_here, pretrain_script.main)
@@ -334,3 +335,16 @@ pretrain.main({[*map(str, common)]!r})
     assert names == ["best.safetensors", "step_00000001.safetensors"]  # no half-written file besides
     assert "from step 1" in pretrain_here(*common, "--resume", "auto")
     assert [line["step"] for line in metrics(tmp_path / "run")] == [1, 2, 3, 4]
+
+
+def test_the_recipe_of_an_earlier_version_is_understood(tmp_path):
+    pretrain_here(*SPRITES, "--steps", 1, "--output", tmp_path / "run")
+    path = newest_checkpoint(tmp_path / "run")
+    with safetensors.safe_open(path, "pt") as file:
+        tree = json.loads(file.metadata()["state"])
+    for then, now in ((True, "whole"), (False, None)):
+        tree["recipe"] |= {"head_chunks": 8, "compile": then}
+        tree["recipe"].pop("graph", None)
+        safetensors.torch.save_file(safetensors.torch.load_file(path), path, {"state": json.dumps(tree)})
+        recipe = recipe_of_state(PretrainRecipe, path)
+        assert (recipe.compile, recipe.graph) == (now, False)

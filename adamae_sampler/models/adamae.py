@@ -192,7 +192,7 @@ class AdaMAE(nn.Module):
             sample = self.draw_mask(video, mask=mask, generator=generator)
         # Where scores give the tokens a gradient, the visible ones are embedded once more: that is a few rows of a
         # product, and a gather's gradient would be zeros for all tokens, and a sum over all of them.
-        visible = embed(video, sample.visible_idx, layer)
+        visible = embed(video, sample.visible_idx, layer=layer)
         return self.encoder.of_visible(visible, sample.visible_idx), sample
 
     def draw_mask(

@@ -78,7 +78,7 @@ class PatchEmbed3d(nn.Module):
         return weight.flatten(1).to(dtype), None if bias is None else bias.to(dtype)
 
     def forward(
-        self, video: Tensor, idx: Tensor | None = None, layer: tuple[Tensor, Tensor | None] | None = None
+        self, video: Tensor, idx: Tensor | None = None, *, layer: tuple[Tensor, Tensor | None] | None = None
     ) -> Tensor:
         """Embeds all patches, or some.
 

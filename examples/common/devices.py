@@ -11,8 +11,10 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DataLoaderConfiguration, DistributedDataParallelKwargs, TorchDynamoPlugin
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
+
+from adamae_sampler.transformer import Block
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -22,7 +24,7 @@ def make_accelerator(precision: str, compiled: bool = False, tracker: str | None
 
     Args:
         precision: 'auto', 'fp32', 'bf16' or 'fp16'.
-        compiled: whether `prepare` compiles the model.
+        compiled: whether `prepare` compiles the model as a whole.
         tracker: where metrics are sent besides files, 'wandb' or 'trackio'.
 
     Raises:
@@ -67,6 +69,14 @@ def make_accelerator(precision: str, compiled: bool = False, tracker: str | None
         dtype = str(_DTYPES.get(precision, torch.bfloat16)).removeprefix("torch.")
         deepspeed_config(accelerator)["torch_autocast"] = {"enabled": precision != "fp32", "dtype": dtype}
     return accelerator
+
+
+def compile_blocks(model: nn.Module) -> None:
+    """Compiles the transformers' blocks, each for itself: equal ones share their code, so that it takes little time."""
+    torch._dynamo.config.recompile_limit = 64  # blocks of a stochastic depth of their own count as different
+    for block in model.modules():
+        if isinstance(block, Block):
+            block.compile(fullgraph=True)
 
 
 def uses_deepspeed(accelerator: Accelerator) -> bool:

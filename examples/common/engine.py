@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import sys
 import uuid
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,9 +23,10 @@ from tqdm import tqdm
 from adamae_sampler.attention import prefer_cudnn
 from common.costs import Clock, memory_gib, utilisation
 from common.datasets import ClipSource, ClipStream, collate_clips, digest
-from common.devices import autocast, deepspeed_config, uses_deepspeed
+from common.devices import autocast, compile_blocks, deepspeed_config, uses_deepspeed
 from common.endings import TrainingError
 from common.files import replacing
+from common.graphs import GraphedUpdate, Update, make_capturable, set_learning_rates
 from common.interrupts import READERS, Interrupted, Interrupts, Request
 from common.metrics import DeviceMetrics, RunLog
 from common.quarantine import Quarantine
@@ -137,6 +139,8 @@ class Loop:
         if uses_deepspeed(accelerator):  # its engine accumulates and clips
             of_engine = {"gradient_accumulation_steps": schedule.accumulation, "gradient_clipping": recipe.clip_grad}
             deepspeed_config(accelerator).update(of_engine)
+        if recipe.compile == "blocks":
+            compile_blocks(model)
         model, prepared, batches = accelerator.prepare(model, optimizer, _loader(stream, recipe))
         if resumed:
             restore(resumed.state, accelerator, model, prepared)
@@ -154,6 +158,7 @@ class Loop:
         flops_of_clip: float,
         evaluate: Callable[[int], dict[str, float]] = lambda _: {},
         extra: Callable[[], Mapping[str, Any]] = dict,
+        graph: bool = False,
     ) -> None:
         """Trains to the end.
 
@@ -163,6 +168,7 @@ class Loop:
             flops_of_clip: floating-point operations of a forward pass of one clip.
             evaluate: called with the number of steps done, after each; what it returns is logged.
             extra: what the script wants in a checkpoint.
+            graph: run steps as a CUDA graph; `forward` then takes no notice of a batch's number.
 
         Raises:
             Interrupted: the run was told to stop, and is saved.
@@ -173,6 +179,9 @@ class Loop:
         is_main, first = accelerator.is_main_process, self.first_step
         progress = tqdm(total=schedule.steps, initial=first, disable=not is_main, unit="step", file=sys.stdout)
         clock = Clock(schedule.effective_batch * recipe.repeats, first)
+        update: Update = partial(self._update, forward=forward, metrics=metrics)
+        update = GraphedUpdate(update) if graph else update
+        make_capturable(self.optimizer, accelerator.device, graph)
         found: dict[str, str] = {}  # broken videos since the last line of metrics
 
         def save(done: int, measured: Mapping[str, float | None], must: bool) -> str:
@@ -197,7 +206,8 @@ class Loop:
             if self.resumed:
                 metrics.restore(self.resumed.state["metrics"], accelerator)
             for step in range(first, schedule.steps):
-                self._step(step, feed, forward, metrics, clock, found)
+                set_learning_rates(self.optimizer, schedule.lr_at(step))
+                update(self._parts(step, feed, clock, found))
                 progress.update()
                 if profiler is not None:
                     profiler.step()
@@ -232,26 +242,28 @@ class Loop:
                 if last and is_main:
                     log.summarise(recipe.output / "summary.txt")
 
-    def _step(
-        self,
-        step: int,
-        feed: Iterator[dict[str, Any]],
-        forward: Callable[[dict[str, Any], int], Tensor],
-        metrics: DeviceMetrics,
-        clock: Clock,
-        found: dict[str, str],
-    ) -> None:
-        """One optimiser step, which a gradient that is not finite leaves without effect."""
-        schedule, accelerator = self.schedule, self.accelerator
-        for group in self.optimizer.param_groups:
-            group["lr"] = schedule.lr_at(step) * group.get("lr_scale", 1.0)
-        for part in range(schedule.accumulation):
+    def _parts(
+        self, step: int, feed: Iterator[dict[str, Any]], clock: Clock, found: dict[str, str]
+    ) -> Iterator[tuple[dict[str, Any], int]]:
+        """The batches of a step, each with its number in the run on this process, as they are read."""
+        for part in range(self.schedule.accumulation):
             with clock.waiting_for_data():
                 batch = next(feed)
-            found |= batch["left_out"]
+            found |= batch.pop("left_out")
+            yield batch, step * self.schedule.accumulation + part
+
+    def _update(
+        self,
+        parts: Iterable[tuple[dict[str, Any], int]],
+        forward: Callable[[dict[str, Any], int], Tensor],
+        metrics: DeviceMetrics,
+    ) -> None:
+        """One optimiser step, which a gradient that is not finite leaves without effect. All of it is the device's."""
+        accelerator = self.accelerator
+        for batch, number in parts:
             with accelerator.accumulate(self.model):  # gradients travel once a step
                 with autocast(accelerator):
-                    loss = forward(batch, step * schedule.accumulation + part)
+                    loss = forward(batch, number)
                 accelerator.backward(loss)
         grad_norm = accelerator.clip_grad_norm_(self.model.parameters(), self.recipe.clip_grad or torch.inf)
         if uses_deepspeed(accelerator):  # whose engine stepped in the last backward pass, if the norm was finite

@@ -25,7 +25,8 @@ from common.files import append_whole
 
 
 class DeviceMetrics:
-    """Sums over the steps since the last reading. Adding to them never waits for the device.
+    """Sums over the steps since the last reading, in the same tensors throughout, since a CUDA graph adds to them where
+    they were. Adding to them never waits for the device.
 
     Args:
         device: where the model is.
@@ -34,9 +35,6 @@ class DeviceMetrics:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self._in_a_row = torch.zeros((), device=device)  # steps that were skipped, up to the last
-        self._reset()
-
-    def _reset(self) -> None:
         self._means: dict[str, list[Tensor]] = {}  # the sum, and how many it is of
         self._counts: dict[str, Tensor] = {}
         self.mean("grad_norm", torch.zeros((), device=self.device), times=0)
@@ -64,7 +62,7 @@ class DeviceMetrics:
         """Counts one optimiser step, which is skipped if the norm of its gradient is not finite."""
         self.mean("grad_norm", grad_norm)
         skipped = ~grad_norm.isfinite()
-        self._in_a_row = torch.where(skipped, self._in_a_row + 1, 0)
+        self._in_a_row.add_(1).mul_(skipped)
         # The norm is the same on every process: the main one counts for all.
         self.count("skipped_steps", skipped if accelerator.is_main_process else torch.zeros_like(skipped))
 
@@ -73,16 +71,18 @@ class DeviceMetrics:
 
         `nonfinite_in_a_row` is how many steps up to the last were skipped, however long ago that began.
         """
-        self.count("nonfinite_in_a_row", self._in_a_row * accelerator.is_main_process)
+        in_a_row = self._in_a_row * accelerator.is_main_process
         sums = [*itertools.chain.from_iterable(self._means.values()), *self._counts.values()]
-        totals = accelerator.reduce(torch.stack(sums), "sum").tolist()
+        *totals, skipped = accelerator.reduce(torch.stack([*sums, in_a_row]), "sum").tolist()
         values: dict[str, float | None] = {}
         for number, name in enumerate(self._means):
             total, times = totals[2 * number : 2 * number + 2]
             mean = total / max(times, 1)
             values[name] = mean if math.isfinite(mean) else None
         values |= {name: round(total) for name, total in zip(self._counts, totals[2 * len(self._means) :], strict=True)}
-        self._reset()
+        values["nonfinite_in_a_row"] = round(skipped)
+        for total in sums:
+            total.zero_()
         return values
 
     def state(self, accelerator: Accelerator) -> dict[str, Tensor]:

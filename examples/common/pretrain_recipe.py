@@ -48,6 +48,9 @@ class PretrainRecipe(Recipe):
     estimator: Estimator = "categorical"
     """Of the sampler's gradient: 'categorical' is the paper's, 'plackett_luce' the exact policy gradient that lowers
     the expected error, 'plackett_luce_max' that which raises it."""
+    graph: bool = False
+    """Launch each step, optimizer included, as one CUDA graph: for steps so short that the host is what they wait for.
+    On one GPU, in bf16 or fp32."""
     decoder_embed_dim: int | None = None
     """Width of the decoder; the model's own if None, as for the next two."""
     decoder_depth: int | None = None

@@ -90,8 +90,8 @@ class Recipe(EncoderSettings):
     """Clips of each video in a batch, augmented apart (repeated augmentation); the video is decoded once."""
     checkpoint_activations: bool = False
     """Recompute activations in the backward pass, to save memory."""
-    compile: bool = False
-    """Compile the model with torch.compile; the first step then takes a minute."""
+    compile: Literal["blocks", "whole"] | None = None
+    """torch.compile of the transformers' blocks one by one, which is ready sooner, or of the model as a whole."""
     flip: bool = False
     """Mirror half of the clips."""
 

@@ -42,7 +42,7 @@ def _parallel(recipe: Recipe, accelerator: Accelerator) -> list[str]:
     wrappers = {"FSDP": "FSDP2", "DEEPSPEED": "DeepSpeed"}
     words = [wrappers.get(accelerator.distributed_type, "DDP" if accelerator.num_processes > 1 else "")]
     words += ["activations recomputed"] if recipe.checkpoint_activations else []
-    words += ["compiled"] if recipe.compile else []
+    words += [{"blocks": "blocks compiled", "whole": "compiled"}[recipe.compile]] if recipe.compile else []
     return [word for word in words if word]
 
 

@@ -37,12 +37,13 @@ BEST = "best.safetensors"
 _FORMAT = "adamae_sampler training state 4"
 _TENSOR = "$tensor"  # marks a tensor's place in the JSON
 # Settings that may differ between a run and its resumption; any other makes it another run.
-_FREE = {"output", "steps", "epochs", "workers", "log_every", "batch_size", "compile"}
+_FREE = {"output", "steps", "epochs", "workers", "log_every", "batch_size", "compile", "graph"}
 _FREE |= {"checkpoint_activations", "fused_head"}  # for a run that ended without memory
 _FREE |= {"save_every", "save_minutes", "keep_checkpoints", "stop_after_nonfinite", "max_broken", "profile", "tracker"}
 _FREE |= {"eval_every", "eval_batch_size", "test_clips", "test_crops"}
 _FREE |= {"effective_batch", "data", "train", "val"}  # compared by what they come to
 _GONE = {"head_chunks"}  # settings of earlier runs that changed no result
+_COMPILE = {True: "whole", False: None}  # what it was in them
 
 
 @dataclass(frozen=True)
@@ -255,6 +256,7 @@ def recipe_of_state(kind: type[AnyRecipe], path: Path) -> AnyRecipe:
     tree = _read(path, kind.kind)
     now = {"output": str(path.resolve().parent.parent), "effective_batch": tree["effective_batch"]}
     saved = {name: value for name, value in tree["recipe"].items() if name not in _GONE}
+    saved["compile"] = _COMPILE.get(saved["compile"], saved["compile"])
     return recipe_from(kind, saved | now)
 
 
