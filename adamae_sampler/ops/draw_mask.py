@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from adamae_sampler.mask import MaskSample, check_num_visible, free_to_read
 from adamae_sampler.ops.backend import backend_for, jit, launch, next_power_of_2, tl
 from adamae_sampler.ops.checks import at_least_fp32, check_device, check_floating
 from adamae_sampler.ops.registration import operator
+from adamae_sampler.ops.selection import split_by_largest
 
 # Keys are kept where fp32 still resolves Gumbel noise, which stays within about [-4.5, 88], to a hundredth.
 _LOWEST_FINITE = -(2.0**17)
@@ -27,54 +29,43 @@ _MOST_TOKENS = 2**21 - 1  # three counts of them share the 63 bits of an int64
 
 
 def _draw_mask_reference(scores: Tensor, num_visible: int, noise: Tensor) -> MaskSample:
-    batch, num_tokens = scores.shape
-    log_probs, num_nonfinite = token_log_probs(scores)
-    visible = _largest(_ranking_keys(at_least_fp32(scores.detach()), noise), num_visible)
-    # Both lists in ascending order by one scatter: as many visible tokens as come before a token are its place.
-    rank = visible.cumsum(1)  # [B, N], of a visible token from 1
-    token = torch.arange(num_tokens, device=scores.device)
-    place = torch.where(visible, rank, token + (num_visible + 1) - rank)
-    split = torch.empty(batch, num_tokens + 1, dtype=torch.int64, device=scores.device)
-    split.scatter_(1, place, token.expand(batch, -1))
-    return MaskSample(split[:, 1 : num_visible + 1], split[:, num_visible + 1 :], ~visible, log_probs, num_nonfinite)
+    finite = _finite(scores)
+    keys = _ranking_keys(at_least_fp32(scores.detach()), noise, finite)
+    return MaskSample(*split_by_largest(keys, num_visible), *_log_probs(scores, finite))
 
 
 def token_log_probs(scores: Tensor) -> tuple[Tensor, Tensor]:
     """log softmax of scores [B, N] in fp32, and how many scores of each row are not finite, [B] int64."""
-    finite = _finite(scores)
+    return _log_probs(scores, _finite(scores))
+
+
+def _log_probs(scores: Tensor, finite: Tensor | None) -> tuple[Tensor, Tensor]:
     num_nonfinite = torch.zeros(len(scores), dtype=torch.int64) if finite is None else (~finite).sum(1)
     return F.log_softmax(at_least_fp32(scores), dim=1), num_nonfinite
 
 
 def _finite(scores: Tensor) -> Tensor | None:
     """[B, N] bool; None if all are, where it costs nothing to know."""
-    finite = scores.detach().abs() < torch.inf  # `isfinite` is four operators
-    return None if free_to_read(finite) and bool(finite.all()) else finite
+    scores = scores.detach()
+    if free_to_read(scores) and scores.numel() > 0:
+        low, high = scores.aminmax()
+        if -math.inf < float(low) and float(high) < math.inf:  # neither is so for NaN
+            return None
+    return scores.abs() < torch.inf  # `isfinite` is four operators
 
 
-def _ranking_keys(scores: Tensor, noise: Tensor) -> Tensor:
+def _ranking_keys(scores: Tensor, noise: Tensor, finite: Tensor | None) -> Tensor:
     """Scores + noise with every key finite: +inf ranks above all numbers, -inf and NaN below, each in random order.
 
     The scores are shifted by their row's maximum first, so that the likely tokens keep full precision. Those 2^17
     below it and further, which padding such as -1e9 is, count as equal: their probability is 0 in any precision.
     """
-    finite, noise = _finite(scores), noise.to(scores.dtype)
+    noise = noise.to(scores.dtype)
     if finite is None:
         return (scores - scores.amax(1, keepdim=True)).clamp_min_(_LOWEST_FINITE).add_(noise)
     highest = scores.where(finite, -torch.inf).amax(1, keepdim=True)  # -inf in a row with no finite score
     outlier = scores.nan_to_num(_BELOW_FINITE, _ABOVE_FINITE, _BELOW_FINITE)
     return (scores - highest).clamp_min(_LOWEST_FINITE).where(finite, outlier) + noise
-
-
-def _largest(keys: Tensor, count: int) -> Tensor:
-    """[B, N] bool, the `count` largest keys of each row; of equal ones the first. NaN, of noise given, is largest."""
-    keys = keys.nan_to_num(torch.inf, torch.finfo(keys.dtype).max, -torch.inf)  # NaN above infinity, as torch sorts
-    threshold = keys.topk(count, dim=1, sorted=False).values.amin(1, keepdim=True)
-    found = keys >= threshold
-    if free_to_read(keys) and int(found.sum()) == len(keys) * count:
-        return found  # no key equals a threshold that is not taken
-    above, tie = keys > threshold, keys == threshold
-    return above | (tie & (tie.cumsum(1) <= count - above.sum(1, keepdim=True)))
 
 
 def gumbel_noise(like: Tensor, generator: torch.Generator | None = None) -> Tensor:
