@@ -169,8 +169,8 @@ def add_norm(width: int, dtype: torch.dtype) -> None:
     """A sum and its norm, with and without a branch, and both ways back."""
     x, weight = torch.empty(CLIPS, N, width, dtype=dtype), torch.empty(width)
     for branch in (x, None):
-        _, normed, mean, rstd = OPS.add_norm(x, branch, weight, weight, 1e-6)
-        OPS.add_norm_backward(normed, branch, x, weight, mean, rstd)
+        _, normed, statistics = OPS.add_norm(x, branch, weight, weight, 1e-6)
+        OPS.add_norm_backward(normed, branch, x, weight, statistics)
 
 
 def patch_tokens(video_dtype: torch.dtype, dtype: torch.dtype) -> None:

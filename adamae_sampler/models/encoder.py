@@ -108,7 +108,7 @@ class Encoder(nn.Module):
 
     def of_visible(self, visible: Tensor, visible_idx: Tensor) -> Tensor:
         """The encoded visible tokens [B, K, D], of themselves."""
-        x = visible + select_rows(self.pos_embed, visible_idx).to(visible.dtype)
+        x = visible + select_rows(self.pos_embed.to(visible.dtype), visible_idx)
         encoded: Tensor = self.blocks(x, self.norm)
         return encoded
 

@@ -41,8 +41,7 @@ def _add_norm_kernel(
     bias_ptr,
     total_ptr,
     normed_ptr,
-    mean_ptr,
-    rstd_ptr,
+    statistics_ptr,
     num_rows,
     N,
     D,
@@ -55,7 +54,7 @@ def _add_norm_kernel(
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
 ):
-    """total = x + branch, rounded; normed = its LayerNorm; and the statistics of each row."""
+    """total = x + branch, rounded; normed = its LayerNorm; and of all rows first the means, then 1 / deviation."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
     col = tl.arange(0, COLS)[None, :]
     inside = (row < num_rows) & (col < D)
@@ -75,8 +74,8 @@ def _add_norm_kernel(
     bias = tl.load(bias_ptr + col, mask=col < D, other=0.0).to(tl.float32)
     normed = value * rstd * weight + bias
     tl.store(normed_ptr + place, normed.to(normed_ptr.dtype.element_ty), mask=inside)
-    tl.store(mean_ptr + row, mean, mask=row < num_rows)
-    tl.store(rstd_ptr + row, rstd, mask=row < num_rows)
+    tl.store(statistics_ptr + row, mean, mask=row < num_rows)
+    tl.store(statistics_ptr + num_rows + row, rstd, mask=row < num_rows)
 
 
 @jit
@@ -85,11 +84,9 @@ def _add_norm_backward_kernel(
     grad_total_ptr,
     total_ptr,
     weight_ptr,
-    mean_ptr,
-    rstd_ptr,
+    statistics_ptr,
     out_ptr,
-    grad_weight_ptr,
-    grad_bias_ptr,
+    parts_ptr,
     num_rows,
     rows_each,
     D,
@@ -107,7 +104,8 @@ def _add_norm_backward_kernel(
         place = tl.cast(row, tl.int64) * D + col
         grad = tl.load(grad_normed_ptr + place, mask=inside, other=0.0).to(tl.float32)
         total = tl.load(total_ptr + place, mask=inside, other=0.0).to(tl.float32)
-        mean, rstd = tl.load(mean_ptr + row), tl.load(rstd_ptr + row)
+        mean = tl.load(statistics_ptr + row)
+        rstd = tl.load(statistics_ptr + num_rows + row)
         normal = (total - mean) * rstd
         grad_bias += grad
         grad_weight += grad * normal
@@ -116,9 +114,9 @@ def _add_norm_backward_kernel(
         if HAS_TOTAL:
             grad += tl.load(grad_total_ptr + place, mask=inside, other=0.0).to(tl.float32)
         tl.store(out_ptr + place, grad.to(out_ptr.dtype.element_ty), mask=inside)
-    part = tl.program_id(0).to(tl.int64) * D + col
-    tl.store(grad_weight_ptr + part, grad_weight, mask=inside)
-    tl.store(grad_bias_ptr + part, grad_bias, mask=inside)
+    part = parts_ptr + tl.program_id(0) * D + col
+    tl.store(part, grad_weight, mask=inside)
+    tl.store(part + tl.num_programs(0) * D, grad_bias, mask=inside)
 
 
 # ---------------------------------------------------------------------------------------------------- operators
@@ -131,23 +129,27 @@ def _as_tokens(x: Tensor) -> Tensor:
 
 def _empty_normed(
     x: Tensor, branch: Tensor | None, weight: Tensor, bias: Tensor, eps: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dtype = x.dtype if branch is None else torch.promote_types(x.dtype, branch.dtype)
-    total = x.new_empty(0 if branch is None else x.shape, dtype=dtype)
-    statistics = [x.new_empty(x.shape[:-1], dtype=torch.float32) for _ in range(2)]
-    return total, x.new_empty(x.shape, dtype=dtype), statistics[0], statistics[1]
+) -> tuple[Tensor, Tensor, Tensor]:
+    if branch is None:
+        dtype, total = x.dtype, x.new_empty(0)
+    else:
+        dtype = torch.promote_types(x.dtype, branch.dtype)
+        total = x.new_empty(*x.shape, dtype=dtype)
+    return total, x.new_empty(*x.shape, dtype=dtype), x.new_empty(2, *x.shape[:-1], dtype=torch.float32)
 
 
 @operator(
-    "add_norm(Tensor x, Tensor? branch, Tensor weight, Tensor bias, float eps) -> (Tensor, Tensor, Tensor, Tensor)",
+    "add_norm(Tensor x, Tensor? branch, Tensor weight, Tensor bias, float eps) -> (Tensor, Tensor, Tensor)",
     _empty_normed,
 )
 def _add_norm_op(
     x: Tensor, branch: Tensor | None, weight: Tensor, bias: Tensor, eps: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """x [..., D], branch the same or None -> the sum (empty without a branch), its norm, mean and 1 / deviation."""
-    total, normed, mean, rstd = _empty_normed(x, branch, weight, bias, eps)
-    rows, cols = mean.numel(), next_power_of_2(x.shape[-1])
+) -> tuple[Tensor, Tensor, Tensor]:
+    """x [..., D], branch the same or None -> the sum (empty without a branch), its norm, and [2, ...] fp32, mean and
+    1 / deviation."""
+    total, normed, statistics = _empty_normed(x, branch, weight, bias, eps)
+    width = x.shape[-1]
+    rows, cols = statistics.numel() // 2, next_power_of_2(width)
     rows_each = max(1, 4096 // cols)
     x = _as_tokens(x)
     branch = None if branch is None else _as_tokens(branch)
@@ -160,11 +162,10 @@ def _add_norm_op(
         bias.contiguous(),
         total,
         normed,
-        mean,
-        rstd,
+        statistics,
         rows,
         x.shape[1],
-        x.shape[2],
+        width,
         eps,
         *x.stride()[:2],
         *((None, None) if branch is None else branch.stride()[:2]),
@@ -173,29 +174,28 @@ def _add_norm_op(
         COLS=cols,
         num_warps=4,
     )
-    return total, normed, mean, rstd
+    return total, normed, statistics
 
 
 def _empty_grads(
-    grad_normed: Tensor, grad_total: Tensor | None, total: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    of_weight, of_bias = (weight.new_empty(weight.shape, dtype=torch.float32) for _ in range(2))
-    return total.new_empty(total.shape), of_weight, of_bias
+    grad_normed: Tensor, grad_total: Tensor | None, total: Tensor, weight: Tensor, statistics: Tensor
+) -> tuple[Tensor, Tensor]:
+    return total.new_empty(*total.shape), weight.new_empty(2, total.shape[-1], dtype=torch.float32)
 
 
 @operator(
-    "add_norm_backward(Tensor grad_normed, Tensor? grad_total, Tensor total, Tensor weight, Tensor mean, Tensor rstd) "
-    "-> (Tensor, Tensor, Tensor)",
+    "add_norm_backward(Tensor grad_normed, Tensor? grad_total, Tensor total, Tensor weight, Tensor statistics) "
+    "-> (Tensor, Tensor)",
     _empty_grads,
 )
 def _add_norm_backward_op(
-    grad_normed: Tensor, grad_total: Tensor | None, total: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of each summand (one tensor), of weight and of bias."""
-    grad = total.new_empty(total.shape)
-    rows, width, total = mean.numel(), total.shape[-1], total.contiguous()
+    grad_normed: Tensor, grad_total: Tensor | None, total: Tensor, weight: Tensor, statistics: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The gradients of each summand (one tensor), and of weight and bias [2, D] fp32."""
+    grad = total.new_empty(*total.shape)
+    rows, width, total = statistics.numel() // 2, total.shape[-1], total.contiguous()
     parts, cols = min(_MOST_PARTS, rows), next_power_of_2(width)
-    of_weight, of_bias = (weight.new_empty(parts, width, dtype=torch.float32) for _ in range(2))
+    sums = weight.new_empty(2, parts, width, dtype=torch.float32)
     launch(
         _add_norm_backward_kernel,
         parts,
@@ -203,11 +203,9 @@ def _add_norm_backward_op(
         None if grad_total is None else grad_total.contiguous(),
         total,
         weight.contiguous(),
-        mean,
-        rstd,
+        statistics,
         grad,
-        of_weight,
-        of_bias,
+        sums,
         rows,
         -(-rows // max(parts, 1)),
         width,
@@ -215,7 +213,7 @@ def _add_norm_backward_op(
         COLS=cols,
         num_warps=max(1, min(cols // 256, 8)),  # eight values a thread
     )
-    return grad, of_weight.sum(0), of_bias.sum(0)
+    return grad, sums.sum(1)
 
 
 class _AddNorm(torch.autograd.Function):
@@ -223,8 +221,8 @@ class _AddNorm(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, branch: Tensor | None, weight: Tensor, bias: Tensor, eps: float
     ) -> tuple[Tensor, Tensor]:
-        total, normed, mean, rstd = _add_norm_op(x, branch, weight, bias, eps)
-        ctx.save_for_backward(x if branch is None else total, weight, mean, rstd)
+        total, normed, statistics = _add_norm_op(x, branch, weight, bias, eps)
+        ctx.save_for_backward(x if branch is None else total, weight, statistics)
         ctx.dtypes = x.dtype, None if branch is None else branch.dtype, bias.dtype
         ctx.set_materialize_grads(False)
         return total, normed
@@ -232,12 +230,13 @@ class _AddNorm(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_total: Tensor | None, grad_normed: Tensor | None) -> tuple[Tensor | None, ...]:
-        total, weight, mean, rstd = ctx.saved_tensors
+        total, weight, statistics = ctx.saved_tensors
         of_x, of_branch, of_bias = ctx.dtypes
         grad_total = None if of_branch is None else grad_total
         if grad_normed is None:  # the norm is not used
             return grad_total, grad_total, None, None, None
-        grad, grad_weight, grad_bias = _add_norm_backward_op(grad_normed, grad_total, total, weight, mean, rstd)
+        grad, of_both = _add_norm_backward_op(grad_normed, grad_total, total, weight, statistics)
+        grad_weight, grad_bias = of_both.unbind()
         grad_branch = None if of_branch is None else grad.to(of_branch)
         return grad.to(of_x), grad_branch, grad_weight.to(weight.dtype), grad_bias.to(of_bias), None
 
@@ -268,13 +267,13 @@ def add_norm(
     """
     check_floating("x", x)
     check_floating("weight", weight)
-    width = x.shape[-1:]
+    device, width = x.device, x.shape[-1:]
     for name, each, shape in (("branch", branch, x.shape), ("weight", weight, width), ("bias", bias, width)):
         if each is not None:
-            check_device(name, each, x.device)
+            check_device(name, each, device)
             if each.shape != shape:
                 raise ValueError(f"{name} has shape {tuple(each.shape)}, expected {tuple(shape)}, to go with x.")
-    obstacle = f"the kernel takes rows of up to {_WIDEST} values, not {x.shape[-1]}" if x.shape[-1] > _WIDEST else ""
+    obstacle = f"the kernel takes rows of up to {_WIDEST} values, not {width[0]}" if width[0] > _WIDEST else ""
     tensors = (x, weight, bias) if branch is None else (x, weight, bias, branch)
     if not torch.compiler.is_compiling() and backend_for(*tensors, obstacle=obstacle) == "triton":
         total, normed = _AddNorm.apply(x, branch, weight, bias, eps)

@@ -17,6 +17,7 @@ from adamae_sampler.ops.registration import operator
 
 _MOST_PIXELS = 8192  # of a patch that one program holds; a larger patch takes the reference
 _MOST_VALUES = 2**31 - 1  # of a clip, which the kernels address in 32 bits
+_MOST_CHANNELS = 4  # whose scale and shift a kernel takes
 
 # ---------------------------------------------------------------------------------------------------- reference
 
@@ -113,6 +114,18 @@ def patch_obstacle(video: Tensor, patch: Sequence[int]) -> str:
     ):
         return f"the kernel takes clips of up to {_MOST_VALUES} values, not {tuple(video.shape[1:])}"
     return ""
+
+
+def channel_obstacle(video: Tensor) -> str:
+    """Why a kernel does not take numbers for each channel; empty if it does."""
+    if video.shape[1] > _MOST_CHANNELS:
+        return f"the kernel takes the mean and std of up to {_MOST_CHANNELS} channels, not {video.shape[1]}"
+    return ""
+
+
+def channel_arguments(values: Sequence[float]) -> list[float | None]:
+    """As many arguments as a kernel takes; further channels have none of their own."""
+    return [*values, *[None] * _MOST_CHANNELS][:_MOST_CHANNELS]
 
 
 def _empty_patches(

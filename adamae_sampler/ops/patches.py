@@ -23,9 +23,11 @@ def token_grid(video_shape: tuple[int, ...], patch_size: PatchSize, tubelet_size
         )
     frames, height, width = video_shape[2:]
     patch_height, patch_width = patch_pair(patch_size)
-    sizes = (tubelet_size, patch_height, patch_width)
-    if any(not isinstance(each, int) or each < 1 for each in sizes):
-        raise ValueError(f"tubelet_size={tubelet_size} and patch_size={patch_size}, expected positive whole numbers.")
+    for each in (tubelet_size, patch_height, patch_width):
+        if not isinstance(each, int) or each < 1:
+            raise ValueError(
+                f"tubelet_size={tubelet_size} and patch_size={patch_size}, expected positive whole numbers."
+            )
     if frames % tubelet_size:
         raise ValueError(
             f"video has {frames} frames, which tubelet_size={tubelet_size} does not divide. "

@@ -19,12 +19,10 @@ from adamae_sampler.ops.checks import (
     check_video_indices,
 )
 from adamae_sampler.ops.interleave import by_channel, by_pixel
-from adamae_sampler.ops.patch_tokens import patch_obstacle, pixel_offsets
+from adamae_sampler.ops.patch_tokens import channel_arguments, channel_obstacle, patch_obstacle, pixel_offsets
 from adamae_sampler.ops.patches import PatchSize, patch_pair, token_grid
 from adamae_sampler.ops.registration import operator
 from adamae_sampler.ops.target import Kind, Target, target_reference
-
-_MOST_CHANNELS = 4  # whose scale and shift the kernel takes
 
 # ---------------------------------------------------------------------------------------------------- reference
 
@@ -195,9 +193,7 @@ def _scale_rows_kernel(unit_ptr, grad_error_ptr, out_ptr, P, factor, TILE: tl.co
 
 def error_obstacle(video: Tensor, target: Target) -> str:
     """Why the kernel does not take them; empty if it does."""
-    if target.std is not None and video.shape[1] > _MOST_CHANNELS:
-        return f"the kernel takes the mean and std of up to {_MOST_CHANNELS} channels, not {video.shape[1]}"
-    return patch_obstacle(video, target.patch)
+    return (channel_obstacle(video) if target.std is not None else "") or patch_obstacle(video, target.patch)
 
 
 def launch_error(
@@ -232,8 +228,8 @@ def launch_error(
         tokens_w,
         *prediction.stride()[:2],
         *video.stride(),
-        *_four(scales),
-        *_four(shifts),
+        *channel_arguments(scales),
+        *channel_arguments(shifts),
         GRADIENT=unit is not None,
         SQUARED=target.kind == "mse",
         NORMALIZE=target.normalize,
@@ -248,17 +244,13 @@ def launch_error(
     )
 
 
-def _four(values: list[float]) -> list[float | None]:
-    return [*values, *[None] * _MOST_CHANNELS][:_MOST_CHANNELS]
-
-
 # Spelt out, since torch 2.6 does not infer lists. `patch` is (tubelet, height, width).
 HOW = "str kind, bool normalize, int[] patch, float[]? mean, float[]? std"
 
 
 def _empty_error(prediction: Tensor, video: Tensor, idx: Tensor, *how: Any) -> tuple[Tensor, Tensor]:
-    unit = prediction.new_empty(prediction.shape if how[-1] else 0)
-    return prediction.new_empty(idx.shape, dtype=torch.float32), unit
+    unit = prediction.new_empty(*prediction.shape) if how[-1] else prediction.new_empty(0)
+    return prediction.new_empty(*idx.shape, dtype=torch.float32), unit
 
 
 @operator(

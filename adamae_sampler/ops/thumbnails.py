@@ -10,12 +10,11 @@ from torch import Tensor
 
 from adamae_sampler.ops.backend import KERNEL_DTYPES, backend_for, jit, launch, next_power_of_2, tl
 from adamae_sampler.ops.checks import at_least_fp32, check_video
-from adamae_sampler.ops.patch_tokens import patch_obstacle, pixel_offsets
+from adamae_sampler.ops.patch_tokens import channel_arguments, channel_obstacle, patch_obstacle, pixel_offsets
 from adamae_sampler.ops.patches import PatchSize, patch_pair, patchify, token_grid
 from adamae_sampler.ops.registration import operator
 
 _SIDE = 4  # pixels of a shrunk patch's side, or the most that divide a patch's
-_MOST_CHANNELS = 4  # whose scale and shift the kernel takes
 
 
 def thumbnail_sides(patch_size: PatchSize) -> tuple[int, int]:
@@ -137,8 +136,8 @@ def _thumbnails_op(
         grid_h * grid_w,
         grid_w,
         *video.stride(),
-        *[*(scale or []), *[None] * _MOST_CHANNELS][:_MOST_CHANNELS],
-        *[*(shift or []), *[None] * _MOST_CHANNELS][:_MOST_CHANNELS],
+        *channel_arguments(scale or []),
+        *channel_arguments(shift or []),
         SCALED=scale is not None,
         C=video.shape[1],
         TUBELET=tubelet,
@@ -194,11 +193,9 @@ def thumbnails(
         shift = [-centre / each for centre, each in zip(mean, std, strict=True)]
     dtype = dtype or (video.dtype if video.is_floating_point() else torch.float32)
     patch = [tubelet_size, *patch_pair(patch_size)]
-    obstacle = patch_obstacle(video, patch)
+    obstacle = patch_obstacle(video, patch) or (channel_obstacle(video) if scale is not None else "")
     if dtype not in KERNEL_DTYPES:
         obstacle = f"the kernel gives float32, float16 and bfloat16, not {dtype}"
-    if scale is not None and video.shape[1] > _MOST_CHANNELS:
-        obstacle = f"the kernel takes the mean and std of up to {_MOST_CHANNELS} channels, not {video.shape[1]}"
     if backend_for(video, obstacle=obstacle) == "triton":
         small: Tensor = _thumbnails_op(video, patch, scale, shift, dtype)
         return small
