@@ -20,12 +20,20 @@ FOLDERS = os.environ.get("ADAMAE_SAMPLER_TRITONS", "").split(os.pathsep)
 LEAST_WARPS = 16  # that fit a multiprocessor
 
 
-@pytest.fixture(scope="module", params=FOLDERS, ids=lambda folder: Path(folder).name or "installed")
-def rows(request, tmp_path_factory):
-    """In a process of its own, where the kernels are not interpreted."""
-    output = tmp_path_factory.mktemp("resources") / "rows.csv"
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: Path(folder).name or "installed")
+def test_what_every_kernel_takes(folder, tmp_path):
+    """One test of a Triton, since compiling takes a minute and a half and tests are spread over processes."""
+    rows = compiled(folder, tmp_path / "rows.csv")
+    assert_every_kernel_is_compiled_for_every_architecture(rows)
+    assert [row for row in rows if int(row["spilled_bytes"])] == []
+    assert_the_error_kernel_moves_16_bytes_at_a_time(rows)
+    assert_kernels_leave_room_for_others_on_a_multiprocessor(rows)
+
+
+def compiled(folder, output):
+    """The rows of a Triton, from a process of its own, where the kernels are not interpreted."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    paths = filter(None, [request.param, str(ROOT), environment.get("PYTHONPATH")])
+    paths = filter(None, [folder, str(ROOT), environment.get("PYTHONPATH")])
     command = [sys.executable, str(ROOT / "benchmarks" / "kernel_resources.py"), str(output)]
     done = subprocess.run(
         command, env={**environment, "PYTHONPATH": os.pathsep.join(paths)}, capture_output=True, text=True, check=False
@@ -34,7 +42,7 @@ def rows(request, tmp_path_factory):
     return list(csv.DictReader(output.open()))
 
 
-def test_every_kernel_is_compiled_for_every_architecture(rows):
+def assert_every_kernel_is_compiled_for_every_architecture(rows):
     sources = "".join(path.read_text() for path in (ROOT / "adamae_sampler" / "ops").glob("*.py"))
     defined = set(re.findall(r"^def (_\w+_kernel)\(", sources, re.MULTILINE))
     assert len(defined) >= 9
@@ -44,11 +52,7 @@ def test_every_kernel_is_compiled_for_every_architecture(rows):
         assert {row["kernel"] for row in rows if row["architecture"] == architecture} == defined
 
 
-def test_kernels_do_not_spill(rows):
-    assert [row for row in rows if int(row["spilled_bytes"])] == []
-
-
-def test_the_error_kernel_moves_16_bytes_at_a_time(rows):
+def assert_the_error_kernel_moves_16_bytes_at_a_time(rows):
     """But for its index and its error; and both passes of a token take fewer than 2/3 of the instructions of before."""
     mine = [row for row in rows if row["case"] == "reconstruction_error, bfloat16, uint8 video"]
     assert {row["loads"] for row in mine if row["kernel"] == "_error_kernel"} == {"9x16 1x8"}  # 48 values, 48 pixels
@@ -59,7 +63,7 @@ def test_the_error_kernel_moves_16_bytes_at_a_time(rows):
     assert passes["_error_kernel", "6x16 1x4"] + 3 * scale < 2408 * 2 / 3
 
 
-def test_kernels_leave_room_for_others_on_a_multiprocessor(rows):
+def assert_kernels_leave_room_for_others_on_a_multiprocessor(rows):
     """Enough warps fit by registers (65536 of them) and by shared memory (100 KB where it is least)."""
     for row in rows:
         warps = int(row["threads"]) // 32

@@ -75,7 +75,7 @@ def _add_norm_kernel(
     normed = value * rstd * weight + bias
     tl.store(normed_ptr + place, normed.to(normed_ptr.dtype.element_ty), mask=inside)
     tl.store(statistics_ptr + row, mean, mask=row < num_rows)
-    tl.store(statistics_ptr + num_rows + row, rstd, mask=row < num_rows)
+    tl.store(statistics_ptr + (num_rows + row), rstd, mask=row < num_rows)
 
 
 @jit
@@ -105,7 +105,7 @@ def _add_norm_backward_kernel(
         grad = tl.load(grad_normed_ptr + place, mask=inside, other=0.0).to(tl.float32)
         total = tl.load(total_ptr + place, mask=inside, other=0.0).to(tl.float32)
         mean = tl.load(statistics_ptr + row)
-        rstd = tl.load(statistics_ptr + num_rows + row)
+        rstd = tl.load(statistics_ptr + (num_rows + row))
         normal = (total - mean) * rstd
         grad_bias += grad
         grad_weight += grad * normal
