@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import tiny_model
 from kernel_inputs import DEVICE, DTYPES, OPS, assert_close, assert_same, make_sample, run_both, whole_numbers
+from test_model import assert_named_attention_runs
 
 from adamae_sampler import AdaMAELoss, ops
 from adamae_sampler.models import AdaMAE
@@ -290,3 +291,8 @@ def test_kernels_run_on_a_device_that_is_not_the_current_one():
         assert sample.visible_idx.device == x.device
         taken = ops.gather_tokens(x, sample.visible_idx)
         assert torch.equal(taken, x.take_along_dim(sample.visible_idx[..., None], 1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_attention_that_is_named_is_the_one_that_runs(dtype):
+    assert_named_attention_runs(DEVICE, dtype)
