@@ -3,6 +3,7 @@
     mask.py        what a mask is (MaskSample), and how many tokens a ratio leaves
     sampler.py     tokens [B, N, D] -> MaskSample: adaptive, random, tube, frame
     networks.py    the adaptive sampler's score networks
+    transformer.py the blocks of all networks here; attention.py, which of torch's kernels they run
     estimators.py  how likely a set of tokens is to be drawn, for the exact policy gradient
     losses.py      reconstruction error, sampling loss, and both together
     ops/           the operations underneath, one file each

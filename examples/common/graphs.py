@@ -102,6 +102,6 @@ def aside(update: Update, parts: list[Part]) -> None:
 def capture(update: Update, parts: list[Part]) -> Callable[[], None]:
     """What replays the update on whatever is in the tensors of the parts by then; nothing has run yet."""
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # another thread pins the next batch
         update(parts)
     return graph.replay
