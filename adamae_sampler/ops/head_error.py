@@ -17,8 +17,7 @@ from adamae_sampler.ops.reconstruction_error import HOW, error_obstacle, error_r
 from adamae_sampler.ops.registration import operator
 from adamae_sampler.ops.target import Kind, Target
 
-# Bytes of predictions at a time, which stay in the second-level cache of a data-centre GPU, or in a CPU's third.
-_CHUNK_BYTES = {"cuda": 24 * 2**20, "cpu": 12 * 2**20}
+_CHUNK_BYTES = 24 * 2**20  # of predictions at a time: they stay in the second-level cache of a data-centre GPU
 
 
 def _chunks(draws: int, num_masked: int, masks: int, rows: int) -> Iterator[tuple[slice, slice, slice]]:
@@ -64,7 +63,7 @@ def _head_error_op(
     cast = weight.to(hidden.dtype)
     cast_bias = None if bias is None else bias.to(hidden.dtype)
     (draws, num_masked), values = masked_idx.shape, weight.shape[0]
-    rows = _CHUNK_BYTES.get(hidden.device.type, _CHUNK_BYTES["cpu"]) // (values * hidden.element_size())
+    rows = _CHUNK_BYTES // (values * hidden.element_size())
     shrink = (
         2.0**-8 if hidden.dtype == torch.float16 else 1.0
     )  # sums of many rows, which are divided by their number later
