@@ -26,7 +26,7 @@ from common.datasets import ClipSource, ClipStream, collate_clips, digest
 from common.devices import autocast, compile_blocks, deepspeed_config, uses_deepspeed
 from common.endings import TrainingError
 from common.files import replacing
-from common.graphs import GraphedUpdate, Update, make_capturable, set_learning_rates
+from common.graphs import GraphedUpdate, Part, Update, make_capturable, set_learning_rates
 from common.interrupts import READERS, Interrupted, Interrupts, Request
 from common.metrics import DeviceMetrics, RunLog
 from common.quarantine import Quarantine
@@ -242,9 +242,7 @@ class Loop:
                 if last and is_main:
                     log.summarise(recipe.output / "summary.txt")
 
-    def _parts(
-        self, step: int, feed: Iterator[dict[str, Any]], clock: Clock, found: dict[str, str]
-    ) -> Iterator[tuple[dict[str, Any], int]]:
+    def _parts(self, step: int, feed: Iterator[dict[str, Any]], clock: Clock, found: dict[str, str]) -> Iterator[Part]:
         """The batches of a step, each with its number in the run on this process, as they are read."""
         for part in range(self.schedule.accumulation):
             with clock.waiting_for_data():
@@ -253,10 +251,7 @@ class Loop:
             yield batch, step * self.schedule.accumulation + part
 
     def _update(
-        self,
-        parts: Iterable[tuple[dict[str, Any], int]],
-        forward: Callable[[dict[str, Any], int], Tensor],
-        metrics: DeviceMetrics,
+        self, parts: Iterable[Part], forward: Callable[[dict[str, Any], int], Tensor], metrics: DeviceMetrics
     ) -> None:
         """One optimiser step, which a gradient that is not finite leaves without effect. All of it is the device's."""
         accelerator = self.accelerator
