@@ -72,7 +72,7 @@ def make_accelerator(precision: str, compiled: bool = False, tracker: str | None
 
 
 def compile_blocks(model: nn.Module) -> None:
-    """Compiles the transformers' blocks, each for itself: equal ones share their code, so that it takes little time."""
+    """Compiles the transformers' blocks, each for itself; equal ones share their code."""
     torch._dynamo.config.recompile_limit = 64  # blocks of a stochastic depth of their own count as different
     for block in model.modules():
         if isinstance(block, Block):

@@ -91,7 +91,7 @@ class Recipe(EncoderSettings):
     checkpoint_activations: bool = False
     """Recompute activations in the backward pass, to save memory."""
     compile: Literal["blocks", "whole"] | None = None
-    """torch.compile of the transformers' blocks one by one, which is ready sooner, or of the model as a whole."""
+    """torch.compile of the transformers' blocks one by one, or of the model as a whole."""
     flip: bool = False
     """Mirror half of the clips."""
 
