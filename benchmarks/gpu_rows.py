@@ -12,7 +12,7 @@ import torch
 from rows import Row, format_seconds, kept_rows, read_rows, read_texts
 from stages.common import Failure
 from stages.machine import Machine
-from stages.outcomes import Outcome
+from stages.outcomes import Outcome, last_outcomes
 from stages.step_profile import Share, profiled_cases
 from stages.suite import left
 from stages.tools import Finding
@@ -106,7 +106,7 @@ def read_run(folder: Path, slug: str) -> GpuRun:
     return GpuRun(
         slug,
         next(iter(read("machine", Machine)), None),
-        read("tests", Outcome),
+        tuple(last_outcomes(read("tests", Outcome))),
         tuple(row for suite in gpu_cases.SUITES for row in read(suite, Row)),
         read("profile", Share),
         (*read("sanitizer", Finding), *read("ncu", Finding)),

@@ -314,9 +314,18 @@ def test_tests_that_passed_are_passed_over_and_those_that_failed_run_again(tmp_p
     recorder.pytest_runtest_logreport(type("Report", (), {**report_of, "when": "teardown", "outcome": "passed"}))
     assert [(row.test, row.outcome, row.message) for row in read_rows(path, Outcome)] == [
         ("a", "passed", ""),
+        ("b", "failed", ""),
         ("c", "skipped", ""),
+        ("d", "failed", ""),  # of another stage, which runs it again
         ("b", "failed", "one"),
     ]
+    recorder.pytest_runtest_logreport(type("Report", (), {**report_of, "outcome": "passed", "longrepr": None}))
+    assert {row.test: row.outcome for row in outcomes.last_outcomes(read_rows(path, Outcome))} == {
+        "a": "passed",
+        "b": "passed",
+        "c": "skipped",
+        "d": "failed",
+    }
     assert outcomes.Recorder(path, is_worker=True).writer is None  # a worker's reports come to the other
 
 

@@ -333,13 +333,15 @@ def test_sampling_loss_clamps_certainty():
 
 def test_scores_learn_from_gradients_that_fp16_does_not_hold():
     x, weight = torch.randn(2, 37, 16).to(DEVICE, torch.float16), torch.randn(16, device=DEVICE)
-    _, _, of_weight, _ = run("triton", ops.token_scores, [x, weight, torch.zeros(1)], torch.full((2, 37), 1e-9))
+    inputs = [x, weight, torch.zeros(1, device=DEVICE)]
+    _, _, of_weight, _ = run("triton", ops.token_scores, inputs, torch.full((2, 37), 1e-9))
     torch.testing.assert_close(of_weight, 1e-9 * x.float().sum((0, 1)), rtol=5e-3, atol=1e-11)
-    assert run("triton", ops.token_scores, [x, weight, torch.zeros(1)], torch.zeros(2, 37))[2].eq(0).all()
+    assert run("triton", ops.token_scores, inputs, torch.zeros(2, 37))[2].eq(0).all()
 
 
 def test_weights_of_norms_and_scores_may_lie_anywhere():
-    x, weight, bias = torch.randn(2, 7, 16, device=DEVICE), torch.randn(32, device=DEVICE)[::2], torch.zeros(())
+    x, weight = torch.randn(2, 7, 16, device=DEVICE), torch.randn(32, device=DEVICE)[::2]
+    bias = torch.zeros((), device=DEVICE)
     assert_close(*run_both(lambda x: ops.add_norm(x, x, weight, bias.expand(16))[1], x, upstream=torch.randn(2, 7, 16)))
     assert_close(*run_both(lambda x: ops.token_scores(x, weight, weight[:1]), x, upstream=torch.randn(2, 7)))
 

@@ -7,6 +7,7 @@ A run that was cut short goes on with what is left; tests that failed run again.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from rows import RowWriter, device_slug, kept_rows
 
 @dataclass(frozen=True)
 class Outcome:
-    """A test's last run; one that fails after its call has two rows.
+    """How a test ended. The last row of a test counts: one that failed runs again, one may fail after its call.
 
     Attributes:
         test: its node id.
@@ -38,6 +39,11 @@ class Outcome:
 def outcomes_file(folder: Path) -> Path:
     """Where they are."""
     return folder / f"tests_{device_slug(torch.device('cuda' if torch.cuda.is_available() else 'cpu'))}.csv"
+
+
+def last_outcomes(rows: Iterable[Outcome]) -> list[Outcome]:
+    """The row of each test that counts."""
+    return list({each.test: each for each in rows}.values())
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -60,17 +66,16 @@ class Recorder:
     """
 
     def __init__(self, path: Path, is_worker: bool) -> None:
-        known = kept_rows(path, Outcome)
-        failed = {each.test for each in known if each.outcome == "failed"}
-        self.done = [each for each in known if each.test not in failed]
-        self.writer = None if is_worker else RowWriter(path, Outcome, self.done)
+        known = last_outcomes(kept_rows(path, Outcome))
+        self.done = {each.test for each in known if each.outcome != "failed"}
+        # Failures stay until their tests run again: another stage's may not be among those that run now.
+        self.writer = None if is_worker else RowWriter(path, Outcome, known)
         self.ran = False
 
     def pytest_collection_modifyitems(self, config: pytest.Config, items: list[pytest.Item]) -> None:
         """Leaves what has passed out."""
-        done = {each.test for each in self.done}
-        config.hook.pytest_deselected(items=[item for item in items if item.nodeid in done])
-        items[:] = [item for item in items if item.nodeid not in done]
+        config.hook.pytest_deselected(items=[item for item in items if item.nodeid in self.done])
+        items[:] = [item for item in items if item.nodeid not in self.done]
 
     def pytest_runtest_logreport(self, report: Any) -> None:
         """Writes the row of a test that has ended."""
