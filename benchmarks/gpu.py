@@ -46,7 +46,7 @@ ROOT = BENCHMARKS.parent
 NEEDED = ("torch", "triton", "timm", "einops", "safetensors", "numpy", "pytest", "hypothesis")
 _SUMMARY_S = 25.0  # kept for the table at the end
 _GRACE_S = 5.0  # between asking a stage to end and ending it
-_KERNEL_TESTS = ("test_kernels.py", "test_pixel_kernels.py", "test_kernel_registration.py")
+_KERNEL_TESTS = ("ops/test_kernels.py", "ops/test_pixel_kernels.py", "ops/test_kernel_registration.py")
 _QUICK_TESTS = "test_empty_batch or test_sampling_loss_clamps or registration and sampling_loss"
 
 
@@ -95,7 +95,7 @@ def stages(options: Options) -> list[Stage]:
     return [
         Stage("machine", 60, module("machine")),
         Stage("kernel-tests", 150, tests(12, *_KERNEL_TESTS, quick=_QUICK_TESTS)),
-        Stage("gpu-tests", 120, tests(4, "test_gpu.py")),
+        Stage("gpu-tests", 120, tests(4, "ops/test_gpu.py")),
         Stage("steps", 240, module("suite", "steps")),
         Stage("profile", 120, module("step_profile")),
         Stage("ops", 160, module("suite", "ops")),

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("triton", reason="the kernels need Triton")
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 FOLDERS = os.environ.get("ADAMAE_SAMPLER_TRITONS", "").split(os.pathsep)
 
 LEAST_WARPS = 16  # that fit a multiprocessor

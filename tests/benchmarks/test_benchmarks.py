@@ -34,7 +34,7 @@ from common.cli import parse_arguments
 from common.lists import VideoEntry
 from common.pretrain_recipe import PretrainRecipe
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")

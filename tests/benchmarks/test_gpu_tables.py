@@ -17,7 +17,7 @@ from stages.step_profile import Share
 from steps import StepCase
 from timing import Times
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 CUDA, H100 = torch.device("cuda"), "NVIDIA H100 80GB HBM3"
 FACTS = Facts(H100, 1, "2.11.0+cu130", "3.6.0", "abc")
 STEP = StepCase()
@@ -51,7 +51,7 @@ def write_run(folder, slug="nvidia_h100_80gb_hbm3", exact=0.30, failed=()):
     ]
     shares += [Share(STEP.name, 256, "attention", "flash", 60, 0.08, 0.27, H100, "2", "abc")]
     shares += [Share(STEP.name, 256, "waits", "none", 0, None, None, H100, "2", "abc")]
-    tests = [Outcome(f"tests/test_kernels.py::{name}", "passed", 0.1, "", "2") for name in "abc"]
+    tests = [Outcome(f"tests/ops/test_kernels.py::{name}", "passed", 0.1, "", "2") for name in "abc"]
     tests += [Outcome(name, "failed", 0.1, "differs", "2") for name in failed]
     for name, kind, found in (("machine", Machine, [machine]), ("profile", Share, shares), ("tests", Outcome, tests)):
         with RowWriter(folder / f"{name}_{slug}.csv", kind, found):
@@ -116,7 +116,7 @@ def test_the_report_takes_the_rows_of_any_folder(tmp_path):
     assert readme.read_text() == text
     with pytest.raises(ValueError, match="nowhere has no rows"):
         report.main(report.Options(readme, (folder, tmp_path / "nowhere")))
-    write_run(folder, failed=["tests/test_kernels.py::test_sampling_loss"])
+    write_run(folder, failed=["tests/ops/test_kernels.py::test_sampling_loss"])
     with pytest.raises(ValueError, match=r"tests failed, so its times are not published: .*test_sampling_loss"):
         report.main(report.Options(readme, (folder,)))
 

@@ -11,6 +11,7 @@ import pytest
 from hosts import CHECKOUTS, checkout
 
 TESTS = Path(__file__).parent
+ROOT = TESTS.parents[1]
 
 # Modules that the engines import and that are gone (torch._six), not public (torch.fb), or of no use here.
 PRELUDE = f"""
@@ -20,7 +21,7 @@ import torch
 for name in ("torch._six", "torch.fb", "torch.fb.rendezvous", "torch.fb.rendezvous.zeus", "tensorboardX"):
     sys.modules.setdefault(name, mock.MagicMock(inf=float("inf")))
 torch.cuda.synchronize = lambda: None
-sys.path[:0] = [{str(TESTS)!r}, {str(TESTS.parent / "benchmarks")!r}]
+sys.path[:0] = [{str(TESTS)!r}, {str(ROOT / "benchmarks")!r}]
 import hosts
 from adamae_sampler import patch
 
@@ -136,7 +137,7 @@ def test_videomae_v2_with_the_readmes_edit(decode_mask):
 
 
 def test_the_readme_shows_the_edit_that_is_tested():
-    readme = (TESTS.parent / "README.md").read_text()
+    readme = (ROOT / "README.md").read_text()
     block = readme[readme.index("```diff") :]
     block = block[: block.index("```", 3)]
     shown = {line[1:].strip() for line in block.splitlines() if line.startswith("+")}

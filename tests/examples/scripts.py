@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 # The sizes of conftest.tiny_model, for files that do not state them.
 ENCODER = "--img-size 32 32 --num-frames 8 --patch-size 8 --embed-dim 32 --depth 2 --num-heads 2".split()  # noqa: SIM905
 DECODER = "--decoder-embed-dim 16 --decoder-depth 1 --decoder-num-heads 2".split()  # noqa: SIM905

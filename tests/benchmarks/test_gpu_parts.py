@@ -20,7 +20,7 @@ from steps import StepCase
 from torch import nn
 from worker import Worker, WorkFailed
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 CUDA, H100 = torch.device("cuda"), "NVIDIA H100 80GB HBM3"
 
 

@@ -17,7 +17,7 @@ import gpu
 import pytest
 from packaging.requirements import Requirement
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 # What a bare GPU machine's image has; with what these need.
 PACKAGES = (

@@ -11,7 +11,7 @@ from videos import write_video
 
 from common.lists import VideoEntry, class_names, list_videos, write_list
 
-SCRIPT = Path(__file__).parent.parent / "examples" / "prepare_data.py"
+SCRIPT = Path(__file__).parents[2] / "examples" / "prepare_data.py"
 
 
 def touch(folder, *names):

@@ -19,7 +19,7 @@ from common.lists import list_videos
 from common.sprites import Sprites
 from common.video import VideoError
 
-TESTS = Path(__file__).parent
+TESTS = Path(__file__).parents[1]
 
 
 @pytest.fixture
@@ -124,7 +124,7 @@ def test_nothing_that_can_be_read_is_an_error(videos):
 
 SCRIPT = """
 import sys
-sys.path[:0] = [{tests!r}, {examples!r}]
+sys.path[:0] = {folders!r}
 import torch
 from pathlib import Path
 from scripts import TWO_PROCESSES
@@ -147,8 +147,8 @@ def test_one_and_two_processes_agree_to_the_last_bit(videos, tmp_path):
     """Seven videos in batches of two: four batches, of unequal size, and two of them on each process."""
     script = tmp_path / "script.py"
     data = str(videos[0].path.parent / "val.csv")
-    examples = str(TESTS.parent / "examples")
-    script.write_text(SCRIPT.format(tests=str(TESTS), examples=examples, data=data, out=str(tmp_path / "out")))
+    folders = [str(each) for each in (TESTS, TESTS / "models", TESTS / "examples", TESTS.parent / "examples")]
+    script.write_text(SCRIPT.format(folders=folders, data=data, out=str(tmp_path / "out")))
     for launcher in ((), TWO_PROCESSES):
         command = [sys.executable, *launcher, str(script)]
         run = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)

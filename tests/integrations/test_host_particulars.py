@@ -173,7 +173,7 @@ def test_the_readmes_new_host_works(monkeypatch):
             error = (prediction - 1).square().mean(-1)
             return error.mean(), prediction, error
 
-    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
     start = readme.index("from adamae_sampler import ops\nfrom adamae_sampler.integrations.host import")
     space = {"nn": nn}
     exec(readme[start : readme.index("```", start)], space)
