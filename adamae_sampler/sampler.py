@@ -17,7 +17,7 @@ from adamae_sampler.mask import MaskSample, num_masked_units, num_visible_tokens
 from adamae_sampler.networks import MHAScoreNetwork, MLPScoreNetwork, PooledScoreNetwork
 from adamae_sampler.ops import draw_mask
 from adamae_sampler.ops.checks import check_tokens
-from adamae_sampler.ops.draw_mask import token_log_probs
+from adamae_sampler.ops.draw import token_log_probs
 
 GridSize = tuple[int, int, int]
 

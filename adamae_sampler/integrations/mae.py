@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from adamae_sampler.integrations.host import AdaptiveHost, HostShape, SeamError, default_ratio
 from adamae_sampler.mask import MaskSample
 from adamae_sampler.ops import gather_tokens
-from adamae_sampler.ops.sampling_loss import LOG_PROB_RANGE
+from adamae_sampler.ops.sampling import LOG_PROB_RANGE
 
 
 class AdaptiveMAE(AdaptiveHost):

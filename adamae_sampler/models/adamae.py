@@ -19,7 +19,7 @@ from adamae_sampler.models.layers import sinusoid_table
 from adamae_sampler.networks import init_linear_layers
 from adamae_sampler.ops import assemble_tokens, thumbnails
 from adamae_sampler.ops.patches import PatchSize
-from adamae_sampler.ops.thumbnails import thumbnail_sides
+from adamae_sampler.ops.thumbnail import thumbnail_sides
 from adamae_sampler.sampler import (
     AdaptiveTokenSampler,
     FrameTokenSampler,

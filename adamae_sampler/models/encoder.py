@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from adamae_sampler.models.layers import PatchEmbed3d, sinusoid_table
 from adamae_sampler.ops import gather_tokens
-from adamae_sampler.ops.gather_tokens import select_rows
+from adamae_sampler.ops.gather import select_rows
 from adamae_sampler.ops.patches import PatchSize, patch_pair, token_grid
 from adamae_sampler.transformer import LayerNorm, Transformer
 

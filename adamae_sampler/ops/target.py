@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from adamae_sampler.ops.checks import at_least_fp32, check_target, check_video_indices
-from adamae_sampler.ops.patch_tokens import patch_rows
 from adamae_sampler.ops.patches import PatchSize, patch_pair
+from adamae_sampler.ops.pixel_rows import patch_rows
 
 Kind = Literal["mse", "l1"]
 STD_EPS = 1e-6  # added to the standard deviation, not the variance, as VideoMAE and AdaMAE do

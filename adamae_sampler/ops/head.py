@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 from adamae_sampler.ops.backend import backend_for
 from adamae_sampler.ops.checks import check_device, check_floating, check_index_shape, check_target, check_video_indices
 from adamae_sampler.ops.patches import PatchSize
-from adamae_sampler.ops.reconstruction_error import HOW, error_obstacle, error_reference, launch_error, scale_rows_op
+from adamae_sampler.ops.pixel_error import HOW, error_obstacle, error_reference, launch_error, scale_rows_op
 from adamae_sampler.ops.registration import operator
 from adamae_sampler.ops.target import Kind, Target
 

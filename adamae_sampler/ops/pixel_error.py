@@ -19,8 +19,8 @@ from adamae_sampler.ops.checks import (
     check_video_indices,
 )
 from adamae_sampler.ops.interleave import by_channel, by_pixel
-from adamae_sampler.ops.patch_tokens import channel_arguments, channel_obstacle, patch_obstacle, pixel_offsets
 from adamae_sampler.ops.patches import PatchSize, patch_pair, token_grid
+from adamae_sampler.ops.pixel_rows import channel_arguments, channel_obstacle, patch_obstacle, pixel_offsets
 from adamae_sampler.ops.registration import operator
 from adamae_sampler.ops.target import Kind, Target, target_reference
 

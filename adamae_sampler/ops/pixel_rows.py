@@ -11,7 +11,7 @@ from torch import Tensor
 
 from adamae_sampler.ops.backend import KERNEL_DTYPES, backend_for, jit, launch, next_power_of_2, tl
 from adamae_sampler.ops.checks import at_least_fp32, check_video, check_video_indices
-from adamae_sampler.ops.gather_tokens import select_rows
+from adamae_sampler.ops.gather import select_rows
 from adamae_sampler.ops.patches import PatchSize, patch_pair, token_grid
 from adamae_sampler.ops.registration import operator
 
