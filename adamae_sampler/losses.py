@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple, get_args
 
 from torch import Tensor, nn
 
 from adamae_sampler import ops
 from adamae_sampler.estimators import leave_one_out, set_log_prob
 from adamae_sampler.mask import MaskSample
-from adamae_sampler.ops.patches import PatchSize
-from adamae_sampler.ops.target import Kind
+from adamae_sampler.ops.head import fused_error
+from adamae_sampler.ops.patch_format import PatchFormat, PatchSize
+from adamae_sampler.ops.pixel_error import token_errors
+from adamae_sampler.ops.target import Kind, check_kind
 
 Estimator = Literal["categorical", "plackett_luce", "plackett_luce_max"]
 _ESTIMATORS: tuple[str, ...] = get_args(Estimator)
@@ -49,17 +51,8 @@ def reconstruction_error(
         TypeError, ValueError: shapes, dtypes or arguments that do not fit each other.
     """
     _check_sample(sample)
-    return ops.reconstruction_error(
-        prediction,
-        video,
-        sample.target_idx,
-        kind=kind,
-        normalize=normalize,
-        patch_size=patch_size,
-        tubelet_size=tubelet_size,
-        mean=mean,
-        std=std,
-    )
+    patches = PatchFormat.of(patch_size, tubelet_size, normalize, mean, std)
+    return token_errors(prediction, video, sample.target_idx, kind, patches)
 
 
 def sampling_loss(
@@ -153,7 +146,8 @@ class AdaMAELoss(nn.Module):
             are made in the forward pass, and the prediction is never held. Predictions are taken too.
 
     Raises:
-        ValueError: an unknown estimator, or a number of masks below 1.
+        TypeError, ValueError: an unknown estimator or kind, a number of masks below 1, or sizes, `mean` and `std`
+            that are out of range or do not fit each other.
     """
 
     def __init__(
@@ -181,12 +175,9 @@ class AdaMAELoss(nn.Module):
         self.num_masks = num_masks
         self.fused_head = fused_head
         self.sampling_weight = sampling_weight
+        check_kind(kind)
         self.kind: Kind = kind
-        self.normalize = normalize
-        self.patch_size = patch_size
-        self.tubelet_size = tubelet_size
-        self.mean = mean
-        self.std = std
+        self.patches = PatchFormat.of(patch_size, tubelet_size, normalize, mean, std)
 
     def forward(
         self,
@@ -222,7 +213,7 @@ class AdaMAELoss(nn.Module):
             if self.estimator != "categorical" and sample.log_probs is not None:
                 raise ValueError(f"estimator={self.estimator!r} takes no decode_mask; use decode_ratio of the model.")
             sample = _decoded(sample, decode_mask, prediction.shape[1])
-        error = reconstruction_error(prediction, video, sample, **self._target())
+        error = token_errors(prediction, video, sample.target_idx, self.kind, self.patches)
         if decode_mask is not None:
             masked = sample.mask.gather(1, sample.masked_idx)
             error, share = error * masked, masked.float().mean()
@@ -235,7 +226,7 @@ class AdaMAELoss(nn.Module):
             raise TypeError("the prediction is a tuple, hidden states and a layer: give AdaMAELoss fused_head=True.")
         if decode_mask is not None:
             raise ValueError("a fused head takes no decode_mask; give the prediction itself.")
-        return ops.head_error(*inputs, video, sample.target_idx, **self._target())
+        return fused_error(*inputs, video, sample.target_idx, self.kind, self.patches)
 
     def _with_sampling(
         self, reconstruction: Tensor, error: Tensor, sample: MaskSample, share: Tensor | float = 1.0
@@ -245,15 +236,11 @@ class AdaMAELoss(nn.Module):
         sampling = sampling_loss(sample, error, estimator=self.estimator, num_masks=self.num_masks) / share
         return LossOutput(reconstruction + self.sampling_weight * sampling, reconstruction, sampling, error)
 
-    def _target(self) -> dict[str, Any]:
-        names = ("kind", "normalize", "patch_size", "tubelet_size", "mean", "std")
-        return {name: getattr(self, name) for name in names}
-
     def extra_repr(self) -> str:
         """For print(loss)."""
         return (
-            f"sampling_weight={self.sampling_weight}, kind={self.kind!r}, normalize={self.normalize}, "
-            f"patch_size={self.patch_size}, tubelet_size={self.tubelet_size}, estimator={self.estimator!r}, "
+            f"sampling_weight={self.sampling_weight}, kind={self.kind!r}, normalize={self.patches.normalize}, "
+            f"patch_size={self.patches.patch[1:]}, tubelet_size={self.patches.patch[0]}, estimator={self.estimator!r}, "
             f"num_masks={self.num_masks}"
         )
 

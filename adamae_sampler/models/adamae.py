@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -17,9 +16,9 @@ from adamae_sampler.models.build import build_variant
 from adamae_sampler.models.encoder import Encoder, VideoSize, fill_constants
 from adamae_sampler.models.layers import sinusoid_table
 from adamae_sampler.networks import init_linear_layers
-from adamae_sampler.ops import assemble_tokens, thumbnails
-from adamae_sampler.ops.patches import PatchSize
-from adamae_sampler.ops.thumbnail import thumbnail_sides
+from adamae_sampler.ops import assemble_tokens
+from adamae_sampler.ops.patch_format import PatchSize
+from adamae_sampler.ops.thumbnail import shrink, shrunk
 from adamae_sampler.sampler import (
     AdaptiveTokenSampler,
     FrameTokenSampler,
@@ -125,10 +124,10 @@ class AdaMAE(nn.Module):
         self.sample_from = sample_from
         self.decode_ratio = decode_ratio
         self.fused_head = fused_head
-        self.size = VideoSize.of(img_size, num_frames, patch_size, tubelet_size, in_chans)
+        self.size = VideoSize.of(img_size, num_frames, patch_size, tubelet_size, in_chans, mean, std)
         num_tokens = self.size.num_tokens
 
-        self.encoder = Encoder(self.size, embed_dim, depth, num_heads, mean=mean, std=std)
+        self.encoder = Encoder(self.size, embed_dim, depth, num_heads)
         self.encoder_to_decoder = nn.Linear(embed_dim, decoder_embed_dim, bias=False)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_embed_dim))
         self.decoder_pos_embed: Tensor
@@ -137,7 +136,7 @@ class AdaMAE(nn.Module):
         init_linear_layers(self)
         trunc_normal_(self.mask_token, std=0.02, a=-0.02, b=0.02)
         # Last, because a sampler given from outside keeps the weights it came with.
-        width = embed_dim if sample_from == "tokens" else _thumbnail_values(self.size)
+        width = embed_dim if sample_from == "tokens" else shrunk(self.size.patches).pixels * in_chans
         learned = {"score_network": score_network, "temperature": temperature, "exploration": exploration}
         self.sampler = _make_sampler(masking, width, self.size.grid, mask_ratio, num_masks, learned)
 
@@ -204,8 +203,7 @@ class AdaMAE(nn.Module):
         if self.sample_from == "tokens":
             tokens: Tensor = embed(video)
         else:
-            how: dict[str, Any] = {"patch_size": self.size.patch, "tubelet_size": self.size.tubelet}
-            tokens = thumbnails(video, mean=embed.mean, std=embed.std, dtype=embed.dtype_for(video), **how)
+            tokens = shrink(video, self.size.patches, embed.dtype_for(video))
         sample: MaskSample = self.sampler(tokens, mask=mask, generator=generator)
         return sample
 
@@ -223,10 +221,6 @@ class AdaMAE(nn.Module):
     def no_weight_decay(self) -> set[str]:
         """Parameters with more than one axis that weight decay should still leave alone, as timm asks for them."""
         return {name for name, _ in self.named_parameters() if name.rpartition(".")[2] in ("mask_token", "pos_embed")}
-
-
-def _thumbnail_values(size: VideoSize) -> int:
-    return size.video[0] * size.tubelet * math.prod(thumbnail_sides(size.patch))
 
 
 def _make_sampler(

@@ -11,11 +11,19 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from adamae_sampler.ops.backend import backend_for
-from adamae_sampler.ops.checks import check_device, check_floating, check_index_shape, check_target, check_video_indices
-from adamae_sampler.ops.patches import PatchSize
-from adamae_sampler.ops.pixel_error import HOW, error_obstacle, error_reference, launch_error, scale_rows_op
+from adamae_sampler.ops.checks import check_device, check_floating, check_index_shape, check_indices, check_target
+from adamae_sampler.ops.patch_format import PatchFormat, PatchSize
+from adamae_sampler.ops.pixel_error import (
+    HOW,
+    error_obstacle,
+    error_reference,
+    from_plain,
+    launch_error,
+    scale_rows_op,
+    to_plain,
+)
 from adamae_sampler.ops.registration import operator
-from adamae_sampler.ops.target import Kind, Target
+from adamae_sampler.ops.target import Kind, check_kind
 
 _CHUNK_BYTES = 24 * 2**20  # of predictions at a time: they stay in the second-level cache of a data-centre GPU
 
@@ -55,8 +63,8 @@ def _head_error_op(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The error [B, M], and with `gradient` the unit gradients (see `reconstruction_error`) of hidden, weight and bias;
     the last two are summed in fp32 over the parts."""
-    *rest, kernel, gradient = how
-    target = Target(*rest)
+    *plain, kernel, gradient = how
+    kind, patches = from_plain(*plain)
     error, of_hidden, of_weight, of_bias = _empty_head_error(hidden, weight, bias, video, masked_idx, gradient)
     of_weight.zero_()
     of_bias.zero_()
@@ -74,9 +82,9 @@ def _head_error_op(
             unit = F.linear(flat, cast, cast_bias).view(*idx.shape, values)  # the prediction, at first
             if kernel:
                 part = torch.empty(idx.shape, dtype=error.dtype, device=error.device)
-                launch_error(unit, video[clips], idx, target, part, unit if gradient else None)
+                launch_error(unit, video[clips], idx, kind, patches, part, unit if gradient else None)
             else:
-                part, unit = error_reference(unit, video[clips], idx, target)
+                part, unit = error_reference(unit, video[clips], idx, kind, patches)
             error[masks, tokens] = part
             if gradient:
                 unit = unit.view(-1, values)
@@ -99,15 +107,18 @@ class _HeadError(torch.autograd.Function):
         bias: Tensor | None,
         video: Tensor,
         masked_idx: Tensor,
-        target: Target,
+        kind: str,
+        patches: PatchFormat,
         kernel: bool,
         gradient: bool,
     ) -> tuple[Tensor, Tensor]:
-        error, *units = _head_error_op(hidden, weight, bias, video, masked_idx, *target, kernel, gradient)
+        error, *units = _head_error_op(
+            hidden, weight, bias, video, masked_idx, *to_plain(kind, patches), kernel, gradient
+        )
         ctx.mark_non_differentiable(error)
         if gradient:
             ctx.save_for_backward(*units)
-            ctx.factor = (2 if target.kind == "mse" else 1) / (weight.shape[0] * max(error.numel(), 1))
+            ctx.factor = (2 if kind == "mse" else 1) / (weight.shape[0] * max(error.numel(), 1))
             ctx.kernel, ctx.dtypes = kernel, (weight.dtype, None if bias is None else bias.dtype)
         return error.mean(), error
 
@@ -122,7 +133,7 @@ class _HeadError(torch.autograd.Function):
         of_weight_dtype, of_bias_dtype = ctx.dtypes
         grad_weight = (of_weight * (grad * ctx.factor)).to(of_weight_dtype)
         grad_bias = None if of_bias_dtype is None else (of_bias * (grad * ctx.factor)).to(of_bias_dtype)
-        return grad_hidden, grad_weight, grad_bias, None, None, None, None, None
+        return grad_hidden, grad_weight, grad_bias, None, None, None, None, None, None
 
 
 def head_error(
@@ -165,12 +176,24 @@ def head_error(
     Raises:
         TypeError, ValueError: as `reconstruction_error`; or a hidden state, weight and bias that do not fit each other.
     """
-    if kind not in ("mse", "l1"):
-        raise ValueError(f"kind={kind!r}, expected 'mse' or 'l1'.")
-    check_target(video, patch_size, tubelet_size, normalize, mean, std)
+    patches = PatchFormat.of(patch_size, tubelet_size, normalize, mean, std)
+    return fused_error(hidden, weight, bias, video, masked_idx, kind, patches)
+
+
+def fused_error(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    video: Tensor,
+    masked_idx: Tensor,
+    kind: Kind,
+    patches: PatchFormat,
+) -> tuple[Tensor, Tensor]:
+    """`head_error` of a given format."""
+    check_kind(kind)
+    num_tokens = check_target(video, patches)
     check_index_shape("masked_idx", masked_idx, video.shape[0], video.device, several=True)
-    target = Target.of(kind, normalize, patch_size, tubelet_size, mean, std)
-    values, width = video.shape[1] * target.patch[0] * target.patch[1] * target.patch[2], hidden.shape[-1]
+    values, width = video.shape[1] * patches.pixels, hidden.shape[-1]
     tensors = [("hidden", hidden, (*masked_idx.shape, width)), ("weight", weight, (values, width))]
     for name, each, expected in [*tensors, *([] if bias is None else [("bias", bias, (values,))])]:
         check_floating(name, each)
@@ -178,14 +201,16 @@ def head_error(
         if tuple(each.shape) != expected:
             raise ValueError(
                 f"{name} has shape {tuple(each.shape)}, expected {expected}: hidden states of {masked_idx.shape[1]} "
-                f"masked tokens, and a layer to {values} values, those of a {'x'.join(map(str, target.patch))} patch."
+                f"masked tokens, and a layer to {values} values, those of a {'x'.join(map(str, patches.patch))} patch."
             )
-    check_video_indices("masked_idx", video, masked_idx, patch_size, tubelet_size)
-    kernel = backend_for(hidden, video, obstacle=error_obstacle(video, target)) == "triton"
+    check_indices("masked_idx", masked_idx, video.shape[0], num_tokens, video.device, several=True)
+    kernel = backend_for(hidden, video, obstacle=error_obstacle(video, patches)) == "triton"
     if torch.is_autocast_enabled(hidden.device.type):  # hidden states that came out of an autocast region in fp32
         hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
     gradient = torch.is_grad_enabled() and any(
         each is not None and each.requires_grad for each in (hidden, weight, bias)
     )
-    mean_error, error = _HeadError.apply(hidden, weight, bias, video.detach(), masked_idx, target, kernel, gradient)
+    mean_error, error = _HeadError.apply(
+        hidden, weight, bias, video.detach(), masked_idx, kind, patches, kernel, gradient
+    )
     return mean_error, error
