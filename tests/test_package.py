@@ -97,3 +97,15 @@ def test_moved_modules_name_their_new_place(name):
         importlib.import_module(f"adamae_sampler.ops.{name}")
     assert getattr(importlib.import_module(f"adamae_sampler.ops.{MOVED[name]}"), name) is getattr(ops, name)
     assert callable(getattr(ops, name))
+
+
+def test_the_example_of_the_ops_runs():
+    readme = (ROOT / "adamae_sampler" / "ops" / "README.md").read_text()
+    start = readme.index("```python") + len("```python")
+    space = {}
+    exec(readme[start : readme.index("```", start)], space)
+    assert space["loss"].isfinite()
+    assert all(each.weight.grad is not None for each in (space["score"], space["encoder"], space["head"]))
+    rows = [line.split("|") for line in readme.splitlines() if line.startswith("| `")]
+    files = {row[1].strip(" `"): row[2].strip(" `") for row in rows if row[2].strip(" `").endswith(".py")}
+    assert files == {f"{name}": f"{MOVED[name]}.py" for name in MOVED}

@@ -1,4 +1,4 @@
-"""The operations of masked autoencoding.
+"""The operations of masked autoencoding. README.md in this folder tells how to use them by themselves.
 
 One file holds one operation. It starts with the reference in plain PyTorch, which defines the result and runs on CPUs.
 The Triton kernels follow, then their registration with torch, for autograd and `torch.compile`. The public function
@@ -11,6 +11,8 @@ and neither waits for the device, indexes with a boolean mask or loops over the 
     pixel_rows.py   patch_tokens          head.py         head_error
     thumbnail.py    thumbnails            sampling.py     sampling_loss
     norm.py         add_norm              score.py        token_scores
+
+patch_format.py holds the description of patches and normalisation that all operations on pixels take.
 """
 
 from adamae_sampler.ops.assemble import assemble_tokens

@@ -1,4 +1,4 @@
-"""head_error: the decoder's last layer and the reconstruction error as one, so that no prediction is ever held."""
+"""head_error: the decoder's last layer and the reconstruction error together, so that no prediction is stored."""
 
 from __future__ import annotations
 
@@ -29,8 +29,10 @@ _CHUNK_BYTES = 24 * 2**20  # of predictions at a time: they stay in the second-l
 
 
 def _chunks(draws: int, num_masked: int, masks: int, rows: int) -> Iterator[tuple[slice, slice, slice]]:
-    """(masks, tokens, clips) of about so many rows: several masks, or a part of one; never a part of a clip's masks
-    beside another clip's."""
+    """Slices (masks, tokens, clips) of about `rows` rows.
+
+    A chunk holds several masks, or a piece of one. It never mixes some masks of one clip with masks of another.
+    """
     rows = max(1, rows)
     at_once, first = max(1, rows // max(num_masked, 1)), 0
     while first < draws:
@@ -61,8 +63,9 @@ def _empty_head_error(
 def _head_error_op(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, video: Tensor, masked_idx: Tensor, *how: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The error [B, M], and with `gradient` the unit gradients (see `reconstruction_error`) of hidden, weight and bias;
-    the last two are summed in fp32 over the parts."""
+    """The error [B, M], and with `gradient` the unit gradients of hidden, weight and bias (see `_error_op`).
+
+    Those of weight and bias are summed over the chunks in fp32."""
     *plain, kernel, gradient = how
     kind, patches = from_plain(*plain)
     error, of_hidden, of_weight, of_bias = _empty_head_error(hidden, weight, bias, video, masked_idx, gradient)
@@ -96,8 +99,8 @@ def _head_error_op(
 
 
 class _HeadError(torch.autograd.Function):
-    """The gradients are made in the forward pass, up to the factor that the mean's gradient is: the idea of fused
-    linear cross entropy (Liger-Kernel, arXiv:2410.10989)."""
+    """The forward pass computes the gradients; the backward pass multiplies them by the gradient of the mean. The idea
+    is that of fused linear cross entropy (Liger-Kernel, arXiv:2410.10989)."""
 
     @staticmethod
     def forward(
@@ -150,31 +153,30 @@ def head_error(
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`reconstruction_error` of the prediction `F.linear(hidden, weight, bias)`, which is made a part at a time.
+    """`reconstruction_error` of the prediction `F.linear(hidden, weight, bias)`, which is computed in chunks.
 
-    The forward pass makes the gradients too, while a part is in the cache, and keeps those of the hidden states and the
-    weights in the place of the prediction; so only the mean has a gradient.
+    The forward pass also computes the gradients, while a chunk is in the cache. It keeps the gradients of the hidden
+    states and the weights, not the prediction. Only the mean error has a gradient.
 
     Args:
-        hidden: [B R, M, D], what the last layer makes predictions of, in the order of `masked_idx`; under autocast it
-            is cast.
-        weight: [P, D] of the last layer, in any precision; the product is in that of the hidden states.
+        hidden: [B R, M, D], the input of the last layer, in the order of `masked_idx`; autocast casts it.
+        weight: [P, D] of the last layer, in any precision; the product has that of the hidden states.
         bias: [P], or None.
-        video: [B, C, T, H, W], see `reconstruction_error`, as for all further arguments.
+        video: [B, C, T, H, W], see `reconstruction_error`.
         masked_idx: [B R, M] int64.
-        kind: see there.
-        normalize: see there.
-        patch_size: see there.
-        tubelet_size: see there.
-        mean: see there.
-        std: see there.
+        kind: see `reconstruction_error`.
+        normalize: see `reconstruction_error`.
+        patch_size: see `reconstruction_error`.
+        tubelet_size: see `reconstruction_error`.
+        mean: see `reconstruction_error`.
+        std: see `reconstruction_error`.
 
     Returns:
-        the mean error, a scalar with a gradient, and the errors [B R, M] without one; fp32, also under autocast,
-        fp64 for fp64 hidden states.
+        The mean error, a scalar with a gradient; and the errors [B R, M], without one. Both are fp32, also under
+        autocast; fp64 for fp64 hidden states.
 
     Raises:
-        TypeError, ValueError: as `reconstruction_error`; or a hidden state, weight and bias that do not fit each other.
+        TypeError, ValueError: as `reconstruction_error`; or hidden states, weight and bias do not fit each other.
     """
     patches = PatchFormat.of(patch_size, tubelet_size, normalize, mean, std)
     return fused_error(hidden, weight, bias, video, masked_idx, kind, patches)

@@ -1,4 +1,4 @@
-"""reconstruction_error: how far each masked token's prediction is from its pixels."""
+"""reconstruction_error: the distance of each masked token's prediction from its pixels."""
 
 from __future__ import annotations
 
@@ -278,10 +278,10 @@ def _empty_error(prediction: Tensor, video: Tensor, idx: Tensor, *how: Any) -> t
     _empty_error,
 )
 def _error_op(prediction: Tensor, video: Tensor, idx: Tensor, *how: Any) -> tuple[Tensor, Tensor]:
-    """The error [B, M], and with `gradient` the unit gradient of the prediction, [B, M, P] in its dtype.
+    """The error [B, M], and with `gradient` the unit gradient [B, M, P] in the dtype of the prediction.
 
-    That is the derivative of the error times P / 2 for "mse" and P for "l1": the difference, or its sign, whose size
-    suits half precision.
+    The unit gradient is the derivative of the error, times P / 2 for "mse" and P for "l1". It equals the difference, or
+    its sign, which half precision holds well.
     """
     error, unit = _empty_error(prediction, video, idx, *how)
     launch_error(prediction, video, idx, *from_plain(*how[:-1]), error, unit if how[-1] else None)
@@ -304,7 +304,7 @@ def scale_rows_op(unit: Tensor, grad_error: Tensor, factor: float) -> Tensor:
 
 
 class _ReconstructionError(torch.autograd.Function):
-    """By kernel or by reference; the forward pass makes the gradient, so that neither prediction nor video is kept."""
+    """The kernel or the reference. The forward pass computes the gradient, so it keeps neither prediction nor video."""
 
     @staticmethod
     def forward(
@@ -356,7 +356,7 @@ def reconstruction_error(
 
     Args:
         prediction: [B R, M, P], in the order of `masked_idx`; its gradient is the only one.
-        video: [B, C, T, H, W], see `reconstruction_target`, as for all further arguments.
+        video: [B, C, T, H, W], see `reconstruction_target`.
         masked_idx: [B R, M] int64, R rows after each other for each clip.
         kind: "mse" or "l1".
         normalize: see `reconstruction_target`.

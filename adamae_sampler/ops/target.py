@@ -1,4 +1,4 @@
-"""What a decoder is asked to predict: the pixels of each token, normalised or raw."""
+"""reconstruction_target: the pixels of each token, normalised or raw, which a decoder has to predict."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def reconstruction_target(
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
 ) -> Tensor:
-    """What a decoder is asked to predict: pixels, by default normalised per patch and channel.
+    """The pixels that a decoder has to predict, by default normalised per patch and channel.
 
     Args:
         video: [B, C, T, H, W]. uint8 is taken as pixels and divided by 255; floating point is taken as it is, or

@@ -171,8 +171,8 @@ def thumbnails(
         video: [B, C, T, H, W], uint8 or floating point.
         patch_size: height and width of a patch in pixels, one number or a pair.
         tubelet_size: frames of a patch.
-        mean: what to normalise uint8 pixels by, as shares of 255, a number for each channel; floating-point video is
-            taken as it is.
+        mean: a number for each channel, as a share of 255, by which uint8 pixels are normalised. Floating-point video
+            is taken as it is.
         std: the standard deviations that go with `mean`.
         dtype: of the result; the video's if it is floating point, else fp32.
 
