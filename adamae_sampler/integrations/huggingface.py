@@ -45,7 +45,7 @@ class HuggingFaceHost(AdaptiveHost):
                 "sampler=...) with one like it, and load the file's sampler.* with model.sampler.load_state_dict."
             )
         super(Patched, self).__init__(config, *args, **kwargs)
-        shape = self.describe(self)
+        shape = self.host_shape(self)
         sampler = AdaptiveTokenSampler(shape.embed_dim, shape.grid_size, settings["mask_ratio"], settings["network"])
         self.install(sampler, settings["sampling_weight"], settings)
         del self.config.adaptive_masking

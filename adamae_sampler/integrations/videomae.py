@@ -7,7 +7,7 @@ from typing import Any, ClassVar, cast
 
 from torch import Tensor, nn
 
-from adamae_sampler.integrations.host import AdaptiveHost, HandedOnTokens, HostShape, Part
+from adamae_sampler.integrations.host import AdaptiveHost, CachedTokenizer, HostShape, PatchedSubmodule
 from adamae_sampler.integrations.indexed_mask import indexed_mask
 from adamae_sampler.mask import MaskSample
 
@@ -22,7 +22,7 @@ class AdaptiveVideoMAE(AdaptiveHost):
     """
 
     names: ClassVar[tuple[str, ...]] = ("PretrainVisionTransformer",)
-    seams: ClassVar[dict[str, Any]] = {
+    expected_interface: ClassVar[dict[str, Any]] = {
         "forward": ("x", "mask"),
         "encoder.forward": ("x", "mask"),
         "encoder.patch_embed.proj": nn.Conv3d,
@@ -32,7 +32,7 @@ class AdaptiveVideoMAE(AdaptiveHost):
     }
     computes_loss = False
     tokenizer = "encoder.patch_embed"
-    parts: ClassVar[dict[str, type[Part]]] = {tokenizer: HandedOnTokens}
+    patched_submodules: ClassVar[dict[str, type[PatchedSubmodule]]] = {tokenizer: CachedTokenizer}
 
     @staticmethod
     def fits(model: Any) -> bool:
@@ -40,7 +40,7 @@ class AdaptiveVideoMAE(AdaptiveHost):
         return "decode_mask" not in inspect.signature(model.forward).parameters
 
     @staticmethod
-    def describe(model: Any) -> HostShape:
+    def host_shape(model: Any) -> HostShape:
         """From the patch embedding, which knows the number of tokens but not the frames."""
         embed = model.encoder.patch_embed
         height, width = (size // patch for size, patch in zip(embed.img_size, embed.proj.kernel_size[1:], strict=True))

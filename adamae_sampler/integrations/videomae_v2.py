@@ -17,7 +17,10 @@ class AdaptiveVideoMAEv2(AdaptiveVideoMAE):
     The decoder's mask stays the host's.
     """
 
-    seams: ClassVar[dict[str, Any]] = {**AdaptiveVideoMAE.seams, "forward": ("x", "mask", "decode_mask")}
+    expected_interface: ClassVar[dict[str, Any]] = {
+        **AdaptiveVideoMAE.expected_interface,
+        "forward": ("x", "mask", "decode_mask"),
+    }
 
     @staticmethod
     def fits(model: Any) -> bool:
