@@ -61,12 +61,12 @@ class TokenSampler(nn.Module, abc.ABC):
         mask: Tensor | MaskSample | None = None,
         generator: torch.Generator | None = None,
     ) -> MaskSample:
-        """Draws a mask for each clip, or completes the one given.
+        """Draws a mask for each clip, or takes the given one.
 
         Args:
             tokens: [B, N, D].
-            mask: in place of a draw: [B, N] bool, True = masked, with `num_visible` False in each row; or a
-                MaskSample, which may leave any number visible. Or B `num_masks` rows, those of a clip after each other.
+            mask: used instead of a draw. [B, N] bool, True = masked, with `num_visible` False in each row; or a
+                MaskSample, which may leave any number visible. It has B or B `num_masks` rows, clip by clip.
             generator: source of the draw's randomness; torch's default one of the tokens' device if None. A score
                 network's dropout, in training mode, always takes the default one.
 
@@ -122,11 +122,11 @@ class AdaptiveTokenSampler(TokenSampler):
         mask_ratio: share of tokens to mask; K = floor(N (1 - ratio)).
         network: "mha" (the paper's), "mlp", "pooled" (`PooledScoreNetwork`, a few percent of the cost), or a module
             [B, N, D] -> [B, N], such as `MHAScoreNetwork` with a depth and width of your choice.
-        detach_tokens: keep the sampling loss out of the tokenizer. The official code lets it through, and so
-            does the default.
+        detach_tokens: whether to stop the gradient of the sampling loss before the tokenizer. The official code does
+            not stop it.
         num_masks: R, masks of each clip, see `TokenSampler`; all are drawn from one p.
         temperature: of p = softmax(scores / temperature); larger ones spread it.
-        exploration: share of p that is spread evenly over all tokens, so that each keeps a chance.
+        exploration: share of p that is spread evenly over all tokens, so that every token can be drawn.
 
     Raises:
         ValueError: an unknown network; a number out of range.
@@ -267,8 +267,8 @@ class FrameTokenSampler(TokenSampler):
 def draw_decoded(sample: MaskSample, num_decoded: int, generator: torch.Generator | None = None) -> MaskSample:
     """The sample with `decoded_idx`: so many of each row's masked tokens, uniformly.
 
-    Every masked token is as likely to be among them as any other, so means over them are unbiased for means over all
-    masked ones of the errors that the decoder makes, which sees fewer mask tokens then.
+    All masked tokens are equally likely to be decoded. So the mean error of the decoded tokens is an unbiased estimate
+    of the mean error of all masked tokens, for a decoder that sees this many mask tokens.
 
     Args:
         sample: a mask.

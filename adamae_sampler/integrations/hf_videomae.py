@@ -35,7 +35,7 @@ class AdaptiveHFVideoMAE(HuggingFaceHost):
 
     @staticmethod
     def host_shape(model: Any) -> HostShape:
-        """From the configuration."""
+        """The shape in the configuration."""
         config = model.config
         return HostShape(config.hidden_size, (config.num_frames // config.tubelet_size, *image_grid(config)))
 

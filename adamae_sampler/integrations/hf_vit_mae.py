@@ -55,7 +55,7 @@ class AdaptiveHFViTMAE(HuggingFaceHost):
 
     @staticmethod
     def host_shape(model: Any) -> HostShape:
-        """From the configuration."""
+        """The shape and the ratio in the configuration."""
         return HostShape(model.config.hidden_size, (1, *image_grid(model.config)), model.config.mask_ratio)
 
     def forward(

@@ -39,7 +39,7 @@ class AdaptiveHiera(AdaptiveHost):
 
     @staticmethod
     def host_shape(model: Any) -> HostShape:
-        """The grid of mask units."""
+        """The width of the tokens, and the grid of mask units."""
         units = model.mask_spatial_shape
         grid = (1,) * (3 - len(units)) + tuple(units)
         return HostShape(model.patch_embed.proj.out_channels, grid, default_ratio(model))

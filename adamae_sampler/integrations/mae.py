@@ -35,19 +35,19 @@ class AdaptiveMAE(AdaptiveHost):
 
     @staticmethod
     def fits(model: Any) -> bool:
-        """Images, not video."""
+        """Whether the host takes images; mae_st has the same class name."""
         return not hasattr(model, "t_pred_patch_size")
 
     @staticmethod
     def host_shape(model: Any) -> HostShape:
-        """From the patch embedding, timm's of any version."""
+        """The shape of the patch embedding, which is timm's, of any version."""
         embed = model.patch_embed
         height, width = (size // patch for size, patch in zip(embed.img_size, embed.patch_size, strict=True))
         return HostShape(embed.proj.out_channels, (1, height, width), default_ratio(model))
 
     @staticmethod
     def probe(model: Any) -> None:
-        """The sampling loss is had from the host's loss, which must be a mean weighted by the mask."""
+        """Raises HostInterfaceError unless forward_loss is a mean weighted by the mask, as the sampling loss needs."""
         embed = model.patch_embed
         check_forward_loss(
             model, (1, embed.proj.in_channels, *embed.img_size), math.prod(AdaptiveMAE.host_shape(model).grid_size)

@@ -26,18 +26,18 @@ class AdaptiveMAEST(AdaptiveMAE):
 
     @staticmethod
     def fits(model: Any) -> bool:
-        """Video, not images."""
+        """Whether the host takes video."""
         return hasattr(model, "t_pred_patch_size")
 
     @staticmethod
     def host_shape(model: Any) -> HostShape:
-        """From the patch embedding."""
+        """The shape of the patch embedding."""
         embed = model.patch_embed
         return HostShape(embed.proj.out_channels, tuple(embed.input_size), default_ratio(model))
 
     @staticmethod
     def probe(model: Any) -> None:
-        """As for images; and each token must have one error, so that it can be weighted by its own probability."""
+        """As `AdaptiveMAE.probe`; and raises HostInterfaceError unless each token has exactly one error."""
         embed = model.patch_embed
         frames = embed.frames // embed.t_patch_size * model.t_pred_patch_size
         if frames != model.pred_t_dim:

@@ -24,7 +24,7 @@ class AdaptiveVideoMAEv2(AdaptiveVideoMAE):
 
     @staticmethod
     def fits(model: Any) -> bool:
-        """The one with a decoder mask."""
+        """Whether the forward takes a decode_mask."""
         return "decode_mask" in inspect.signature(model.forward).parameters
 
     def forward(
