@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple, get_args
 
 from torch import Tensor, nn
 
 from adamae_sampler import ops
 from adamae_sampler.estimators import leave_one_out, set_log_prob
 from adamae_sampler.mask import MaskSample
-from adamae_sampler.ops.patches import PatchSize
-from adamae_sampler.ops.target import Kind
+from adamae_sampler.ops.head import fused_error
+from adamae_sampler.ops.patch_format import PatchFormat, PatchSize
+from adamae_sampler.ops.pixel_error import token_errors
+from adamae_sampler.ops.target import Kind, check_kind
 
 Estimator = Literal["categorical", "plackett_luce", "plackett_luce_max"]
 _ESTIMATORS: tuple[str, ...] = get_args(Estimator)
@@ -29,13 +31,13 @@ def reconstruction_error(
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
 ) -> Tensor:
-    """The error of each masked token that is decoded, [B, M] fp32; L_R is its mean.
+    """The error of each decoded token, [B, M] fp32. L_R is its mean.
 
-    With R masks of each clip the prediction, the sample and the error have B R rows, the video B.
+    With R masks of each clip the prediction, the sample and the error have B R rows; the video has B.
 
     Args:
-        prediction: [B, M, P], the decoder's output for the masked tokens in the order of `sample.target_idx`, which
-            is `sample.masked_idx` where all are decoded.
+        prediction: [B, M, P], the decoder's output in the order of `sample.target_idx`. That is `sample.masked_idx` if
+            all masked tokens are decoded.
         video: [B, C, T, H, W], uint8 pixels, or floating point as the target should be (see `mean`).
         sample: the mask.
         kind: "mse" or "l1".
@@ -49,17 +51,8 @@ def reconstruction_error(
         TypeError, ValueError: shapes, dtypes or arguments that do not fit each other.
     """
     _check_sample(sample)
-    return ops.reconstruction_error(
-        prediction,
-        video,
-        sample.target_idx,
-        kind=kind,
-        normalize=normalize,
-        patch_size=patch_size,
-        tubelet_size=tubelet_size,
-        mean=mean,
-        std=std,
-    )
+    patches = PatchFormat.of(patch_size, tubelet_size, normalize, mean, std)
+    return token_errors(prediction, video, sample.target_idx, kind, patches)
 
 
 def sampling_loss(
@@ -67,21 +60,23 @@ def sampling_loss(
 ) -> Tensor:
     """L_S, a scalar whose gradient is the sampler's alone.
 
-    "categorical", the paper's: -mean over masked tokens of log p_i * stop_gradient(e_i). It raises p where the error of
-    a token is large, and is no gradient of an expected loss. It is at rest where p_i is proportional to the mean over
-    masks of the token's error, taken as 0 in masks that show it: p differs between tokens no more than errors do.
+    "categorical" is the paper's: -mean over masked tokens of log p_i * stop_gradient(e_i). It raises p where the error
+    of a token is large. It is not the gradient of an expected loss. Its fixed point has p_i proportional to the mean
+    error of token i over masks, where masks that show the token count as error 0.
 
-    "plackett_luce": mean over masks of log P(S) * stop_gradient(f - b), the policy gradient of the expected
-    reconstruction error E[f]: f is the mask's mean error, P(S) the probability of its set of visible tokens, b the mean
-    f of the clip's other masks, or of the other clips where there is one mask of each. It shows the encoder what lowers
-    the error of the rest. A single clip with a single mask has no b, and a gradient that varies the most.
-    "plackett_luce_max" has the other sign: it raises the expected error, which is what the paper says in words, and so
-    hides what is hard.
+    "plackett_luce" is the mean over masks of log P(S) * stop_gradient(f - b), the policy gradient of the expected
+    reconstruction error E[f]. Here f is the mean error of a mask, and P(S) the probability of its visible tokens. The
+    baseline b is the mean f of the clip's other masks, or of the other clips if there is one mask of each. This loss
+    lowers the expected error: the encoder gets the tokens that help most. A single clip with a single mask has no
+    baseline, and its gradient has the largest variance.
+
+    "plackett_luce_max" has the opposite sign. It raises the expected error, as the text of the paper says, so it hides
+    the tokens that are hard to predict.
 
     Args:
         sample: a mask with log-probabilities.
         error: [B, M] from `reconstruction_error`.
-        estimator: see above.
+        estimator: "categorical", "plackett_luce" or "plackett_luce_max", see above.
         num_masks: R, masks of each clip.
 
     Raises:
@@ -103,9 +98,9 @@ def sampling_loss(
 
 
 class HeadInputs(NamedTuple):
-    """A prediction that is not made: the input of the decoder's last layer, and that layer.
+    """The input of the decoder's last layer, and that layer: they stand for a prediction that is never stored.
 
-    `AdaMAELoss(fused_head=True)` makes the error, and the gradients, a part at a time, so that [B, M, P] is never held.
+    `AdaMAELoss(fused_head=True)` computes the error and the gradients in chunks, so no [B, M, P] tensor exists.
 
     Attributes:
         hidden: [B, M, D], in the order of `sample.target_idx`.
@@ -125,8 +120,8 @@ class LossOutput(NamedTuple):
         loss: scalar, reconstruction + sampling_weight * sampling; call backward on it.
         reconstruction: scalar, L_R.
         sampling: scalar, L_S before its weight; 0 for masks without a distribution.
-        token_error: [B, M], the error of each masked token, without a gradient from a fused head; with a decode_mask
-            [B, tokens left], 0 for visible ones.
+        token_error: [B, M], the error of each decoded token; a fused head gives it no gradient. With a decode_mask
+            [B, decoded tokens], 0 for visible tokens.
     """
 
     loss: Tensor
@@ -140,20 +135,21 @@ class AdaMAELoss(nn.Module):
 
     Args:
         sampling_weight: weight of the sampling loss, 1e-4 in the paper.
-        kind: see `reconstruction_error`, as for all further arguments but the last three.
+        kind: see `reconstruction_error`.
         normalize: see `reconstruction_error`.
         patch_size: see `reconstruction_error`.
         tubelet_size: see `reconstruction_error`.
         mean: see `reconstruction_error`.
         std: see `reconstruction_error`.
-        estimator: of the sampler's gradient, see `adamae_sampler.sampling_loss`. It takes masks for drawn from p, those
-            given from outside too.
+        estimator: how the gradient of the sampler is estimated, see `adamae_sampler.sampling_loss`. It assumes that
+            masks are drawn from p, also masks that were given.
         num_masks: R, masks of each clip; prediction and sample then have R rows for each clip of the video.
-        fused_head: take `HeadInputs`, or (hidden, weight, bias), in place of a prediction: the error and all gradients
-            are made in the forward pass, and the prediction is never held. Predictions are taken too.
+        fused_head: also take `HeadInputs`, or (hidden, weight, bias), instead of a prediction. The forward pass then
+            computes the error and all gradients, and the prediction is never stored.
 
     Raises:
-        ValueError: an unknown estimator, or a number of masks below 1.
+        TypeError, ValueError: an unknown estimator or kind, a number of masks below 1, or sizes, `mean` and `std`
+            that are out of range or do not fit each other.
     """
 
     def __init__(
@@ -181,12 +177,9 @@ class AdaMAELoss(nn.Module):
         self.num_masks = num_masks
         self.fused_head = fused_head
         self.sampling_weight = sampling_weight
+        check_kind(kind)
         self.kind: Kind = kind
-        self.normalize = normalize
-        self.patch_size = patch_size
-        self.tubelet_size = tubelet_size
-        self.mean = mean
-        self.std = std
+        self.patches = PatchFormat.of(patch_size, tubelet_size, normalize, mean, std)
 
     def forward(
         self,
@@ -198,11 +191,11 @@ class AdaMAELoss(nn.Module):
         """The losses of a step.
 
         Args:
-            prediction: [B, M, P], see `reconstruction_error`; or with `fused_head` what it would be made of.
+            prediction: [B, M, P], see `reconstruction_error`; or, with `fused_head`, `HeadInputs`.
             video: [B, C, T, H, W], see `reconstruction_error`.
             sample: the mask.
-            decode_mask: [B, N] bool, True = not decoded, for decoders that leave tokens out (VideoMAEv2): then the
-                prediction is [B, tokens left, P], and the losses are means over those of them that are masked.
+            decode_mask: [B, N] bool, True = not decoded, for decoders with a mask of their own (VideoMAEv2). The
+                prediction is then [B, decoded tokens, P], and the losses are means over its masked tokens.
 
         Raises:
             TypeError, ValueError: shapes, dtypes or arguments that do not fit each other.
@@ -217,12 +210,12 @@ class AdaMAELoss(nn.Module):
         if isinstance(prediction, tuple):
             reconstruction, error = self._fused(HeadInputs(*prediction), video, sample, decode_mask)
             return self._with_sampling(reconstruction, error, sample)
-        share: Tensor | float = 1.0  # of the tokens decoded that are masked
+        share: Tensor | float = 1.0  # of the decoded tokens, the share that is masked
         if decode_mask is not None:
             if self.estimator != "categorical" and sample.log_probs is not None:
                 raise ValueError(f"estimator={self.estimator!r} takes no decode_mask; use decode_ratio of the model.")
             sample = _decoded(sample, decode_mask, prediction.shape[1])
-        error = reconstruction_error(prediction, video, sample, **self._target())
+        error = token_errors(prediction, video, sample.target_idx, self.kind, self.patches)
         if decode_mask is not None:
             masked = sample.mask.gather(1, sample.masked_idx)
             error, share = error * masked, masked.float().mean()
@@ -235,7 +228,7 @@ class AdaMAELoss(nn.Module):
             raise TypeError("the prediction is a tuple, hidden states and a layer: give AdaMAELoss fused_head=True.")
         if decode_mask is not None:
             raise ValueError("a fused head takes no decode_mask; give the prediction itself.")
-        return ops.head_error(*inputs, video, sample.target_idx, **self._target())
+        return fused_error(*inputs, video, sample.target_idx, self.kind, self.patches)
 
     def _with_sampling(
         self, reconstruction: Tensor, error: Tensor, sample: MaskSample, share: Tensor | float = 1.0
@@ -245,15 +238,11 @@ class AdaMAELoss(nn.Module):
         sampling = sampling_loss(sample, error, estimator=self.estimator, num_masks=self.num_masks) / share
         return LossOutput(reconstruction + self.sampling_weight * sampling, reconstruction, sampling, error)
 
-    def _target(self) -> dict[str, Any]:
-        names = ("kind", "normalize", "patch_size", "tubelet_size", "mean", "std")
-        return {name: getattr(self, name) for name in names}
-
     def extra_repr(self) -> str:
         """For print(loss)."""
         return (
-            f"sampling_weight={self.sampling_weight}, kind={self.kind!r}, normalize={self.normalize}, "
-            f"patch_size={self.patch_size}, tubelet_size={self.tubelet_size}, estimator={self.estimator!r}, "
+            f"sampling_weight={self.sampling_weight}, kind={self.kind!r}, normalize={self.patches.normalize}, "
+            f"patch_size={self.patches.patch[1:]}, tubelet_size={self.patches.patch[0]}, estimator={self.estimator!r}, "
             f"num_masks={self.num_masks}"
         )
 
@@ -267,7 +256,7 @@ def _check_sample(sample: MaskSample) -> None:
 
 
 def _decoded(sample: MaskSample, decode_mask: Tensor, num_decoded: int) -> MaskSample:
-    """The sample with the tokens that the decoder gives in the place of the masked ones."""
+    """The sample with the decoded tokens as its masked tokens."""
     if decode_mask.shape != sample.mask.shape:
         raise ValueError(
             f"decode_mask has shape {tuple(decode_mask.shape)}, expected {tuple(sample.mask.shape)}: clips, tokens."

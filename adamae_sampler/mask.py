@@ -57,7 +57,7 @@ class MaskSample(NamedTuple):
 
     @classmethod
     def from_mask(cls, mask: Tensor, num_visible: int) -> MaskSample:
-        """The sample that a boolean mask describes.
+        """The sample of a boolean mask.
 
         Args:
             mask: [B, N] bool, True = masked, with exactly `num_visible` False in each row.
@@ -119,7 +119,8 @@ def num_visible_tokens(num_tokens: int, mask_ratio: float) -> int:
 
 
 def num_masked_units(num_units: int, mask_ratio: float, unit: str) -> int:
-    """How many whole units (places, frames) a structured mask hides: floor(units x ratio), as VideoMAE rounds.
+    """The whole units that a structured mask hides: floor(units x ratio), as VideoMAE rounds. Units are spatial
+    positions or frames.
 
     Raises:
         ValueError: the ratio is not in (0, 1), or hides no unit.

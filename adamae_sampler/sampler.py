@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import abc
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -17,13 +17,13 @@ from adamae_sampler.mask import MaskSample, num_masked_units, num_visible_tokens
 from adamae_sampler.networks import MHAScoreNetwork, MLPScoreNetwork, PooledScoreNetwork
 from adamae_sampler.ops import draw_mask
 from adamae_sampler.ops.checks import check_tokens
-from adamae_sampler.ops.draw_mask import token_log_probs
+from adamae_sampler.ops.draw import token_log_probs
 
 GridSize = tuple[int, int, int]
 
 
 class TokenSampler(nn.Module, abc.ABC):
-    """What all samplers share: the grid, the ratio, the checks, and masks given from outside.
+    """Base of all samplers: the grid, the ratio, the checks, and masks given from outside.
 
     Args:
         grid_size: (T, H, W), tokens in time, height and width; N = T H W tokens in t-h-w order.
@@ -32,6 +32,11 @@ class TokenSampler(nn.Module, abc.ABC):
     """
 
     num_visible: int  # K; set by each sampler, since each rounds to whole units of its own
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "describe" in vars(cls):
+            raise TypeError(f"{cls.__name__}.describe is now called complete; rename it.")
 
     def __init__(self, grid_size: GridSize, mask_ratio: float, num_masks: int = 1) -> None:
         super().__init__()
@@ -56,12 +61,12 @@ class TokenSampler(nn.Module, abc.ABC):
         mask: Tensor | MaskSample | None = None,
         generator: torch.Generator | None = None,
     ) -> MaskSample:
-        """Draws a mask for each clip, or describes the one given.
+        """Draws a mask for each clip, or takes the given one.
 
         Args:
             tokens: [B, N, D].
-            mask: in place of a draw: [B, N] bool, True = masked, with `num_visible` False in each row; or a
-                MaskSample, which may leave any number visible. Or B `num_masks` rows, those of a clip after each other.
+            mask: used instead of a draw. [B, N] bool, True = masked, with `num_visible` False in each row; or a
+                MaskSample, which may leave any number visible. It has B or B `num_masks` rows, clip by clip.
             generator: source of the draw's randomness; torch's default one of the tokens' device if None. A score
                 network's dropout, in training mode, always takes the default one.
 
@@ -92,14 +97,14 @@ class TokenSampler(nn.Module, abc.ABC):
                 f"{self.num_masks} rows for each clip."
             )
         given = mask if isinstance(mask, MaskSample) else MaskSample.from_mask(mask, self.num_visible)
-        return self.describe(tokens, given)
+        return self.complete(tokens, given)
 
     @abc.abstractmethod
     def draw(self, tokens: Tensor, generator: torch.Generator | None) -> MaskSample:
         """A fresh mask for each clip."""
 
-    def describe(self, tokens: Tensor, given: MaskSample) -> MaskSample:
-        """The given mask with what the sampler would add to it."""
+    def complete(self, tokens: Tensor, given: MaskSample) -> MaskSample:
+        """The sample of a given mask, with the fields that this sampler adds to its own draws."""
         return MaskSample(given.visible_idx, given.masked_idx, given.mask, decoded_idx=given.decoded_idx)
 
     def extra_repr(self) -> str:
@@ -117,11 +122,11 @@ class AdaptiveTokenSampler(TokenSampler):
         mask_ratio: share of tokens to mask; K = floor(N (1 - ratio)).
         network: "mha" (the paper's), "mlp", "pooled" (`PooledScoreNetwork`, a few percent of the cost), or a module
             [B, N, D] -> [B, N], such as `MHAScoreNetwork` with a depth and width of your choice.
-        detach_tokens: keep the sampling loss out of the tokenizer. The official code lets it through, and so
-            does the default.
+        detach_tokens: whether to stop the gradient of the sampling loss before the tokenizer. The official code does
+            not stop it.
         num_masks: R, masks of each clip, see `TokenSampler`; all are drawn from one p.
         temperature: of p = softmax(scores / temperature); larger ones spread it.
-        exploration: share of p that is spread evenly over all tokens, so that each keeps a chance.
+        exploration: share of p that is spread evenly over all tokens, so that every token can be drawn.
 
     Raises:
         ValueError: an unknown network; a number out of range.
@@ -199,7 +204,7 @@ class AdaptiveTokenSampler(TokenSampler):
         logits = _repeat_rows(self.logits(tokens), self.num_masks)
         return draw_mask(logits, self.num_visible, generator=generator)
 
-    def describe(self, tokens: Tensor, given: MaskSample) -> MaskSample:
+    def complete(self, tokens: Tensor, given: MaskSample) -> MaskSample:
         """The given mask with the sampler's log-probabilities, so that the losses work as for a drawn one."""
         logits = _repeat_rows(self.logits(tokens), given.mask.shape[0] // max(tokens.shape[0], 1))
         return given._replace(**dict(zip(("log_probs", "num_nonfinite"), token_log_probs(logits), strict=True)))
@@ -218,21 +223,21 @@ class RandomTokenSampler(TokenSampler):
 
 
 class TubeTokenSampler(TokenSampler):
-    """The same random places in every frame (VideoMAE). floor(H W ratio) places are masked, as VideoMAE rounds."""
+    """The same random spatial positions in every frame. floor(H W ratio) positions are masked, as VideoMAE rounds."""
 
     def __init__(self, grid_size: GridSize, mask_ratio: float = 0.9, num_masks: int = 1) -> None:
         super().__init__(grid_size, mask_ratio, num_masks)
-        frames, places = grid_size[0], grid_size[1] * grid_size[2]
-        self.visible_places = places - num_masked_units(places, mask_ratio, "places in a frame")
-        self.num_visible = frames * self.visible_places
+        frames, positions = grid_size[0], grid_size[1] * grid_size[2]
+        self.visible_positions = positions - num_masked_units(positions, mask_ratio, "spatial positions in a frame")
+        self.num_visible = frames * self.visible_positions
 
     def draw(self, tokens: Tensor, generator: torch.Generator | None) -> MaskSample:
-        """The places of one frame, uniformly, repeated over time."""
-        frames, places = self.grid_size[0], self.grid_size[1] * self.grid_size[2]
-        frame = _draw_uniform(tokens, self.num_masks, places, self.visible_places, generator)
-        start = torch.arange(frames, device=tokens.device)[:, None] * places  # [T, 1]
+        """The spatial positions of one frame, uniformly, repeated over time."""
+        frames, positions = self.grid_size[0], self.grid_size[1] * self.grid_size[2]
+        frame = _draw_uniform(tokens, self.num_masks, positions, self.visible_positions, generator)
+        start = torch.arange(frames, device=tokens.device)[:, None] * positions  # [T, 1]
         return MaskSample(
-            visible_idx=(start + frame.visible_idx[:, None]).flatten(1),  # [B, T, places] -> [B, K]
+            visible_idx=(start + frame.visible_idx[:, None]).flatten(1),  # [B, T, positions] -> [B, K]
             masked_idx=(start + frame.masked_idx[:, None]).flatten(1),
             mask=frame.mask.repeat(1, frames),
         )
@@ -247,22 +252,23 @@ class FrameTokenSampler(TokenSampler):
         self.num_visible = self.visible_frames * grid_size[1] * grid_size[2]
 
     def draw(self, tokens: Tensor, generator: torch.Generator | None) -> MaskSample:
-        """Time steps, uniformly, with all their places."""
-        frames, places = self.grid_size[0], self.grid_size[1] * self.grid_size[2]
+        """Time steps, uniformly, with all their spatial positions."""
+        frames, positions = self.grid_size[0], self.grid_size[1] * self.grid_size[2]
         steps = _draw_uniform(tokens, self.num_masks, frames, self.visible_frames, generator)
-        place = torch.arange(places, device=tokens.device)  # [places]
+        position = torch.arange(positions, device=tokens.device)  # [positions]
         return MaskSample(
-            visible_idx=(steps.visible_idx[:, :, None] * places + place).flatten(1),  # [B, steps, places] -> [B, K]
-            masked_idx=(steps.masked_idx[:, :, None] * places + place).flatten(1),
-            mask=steps.mask.repeat_interleave(places, dim=1),
+            # [B, steps, positions] -> [B, K]
+            visible_idx=(steps.visible_idx[:, :, None] * positions + position).flatten(1),
+            masked_idx=(steps.masked_idx[:, :, None] * positions + position).flatten(1),
+            mask=steps.mask.repeat_interleave(positions, dim=1),
         )
 
 
 def draw_decoded(sample: MaskSample, num_decoded: int, generator: torch.Generator | None = None) -> MaskSample:
     """The sample with `decoded_idx`: so many of each row's masked tokens, uniformly.
 
-    Every masked token is as likely to be among them as any other, so means over them are unbiased for means over all
-    masked ones of the errors that the decoder makes, which sees fewer mask tokens then.
+    All masked tokens are equally likely to be decoded. So the mean error of the decoded tokens is an unbiased estimate
+    of the mean error of all masked tokens, for a decoder that sees this many mask tokens.
 
     Args:
         sample: a mask.

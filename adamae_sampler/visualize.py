@@ -16,9 +16,9 @@ from PIL import Image
 from torch import Tensor
 
 from adamae_sampler.mask import MaskSample
-from adamae_sampler.ops import reconstruction_target, unpatchify
-from adamae_sampler.ops.patches import PatchSize, patch_pair, token_grid
-from adamae_sampler.ops.target import STD_EPS
+from adamae_sampler.ops.patch_format import PatchFormat, PatchSize
+from adamae_sampler.ops.patches import join_patches
+from adamae_sampler.ops.target import STD_EPS, target_rows
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -59,25 +59,28 @@ def predicted_video(
     Returns:
         [B, C, T, H, W] in [0, 1].
     """
+    return _predicted(prediction, video, sample, PatchFormat.of(patch_size, tubelet_size, normalize), statistics)
+
+
+def _predicted(
+    prediction: Tensor, video: Tensor, sample: MaskSample, patches: PatchFormat, statistics: Statistics
+) -> Tensor:
     if statistics not in _LABELS:
         raise ValueError(f"statistics={statistics!r}, expected 'true' or 'visible'.")
-    pixels = reconstruction_target(
-        video, normalize=False, patch_size=patch_size, tubelet_size=tubelet_size
-    )  # [B, N, P]
+    pixels = target_rows(video, None, patches._replace(normalize=False))  # [B, N, P]
     masked_idx = _expand(sample.masked_idx, pixels)
     predicted = prediction.detach().float()
-    if normalize:
+    if patches.normalize:
         channels = video.shape[1]
         known = masked_idx if statistics == "true" else _expand(sample.visible_idx, pixels)
-        patches = pixels.gather(1, known).unflatten(-1, (-1, channels))  # [B, M or K, pixels, C]
-        variance, mean = torch.var_mean(patches, dim=-2, keepdim=True)
+        known_pixels = pixels.gather(1, known).unflatten(-1, (-1, channels))  # [B, M or K, pixels, C]
+        variance, mean = torch.var_mean(known_pixels, dim=-2, keepdim=True)
         deviation = variance.sqrt() + STD_EPS
         if statistics == "visible":
             mean, deviation = mean.mean(1, keepdim=True), deviation.mean(1, keepdim=True)
         predicted = (predicted.unflatten(-1, (-1, channels)) * deviation + mean).flatten(-2)
     filled = pixels.scatter(1, masked_idx, predicted)
-    grid = token_grid(tuple(video.shape), patch_size, tubelet_size)
-    return unpatchify(filled, grid, patch_size, tubelet_size).clamp(0, 1)
+    return join_patches(filled, patches.grid(video.shape), patches).clamp(0, 1)
 
 
 def _expand(idx: Tensor, pixels: Tensor) -> Tensor:
@@ -120,7 +123,8 @@ def overview(
         tubelet_size: frames of a patch.
         clip: which of the B clips.
     """
-    rows = _rows(video, prediction, sample, token_error, normalize, statistics, patch_size, tubelet_size, clip)
+    patches = PatchFormat.of(patch_size, tubelet_size, normalize)
+    rows = _rows(video, prediction, sample, token_error, patches, statistics, clip)
     return _draw_rows(rows, tubelet_size)
 
 
@@ -141,12 +145,11 @@ def mask_overview(
         tubelet_size: frames of a patch.
         clip: which of the B clips.
     """
-    frames, grid = _frames(video, clip), token_grid(tuple(video.shape), patch_size, tubelet_size)
+    patches = PatchFormat.of(patch_size, tubelet_size)
+    frames, grid = _frames(video, clip), patches.grid(video.shape)
     first = next(iter(samples.values()))
     rows = [_Row("video", frames), *_probability_row(first, clip, grid, tubelet_size)]
-    rows += [
-        _Row(title, _seen(frames, sample, clip, grid, patch_size, tubelet_size)) for title, sample in samples.items()
-    ]
+    rows += [_Row(title, _seen(frames, sample, clip, grid, patches)) for title, sample in samples.items()]
     return _draw_rows(rows, tubelet_size)
 
 
@@ -166,7 +169,8 @@ def animation(
 
     Arguments are those of `overview`; `save_animation` writes the result.
     """
-    rows = _rows(video, prediction, sample, token_error, normalize, statistics, patch_size, tubelet_size, clip)
+    patches = PatchFormat.of(patch_size, tubelet_size, normalize)
+    rows = _rows(video, prediction, sample, token_error, patches, statistics, clip)
     limits = {row.title: (float(row.images.min()), float(row.images.max())) for row in rows}
     frames = range(video.shape[2])
     return torch.stack(
@@ -205,34 +209,24 @@ def _rows(
     prediction: Tensor,
     sample: MaskSample,
     token_error: Tensor,
-    normalize: bool,
+    patches: PatchFormat,
     statistics: Statistics,
-    patch_size: PatchSize,
-    tubelet_size: int,
     clip: int,
 ) -> list[_Row]:
-    """What is shown of a clip, frame by frame."""
-    frames, grid = _frames(video, clip), token_grid(tuple(video.shape), patch_size, tubelet_size)
-    shown = predicted_video(
-        prediction,
-        video,
-        sample,
-        normalize=normalize,
-        statistics=statistics,
-        patch_size=patch_size,
-        tubelet_size=tubelet_size,
-    )
+    """The rows of a clip, with an image for each of its frames."""
+    frames, grid, tubelet_size = _frames(video, clip), patches.grid(video.shape), patches.patch[0]
+    shown = _predicted(prediction, video, sample, patches, statistics)
     error = torch.zeros(sample.num_tokens).scatter(
         0, sample.masked_idx[clip].cpu(), token_error[clip].detach().float().cpu()
     )
     return [
         _Row("video", frames),
-        _Row(_LABELS[statistics] if normalize else "prediction", shown[clip].permute(1, 2, 3, 0).cpu()),
+        _Row(_LABELS[statistics] if patches.normalize else "prediction", shown[clip].permute(1, 2, 3, 0).cpu()),
         _Row(f"error\n0 to {float(error.max()):.2g}", error.view(grid).repeat_interleave(tubelet_size, 0), "magma"),
         *_probability_row(sample, clip, grid, tubelet_size),
         _Row(
             f"mask\n{sample.num_tokens - sample.num_visible} of {sample.num_tokens}\ntokens masked",
-            _seen(frames, sample, clip, grid, patch_size, tubelet_size),
+            _seen(frames, sample, clip, grid, patches),
         ),
     ]
 
@@ -253,16 +247,9 @@ def _probability_row(sample: MaskSample, clip: int, grid: tuple[int, int, int], 
     return [_Row(title, probabilities.repeat_interleave(tubelet_size, 0), "jet")]
 
 
-def _seen(
-    frames: Tensor,
-    sample: MaskSample,
-    clip: int,
-    grid: tuple[int, int, int],
-    patch_size: PatchSize,
-    tubelet_size: int,
-) -> Tensor:
+def _seen(frames: Tensor, sample: MaskSample, clip: int, grid: tuple[int, int, int], patches: PatchFormat) -> Tensor:
     """The frames with masked patches darkened."""
-    p1, p2 = patch_pair(patch_size)
+    tubelet_size, p1, p2 = patches.patch
     mask = sample.mask[clip].view(grid).cpu()
     pixels = mask.repeat_interleave(tubelet_size, 0).repeat_interleave(p1, 1).repeat_interleave(p2, 2)
     return torch.where(pixels[..., None], (frames.float() * 0.15).to(torch.uint8), frames)

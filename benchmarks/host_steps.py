@@ -95,7 +95,7 @@ class HostStep:
         return HOSTS[self.host].make(self.folder, self.quick)
 
     def _fixed_sampler(self, model: nn.Module) -> RandomTokenSampler:
-        return RandomTokenSampler(find_host(model).describe(model).grid_size, HOSTS[self.host].ratio)
+        return RandomTokenSampler(find_host(model).host_shape(model).grid_size, HOSTS[self.host].ratio)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,6 @@ zero clips under autocast, with as many operators as ViT-B's has and narrower we
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -22,7 +21,7 @@ from torch import Tensor
 from triton.runtime.jit import JITFunction
 
 from adamae_sampler import AdaMAELoss, MaskSample, mask, ops
-from adamae_sampler.ops import backend, checks
+from adamae_sampler.ops import assemble, backend, checks, draw
 
 CLIPS, N, K, D = 2, 64, 16, 8
 
@@ -120,8 +119,8 @@ def main() -> None:
         mock.patch.object(backend, "_find_obstacle", _no_obstacle),
         mock.patch.object(checks, "free_to_read", _not_free_to_read),
         mock.patch.object(mask, "free_to_read", _not_free_to_read),
-        mock.patch.object(sys.modules["adamae_sampler.ops.assemble_tokens"], "free_to_read", _not_free_to_read),
-        mock.patch.object(sys.modules["adamae_sampler.ops.draw_mask"], "free_to_read", _not_free_to_read),
+        mock.patch.object(assemble, "free_to_read", _not_free_to_read),
+        mock.patch.object(draw, "free_to_read", _not_free_to_read),
         ops.use_backend("triton"),
     ):
         for name, (op, tensors) in ready.items():

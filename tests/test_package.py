@@ -1,9 +1,14 @@
+import importlib
+import pkgutil
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
 
 import pytest
+
+from adamae_sampler import ops
+from adamae_sampler.ops.moved import MOVED
 
 ROOT = Path(__file__).parent.parent
 
@@ -69,10 +74,38 @@ def test_files_stay_short(path):
 
 
 def test_docstring_examples():
-    modules = ["adamae_sampler.sampler", "adamae_sampler.ops.draw_mask", "adamae_sampler.ops.gather_tokens"]
+    modules = ["adamae_sampler.sampler", "adamae_sampler.ops.draw", "adamae_sampler.ops.gather"]
     code = f"""
-import doctest, importlib, sys
-found = [doctest.testmod(sys.modules.get(name) or importlib.import_module(name)) for name in {modules!r}]
+import doctest, importlib
+found = [doctest.testmod(importlib.import_module(name)) for name in {modules!r}]
 assert all(each.failed == 0 and each.attempted > 0 for each in found), found
 """
     python(code)
+
+
+def test_no_function_hides_a_module():
+    modules = {each.name for each in pkgutil.iter_modules(ops.__path__)}
+    assert not modules & set(ops.__all__)
+    for name in modules:
+        assert getattr(ops, name) is importlib.import_module(f"adamae_sampler.ops.{name}")
+
+
+@pytest.mark.parametrize("name", MOVED)
+def test_moved_modules_name_their_new_place(name):
+    message = rf"adamae_sampler\.ops\.{name} is now adamae_sampler\.ops\.{MOVED[name]}\."
+    with pytest.raises(ModuleNotFoundError, match=message):
+        importlib.import_module(f"adamae_sampler.ops.{name}")
+    assert getattr(importlib.import_module(f"adamae_sampler.ops.{MOVED[name]}"), name) is getattr(ops, name)
+    assert callable(getattr(ops, name))
+
+
+def test_the_example_of_the_ops_runs():
+    readme = (ROOT / "adamae_sampler" / "ops" / "README.md").read_text()
+    start = readme.index("```python") + len("```python")
+    space = {}
+    exec(readme[start : readme.index("```", start)], space)
+    assert space["loss"].isfinite()
+    assert all(each.weight.grad is not None for each in (space["score"], space["encoder"], space["head"]))
+    rows = [line.split("|") for line in readme.splitlines() if line.startswith("| `")]
+    files = {row[1].strip(" `"): row[2].strip(" `") for row in rows if row[2].strip(" `").endswith(".py")}
+    assert files == {f"{name}": f"{MOVED[name]}.py" for name in MOVED}

@@ -152,7 +152,7 @@ def test_bad_input():
         (ValueError, r"expected three positive integers", lambda: RandomTokenSampler((16 / 2, 14, 14))),
         (ValueError, "strictly between 0 and 1", lambda: AdaptiveTokenSampler(16, GRID, 1.0)),
         (ValueError, "leaves 0 of 60 tokens visible", lambda: RandomTokenSampler(GRID, 0.99)),
-        (ValueError, "hides 0 of 15 places in a frame", lambda: TubeTokenSampler(GRID, 0.05)),
+        (ValueError, "hides 0 of 15 spatial positions in a frame", lambda: TubeTokenSampler(GRID, 0.05)),
         (ValueError, "hides 0 of 4 time steps", lambda: FrameTokenSampler(GRID, 0.2)),
     ]
     for kind, message, call in cases:

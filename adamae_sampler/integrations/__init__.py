@@ -1,16 +1,22 @@
-"""Adaptive masking for the masked autoencoders that people already have. A reading map:
+"""Adaptive masking for the masked autoencoders that people already have. README.md in this folder tells how to use it.
 
     patching.py       patch, unpatch, and the table of hosts
-    checks.py         what a model must be like to be patched
-    host.py           what all patched hosts share
+    checks.py         checks of a model before it is patched
+    host.py           the base of all hosts
     indexed_mask.py   boolean masks that index without waiting for the device
-    huggingface.py    what the Hugging Face hosts share
-    the others        one host each
+    huggingface.py    the base of the Hugging Face hosts
+    other files       one host each
 
-Hosts are recognised by the names of their classes, and none is imported here.
+Hosts are recognised by the names of their classes. No host is imported here.
 """
 
-from adamae_sampler.integrations.host import HostShape, LastStep, SeamError
+from adamae_sampler.integrations.host import HostInterfaceError, HostShape, LastStep
 from adamae_sampler.integrations.patching import HOSTS, patch, patched_class, unpatch
 
-__all__ = ["HOSTS", "HostShape", "LastStep", "SeamError", "patch", "patched_class", "unpatch"]
+__all__ = ["HOSTS", "HostInterfaceError", "HostShape", "LastStep", "patch", "patched_class", "unpatch"]
+
+
+def __getattr__(name: str) -> object:
+    if name == "SeamError":
+        raise ImportError(f"{__name__}.SeamError is now called HostInterfaceError.")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

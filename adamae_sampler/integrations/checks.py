@@ -1,4 +1,4 @@
-"""What a model must be like to be patched, and a patch's arguments; nothing here changes anything."""
+"""Checks of a model before it is patched, and of the arguments of `patch`. No check changes the model."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from typing import Any
 
 from torch import nn
 
-from adamae_sampler.integrations.host import AdaptiveHost, HostShape, Patched, SeamError
+from adamae_sampler.integrations.host import AdaptiveHost, HostInterfaceError, HostShape, Patched
 from adamae_sampler.networks import MHAScoreNetwork, MLPScoreNetwork, PooledScoreNetwork
 from adamae_sampler.sampler import TokenSampler
 
 
 def check_host(model: nn.Module, mixin: type[AdaptiveHost]) -> None:
-    """Raises SeamError unless the model can be patched with the mixin."""
-    _check_seams(model, mixin)
+    """Raises HostInterfaceError unless the model can be patched with the mixin."""
+    _check_interface(model, mixin)
     _check_names(model, mixin)
     _check_wrappers(model, mixin)
     mixin.probe(model)
@@ -43,7 +43,7 @@ def check_sampler(sampler: TokenSampler, shape: HostShape, name: str) -> None:
 
 
 def check_weight(model: nn.Module, mixin: type[AdaptiveHost], weight: float | None) -> None:
-    """Raises ValueError for a weight that has no use, or is none."""
+    """Raises ValueError if the weight is not a number of at least 0, or if this host has no use for one."""
     if weight is None:
         return
     if not mixin.computes_loss:
@@ -58,7 +58,7 @@ def check_weight(model: nn.Module, mixin: type[AdaptiveHost], weight: float | No
 def check_same(
     model: AdaptiveHost, mask_ratio: float | None, network: Any, sampler: TokenSampler | None, weight: float | None
 ) -> None:
-    """Raises ValueError if a patched model is to be patched with other settings, which would lose its sampler."""
+    """Raises ValueError if a patched model is patched again with other settings: it would lose its sampler."""
     own = getattr(model.sampler, "network", None)
     kinds = {"mha": MHAScoreNetwork, "mlp": MLPScoreNetwork, "pooled": PooledScoreNetwork}
     same_network = own is network or (network in kinds and isinstance(own, kinds[network]))
@@ -81,33 +81,36 @@ def check_same(
 
 
 def has_own_forward(module: nn.Module) -> bool:
-    """Whether the instance has a forward other than its class's; Accelerate's unwrapping leaves that one behind."""
+    """Whether the instance has a forward that differs from that of its class.
+
+    Accelerate's unwrapping leaves the forward of the class behind on the instance; that one does not count.
+    """
     own = vars(module).get("forward")
     return own is not None and getattr(own, "__func__", None) is not type(module).forward
 
 
-def _check_seams(model: nn.Module, mixin: type[AdaptiveHost]) -> None:
-    """What the mixin holds on to."""
+def _check_interface(model: nn.Module, mixin: type[AdaptiveHost]) -> None:
+    """Raises HostInterfaceError if the model lacks a part of the interface that the mixin expects."""
     problems = []
     submodules = dict(model.named_modules())
-    for name in (mixin.tokenizer, *mixin.parts):
+    for name in (mixin.tokenizer, *mixin.patched_submodules):
         if name not in submodules:
             problems.append(f"looked for the submodule {name}, found nothing of that name")
-    for name, expected in mixin.seams.items():
+    for name, expected in mixin.expected_interface.items():
         found: Any = model
-        for part in name.split("."):
-            found = getattr(found, part, None)
+        for attribute in name.split("."):
+            found = getattr(found, attribute, None)
         if isinstance(expected, type):
             if not isinstance(found, expected):
-                problems.append(f"{name}: looked for a {expected.__name__}, found {_describe(found)}")
+                problems.append(f"{name}: looked for a {expected.__name__}, found {_kind_of(found)}")
             continue
         wanted = f"{name}({', '.join(expected)})"
         if not callable(found):
-            problems.append(f"looked for the method {wanted}, found {_describe(found)}")
+            problems.append(f"looked for the method {wanted}, found {_kind_of(found)}")
         elif (parameters := tuple(inspect.signature(found).parameters))[: len(expected)] != expected:
             problems.append(f"looked for {wanted}, found {name}({', '.join(parameters)})")
     if problems:
-        raise SeamError(
+        raise HostInterfaceError(
             f"{type(model).__module__}.{type(model).__qualname__} is not the {mixin.names[0]} that the patch knows:\n  "
             + "\n  ".join(problems)
             + "\nIt is another version of it, or another model of that name. The model was left as it was."
@@ -115,32 +118,35 @@ def _check_seams(model: nn.Module, mixin: type[AdaptiveHost]) -> None:
 
 
 def _check_names(model: nn.Module, mixin: type[AdaptiveHost]) -> None:
-    """What the patch would hide."""
-    added = {"sampler", "sampling_weight", *dir(mixin)} - set(dir(nn.Module)) - {*mixin.seams, *mixin.overrides}
+    """Raises HostInterfaceError if the patch would hide attributes of the model."""
+    overridden = {*dir(nn.Module), *mixin.expected_interface, *mixin.overrides}
+    added = {"sampler", "sampling_weight", *dir(mixin)} - overridden
     if taken := sorted(name for name in added if hasattr(model, name) and not name.startswith("__")):
-        raise SeamError(
+        raise HostInterfaceError(
             f"{type(model).__module__}.{type(model).__qualname__} has attributes of its own that the patch would hide: "
             f"{', '.join(taken)}. Rename them, or use AdaptiveTokenSampler directly, see the README."
         )
 
 
 def _check_wrappers(model: nn.Module, mixin: type[AdaptiveHost]) -> None:
-    """What exchanging classes would tear apart."""
-    parts = [("the model", model), *((name, model.get_submodule(name)) for name in mixin.parts)]
-    for name, module in parts:
+    """Raises HostInterfaceError if a wrapper or hook would break when the classes are exchanged."""
+    modules = [("the model", model), *((name, model.get_submodule(name)) for name in mixin.patched_submodules)]
+    for name, module in modules:
         if isinstance(module, Patched):
-            raise SeamError(f"{name} is part of another patched model; patch one model of those that share it.")
+            raise HostInterfaceError(
+                f"{name} belongs to another patched model. Patch only one of the models that share it."
+            )
         if has_own_forward(module) or hasattr(module, "parametrizations") or hasattr(module, "_hf_hook"):
-            raise SeamError(
+            raise HostInterfaceError(
                 f"{name} has a forward of its own, a parametrization or a hook of Accelerate, which a patch would not "
                 "get along with. Patch first, then wrap; or unwrap with accelerate.utils.extract_model_from_parallel("
                 "model, keep_fp32_wrapper=False)."
             )
     if any(each.is_meta for each in model.get_submodule(mixin.tokenizer).parameters()):
-        raise SeamError(
+        raise HostInterfaceError(
             "the model is on the meta device; give it its weights (model.to_empty, then load), then patch it."
         )
 
 
-def _describe(found: Any) -> str:
+def _kind_of(found: Any) -> str:
     return "nothing of that name" if found is None else f"a {type(found).__name__}"

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 
-from adamae_sampler.integrations.host import HandedOnTokens, HostShape, Part
+from adamae_sampler.integrations.host import CachedTokenizer, HostShape, PatchedSubmodule
 from adamae_sampler.integrations.huggingface import HuggingFaceHost, image_grid, one_of
 from adamae_sampler.integrations.indexed_mask import indexed_mask
 from adamae_sampler.losses import reconstruction_error
@@ -24,18 +24,18 @@ class AdaptiveHFVideoMAE(HuggingFaceHost):
     """
 
     names: ClassVar[tuple[str, ...]] = ("VideoMAEForPreTraining",)
-    seams: ClassVar[dict[str, Any]] = {
+    expected_interface: ClassVar[dict[str, Any]] = {
         "forward": ("pixel_values", "bool_masked_pos"),
         "videomae.embeddings.forward": ("pixel_values", "bool_masked_pos"),
         "videomae.embeddings.patch_embeddings.projection": nn.Conv3d,
         "config.norm_pix_loss": bool,
     }
     tokenizer = "videomae.embeddings.patch_embeddings"
-    parts: ClassVar[dict[str, type[Part]]] = {tokenizer: HandedOnTokens}
+    patched_submodules: ClassVar[dict[str, type[PatchedSubmodule]]] = {tokenizer: CachedTokenizer}
 
     @staticmethod
-    def describe(model: Any) -> HostShape:
-        """From the configuration."""
+    def host_shape(model: Any) -> HostShape:
+        """The shape in the configuration."""
         config = model.config
         return HostShape(config.hidden_size, (config.num_frames // config.tubelet_size, *image_grid(config)))
 

@@ -6,14 +6,14 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from adamae_sampler.integrations.host import HandedOnTokens, HostShape, Part, SeamError
+from adamae_sampler.integrations.host import CachedTokenizer, HostInterfaceError, HostShape, PatchedSubmodule
 from adamae_sampler.integrations.huggingface import HuggingFaceHost, image_grid, one_of
 from adamae_sampler.integrations.mae import visible_first
 from adamae_sampler.mask import MaskSample
 from adamae_sampler.ops import sampling_loss
 
 
-class GivenMask(Part):
+class GivenMask(PatchedSubmodule):
     """Mixin of the embeddings. Modifications:
 
     - random_masking takes the sampler's tokens.
@@ -22,7 +22,7 @@ class GivenMask(Part):
     def random_masking(self, sequence: Tensor, noise: Tensor | None = None) -> tuple[Tensor, ...]:
         """Sequence [B, N, D] -> its visible tokens [B, K, D], the mask [B, N] with 1 = masked, ids_restore [B, N]."""
         if self._sample is None:
-            raise SeamError(
+            raise HostInterfaceError(
                 "the encoder of a patched ViTMAEForPreTraining was called by itself, without a mask; or its embeddings "
                 "are recomputed in the backward pass, where the mask is gone. Call the model as a whole, and leave the "
                 "embeddings out of activation checkpointing; for features, unpatch(model)."
@@ -38,7 +38,7 @@ class AdaptiveHFViTMAE(HuggingFaceHost):
     """
 
     names: ClassVar[tuple[str, ...]] = ("ViTMAEForPreTraining",)
-    seams: ClassVar[dict[str, Any]] = {
+    expected_interface: ClassVar[dict[str, Any]] = {
         "forward": ("pixel_values", "noise"),
         "patchify": ("pixel_values", "interpolate_pos_encoding"),
         "vit.embeddings.random_masking": ("sequence", "noise"),
@@ -46,16 +46,16 @@ class AdaptiveHFViTMAE(HuggingFaceHost):
         "config.norm_pix_loss": bool,
     }
     tokenizer = "vit.embeddings.patch_embeddings"
-    parts: ClassVar[dict[str, type[Part]]] = {
+    patched_submodules: ClassVar[dict[str, type[PatchedSubmodule]]] = {
         "vit.embeddings": GivenMask,
-        "vit.embeddings.patch_embeddings": HandedOnTokens,
+        "vit.embeddings.patch_embeddings": CachedTokenizer,
     }
 
     patchify: Any
 
     @staticmethod
-    def describe(model: Any) -> HostShape:
-        """From the configuration."""
+    def host_shape(model: Any) -> HostShape:
+        """The shape and the ratio in the configuration."""
         return HostShape(model.config.hidden_size, (1, *image_grid(model.config)), model.config.mask_ratio)
 
     def forward(

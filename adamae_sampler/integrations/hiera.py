@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from adamae_sampler.integrations.host import AdaptiveHost, HostShape, Part, default_ratio
+from adamae_sampler.integrations.host import AdaptiveHost, HostShape, PatchedSubmodule, default_ratio
 from adamae_sampler.mask import MaskSample
 from adamae_sampler.ops import sampling_loss
 
@@ -22,7 +22,7 @@ class AdaptiveHiera(AdaptiveHost):
     """
 
     names: ClassVar[tuple[str, ...]] = ("MaskedAutoencoderHiera",)
-    seams: ClassVar[dict[str, Any]] = {
+    expected_interface: ClassVar[dict[str, Any]] = {
         "forward": ("x", "mask_ratio", "mask"),
         "patch_embed.forward": ("x", "mask"),
         "patch_embed.proj": nn.Module,
@@ -34,12 +34,12 @@ class AdaptiveHiera(AdaptiveHost):
     tokens_spatial_shape: list[int]
     tokens_spatial_shape_final: list[int]
 
-    # None, since the host blanks masked pixels before its overlapping convolution: tokens from before would leak them.
-    parts: ClassVar[dict[str, type[Part]]] = {}
+    # Empty, since the host blanks masked pixels before its overlapping convolution: cached tokens would leak them.
+    patched_submodules: ClassVar[dict[str, type[PatchedSubmodule]]] = {}
 
     @staticmethod
-    def describe(model: Any) -> HostShape:
-        """The grid of mask units."""
+    def host_shape(model: Any) -> HostShape:
+        """The width of the tokens, and the grid of mask units."""
         units = model.mask_spatial_shape
         grid = (1,) * (3 - len(units)) + tuple(units)
         return HostShape(model.patch_embed.proj.out_channels, grid, default_ratio(model))
@@ -70,21 +70,27 @@ class AdaptiveHiera(AdaptiveHost):
 
     def unit_error(self, error: Tensor, sample: MaskSample) -> Tensor:
         """The errors of masked predictions, clip after clip in the order of space -> of mask units [B, M]."""
-        units, places = self.mask_spatial_shape, self.tokens_spatial_shape_final
+        units, positions = self.mask_spatial_shape, self.tokens_spatial_shape_final
         masked = sample.mask.view(-1, *units)
-        for axis, (unit, place) in enumerate(zip(units, places, strict=True), start=1):
-            masked = masked.repeat_interleave(place // unit, dim=axis)
+        for axis, (unit, position) in enumerate(zip(units, positions, strict=True), start=1):
+            masked = masked.repeat_interleave(position // unit, dim=axis)
         masked = masked.flatten(1)  # [B, predictions]
-        num_visible = sample.num_visible * (math.prod(places) // math.prod(units))
+        num_visible = sample.num_visible * (math.prod(positions) // math.prod(units))
         masked_idx = MaskSample.from_mask(masked, num_visible).masked_idx
         everywhere = torch.zeros(masked.shape, dtype=error.dtype, device=error.device)
         everywhere = everywhere.scatter(1, masked_idx, error.view(masked_idx.shape))
-        return unit_mean(everywhere[..., None], places, units).squeeze(-1).gather(1, sample.masked_idx)
+        return unit_mean(everywhere[..., None], positions, units).squeeze(-1).gather(1, sample.masked_idx)
 
 
-def unit_mean(x: Tensor, places: list[int], units: list[int]) -> Tensor:
-    """[B, places, D] -> [B, units, D]: means over the places of each unit; both are grids of one to three axes."""
-    sizes = [place // unit for place, unit in zip(places, units, strict=True)]
-    grid = [each for pair in zip(units, sizes, strict=True) for each in pair]  # units and places within, by turns
+def unit_mean(x: Tensor, positions: list[int], units: list[int]) -> Tensor:
+    """[B, positions, D] -> [B, units, D]: means over the spatial positions of each mask unit.
+
+    Args:
+        x: a vector for each position.
+        positions: the grid of positions, one to three axes.
+        units: the grid of mask units, with as many axes.
+    """
+    sizes = [position // unit for position, unit in zip(positions, units, strict=True)]
+    grid = [each for pair in zip(units, sizes, strict=True) for each in pair]  # axes alternate: units, positions within
     within = tuple(range(2, 2 * len(units) + 1, 2))
     return x.view(x.shape[0], *grid, x.shape[-1]).mean(dim=within).flatten(1, -2)

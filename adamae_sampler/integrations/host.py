@@ -1,7 +1,7 @@
-"""What all patched hosts share: how a mask is drawn for the host's own forward, and what the losses become.
+"""The base of all patched hosts: it draws a mask for the host's own forward, and adds the sampling loss.
 
-A patched model is an instance of a class made of two: a file's mixin here and the host's class. The mixin holds the
-difference alone; the host's forward, whatever its version, still runs.
+The class of a patched model has two bases, a mixin of this package and the class of the host. The mixin holds only the
+difference, so the forward of the host still runs, in whichever version is installed.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from adamae_sampler.mask import MaskSample
 from adamae_sampler.sampler import GridSize, TokenSampler
 
 
-class SeamError(TypeError):
-    """A host lacks what its patch holds on to: another version, or a model of another kind with the same name."""
+class HostInterfaceError(TypeError):
+    """A host lacks a method or submodule that its patch needs: it is another version, or another model of that name."""
 
 
 class HostShape(NamedTuple):
-    """What a sampler must know of a host.
+    """The shape of a host's tokens, and its ratio: a sampler is built from these.
 
     Attributes:
         embed_dim: D, width of its tokens.
         grid_size: (T, H, W) of its tokens; T is 1 for images.
-        mask_ratio: share of tokens that it masks by itself; None if it is told by its data loader.
+        mask_ratio: share of tokens that the host masks by default; None if its data loader decides.
     """
 
     embed_dim: int
@@ -53,13 +53,13 @@ class LastStep(NamedTuple):
 
 
 class Patched(nn.Module):
-    """A module whose class was exchanged; deepcopy and pickle know how to make the class again."""
+    """A module whose class was exchanged. Deepcopy and pickle can make that class again."""
 
-    host_class: ClassVar[type[nn.Module]]  # the class before
+    host_class: ClassVar[type[nn.Module]]  # the class before the exchange
     mixin: ClassVar[type[Patched]]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        """What `type(patched)(...)` makes is a host, not patched: there are no settings to patch it with."""
+        """`type(patched)(...)` makes an unpatched host, since there are no settings to patch it with."""
         self.__class__ = self.host_class  # type: ignore[assignment]
         self.__init__(*args, **kwargs)  # type: ignore[misc]
 
@@ -74,7 +74,8 @@ def _empty(host_class: type[nn.Module], mixin: type[Patched]) -> nn.Module:
 
 
 def patched_type(host_class: Any, mixin: Any) -> Any:
-    """The class of two, the same for every call. It has the host's name, by which libraries recognise their models."""
+    """The class with both bases; every call returns the same one. Libraries recognise models by the class's name, so it
+    has that of the host."""
     found = _TYPES.get((host_class, mixin))
     if found is None:
         names = ("__module__", "__qualname__", "__doc__")
@@ -86,22 +87,22 @@ def patched_type(host_class: Any, mixin: Any) -> Any:
 _TYPES: WeakValueDictionary[tuple[Any, Any], Any] = WeakValueDictionary()
 
 
-class Part(Patched):
-    """Mixin of a submodule; for the time of a forward it knows the mask."""
+class PatchedSubmodule(Patched):
+    """Mixin of a submodule of a host. During a forward of the host it has the mask, as `_sample`."""
 
     _sample: MaskSample | None = None
 
 
-class HandedOnTokens(Part):
+class CachedTokenizer(PatchedSubmodule):
     """Mixin of a host's tokenizer. Modifications:
 
-    - tokens that were computed for the sampler are given to the host's forward, not computed again.
+    - the tokens of the sampler are cached, and the host's forward gets them from the cache.
 
-    They are kept before forward hooks see them, so that hooks which change tokens do so once; each is called twice.
+    Forward hooks run after the cache, so each hook is called twice, and a hook that changes tokens changes them once.
     """
 
-    _keep = False  # while the sampler's tokens are made
-    _kept: tuple[Any, Tensor] | None = None  # the input, and its tokens
+    _keep = False  # True while the sampler's tokens are made
+    _kept: tuple[Any, Tensor] | None = None  # the cache: the input, and its tokens
 
     def forward(self, x: Any, *args: Any, **kwargs: Any) -> Tensor:
         """The host's arguments -> the host's tokens."""
@@ -125,21 +126,22 @@ class AdaptiveHost(Patched):
     """Base of all mixins: the sampler, the mask of a forward, and the loss.
 
     Attributes:
-        names: of the host's classes; subclasses of them are taken too.
-        seams: what the mixin holds on to: dotted names with the first parameters of a method, or with a type.
+        names: class names of the host; subclasses are taken too.
+        expected_interface: the methods and submodules that a host must have. Keys are dotted names; a value is the
+            names of a method's first parameters, or the type of an attribute.
         tokenizer: dotted name of the submodule that makes the tokens.
-        parts: dotted names of the submodules that are patched too, with their mixins.
-        sampler: the sampler, a submodule, so that its parameters are trained and saved with the host's.
-        sampling_weight: of the sampling loss, in training; in evaluation the host's loss stays alone.
-        overrides: the host's methods that the mixin has too, beside those among the seams.
-        computes_loss: whether the host's forward does; else the loss is AdaMAELoss's, in the training engine.
+        patched_submodules: dotted names of the submodules that are patched too, with their mixins.
+        sampler: the sampler. It is a submodule, so its parameters are trained and saved with those of the host.
+        sampling_weight: weight of the sampling loss in training. In evaluation the loss is that of the host.
+        overrides: further methods of the host that the mixin overrides, beside those in `expected_interface`.
+        computes_loss: whether the host's forward computes the loss. If not, the training engine calls AdaMAELoss.
         last_step: the latest mask and losses, for logging and pictures.
     """
 
     names: ClassVar[tuple[str, ...]]
-    seams: ClassVar[Mapping[str, tuple[str, ...] | type]]
+    expected_interface: ClassVar[Mapping[str, tuple[str, ...] | type]]
     tokenizer: ClassVar[str] = "patch_embed"
-    parts: ClassVar[Mapping[str, type[Part]]] = {"patch_embed": HandedOnTokens}
+    patched_submodules: ClassVar[Mapping[str, type[PatchedSubmodule]]] = {"patch_embed": CachedTokenizer}
 
     overrides: ClassVar[tuple[str, ...]] = ()
     computes_loss: ClassVar[bool] = True
@@ -149,53 +151,62 @@ class AdaptiveHost(Patched):
     last_step: LastStep | None = None
     _sample: MaskSample | None = None
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        for old, new in _RENAMED_ATTRIBUTES.items():
+            if old in vars(cls):
+                raise TypeError(f"{cls.__name__}.{old} is now called {new}; rename it.")
+
     @staticmethod
     def fits(model: nn.Module) -> bool:
-        """Whether a model of a matching name is this host; for names that hosts share."""
+        """Whether a model of a matching class name is this host. Several hosts share a class name."""
         return True
 
     @staticmethod
-    def describe(model: Any) -> HostShape:
-        """The shape of an unpatched host; each host's file has its own."""
-        raise SeamError(f"the mixin for {type(model).__name__} has no describe(model), which gives its HostShape.")
+    def host_shape(model: Any) -> HostShape:
+        """The shape of an unpatched host. Every mixin defines it."""
+        raise HostInterfaceError(
+            f"the mixin for {type(model).__name__} has no host_shape(model), which returns a HostShape."
+        )
 
     @staticmethod
     def probe(model: Any) -> None:
-        """Raises SeamError where names and parameters do not tell enough."""
+        """Raises HostInterfaceError if a host with the expected interface still cannot be patched."""
 
     def tokenize(self, video: Tensor) -> Tensor:
-        """The host's input -> the tokens as its tokenizer makes them, before positions, as in the paper."""
+        """The host's input -> the tokens of its tokenizer, before the position embedding, as in the paper."""
         return cast(Tensor, self.get_submodule(self.tokenizer)(video))
 
     def scored(self, tokens: Tensor) -> Tensor:
-        """The tokenizer's tokens -> those that the sampler scores [B, N, D]."""
+        """The tokens of the tokenizer -> the tokens [B, N, D] that the sampler scores."""
         return tokens
 
     def draw_mask(self, video: Tensor, generator: torch.Generator | None = None) -> MaskSample:
-        """A mask for the host's input, such as evaluation needs: draw it once, then pass it to every forward."""
+        """A mask for the host's input. For evaluation draw it once, then pass it to every forward."""
         return self.sampler(self.scored(self.tokenize(video)), generator=generator)
 
     def install(self, sampler: TokenSampler, sampling_weight: float, settings: Mapping[str, Any] | None = None) -> None:
-        """Puts the sampler in place; the class is this one already.
+        """Adds the sampler and patches the submodules. The class of the model is exchanged already.
 
         Args:
-            sampler: the sampler, which gets the device, dtype and mode of the tokenizer.
-            sampling_weight: of the sampling loss.
-            settings: mask_ratio and network from which a fresh process could build the sampler; None for one's own.
+            sampler: the sampler; it is moved to the device, dtype and mode of the tokenizer.
+            sampling_weight: weight of the sampling loss.
+            settings: mask_ratio and network, from which a new process can build the sampler; None for a sampler that
+                the user made.
         """
-        for name, mixin in self.parts.items():
-            part = self.get_submodule(name)
-            part.__class__ = patched_type(type(part), mixin)
+        for name, mixin in self.patched_submodules.items():
+            module = self.get_submodule(name)
+            module.__class__ = patched_type(type(module), mixin)
         weight = next(self.get_submodule(self.tokenizer).parameters())
         self.sampler = sampler.to(device=weight.device, dtype=weight.dtype).train(self.training)
         self.sampling_weight = sampling_weight
 
     def remove(self) -> None:
         """Undoes `install`, and the exchange of classes."""
-        for part in self.patched_parts():
+        for module in self.patched_modules():
             for attribute in ("_sample", "_keep", "_kept"):
-                part.__dict__.pop(attribute, None)
-            part.__class__ = part.host_class  # type: ignore[assignment]
+                module.__dict__.pop(attribute, None)
+            module.__class__ = module.host_class  # type: ignore[assignment]
         self._modules.pop("sampler", None)
         for attribute in ("sampling_weight", "last_step", "_sample"):
             self.__dict__.pop(attribute, None)
@@ -203,11 +214,11 @@ class AdaptiveHost(Patched):
 
     @contextmanager
     def masking(self, video: Tensor, mask: Tensor | MaskSample | None) -> Iterator[MaskSample]:
-        """A forward of the host: draws its mask, or takes the given one, and hands the tokens on.
+        """A context for one forward of the host: draws the mask, or takes the given one, and caches the tokens.
 
         Raises:
             ValueError: no mask in evaluation, or one that does not fit.
-            SeamError: a part was replaced, or the host's forward did not ask for tokens.
+            HostInterfaceError: a patched submodule was replaced, or the host's forward did not call the tokenizer.
             RuntimeError: another forward is under way, in another thread.
         """
         if mask is None and not self.training:
@@ -226,8 +237,8 @@ class AdaptiveHost(Patched):
                 f"a forward of this patched {type(self).__name__} is under way, in another thread or from within; it "
                 "keeps its mask on the module. Give each thread a copy.deepcopy of the model."
             )
-        parts = [self._part(name) for name in self.parts]
-        tokenizers = [part for part in parts if isinstance(part, HandedOnTokens)]  # one, or none
+        submodules = [self._patched_submodule(name) for name in self.patched_submodules]
+        tokenizers = [each for each in submodules if isinstance(each, CachedTokenizer)]  # one, or none
         try:
             for each in tokenizers:
                 each._keep = True
@@ -236,33 +247,33 @@ class AdaptiveHost(Patched):
                 each._keep = False
             sample: MaskSample = self.sampler(self.scored(tokens), mask=mask)
             self._sample = sample
-            for part in parts:
-                part._sample = sample
+            for module in submodules:
+                module._sample = sample
             self.remember(sample)
             yield sample
             if any(each._kept is not None for each in tokenizers):
-                raise SeamError(
+                raise HostInterfaceError(
                     f"the forward of {self.host_class.__name__} was expected to call {self.tokenizer}, and did not: it "
                     "is of another version than the patch knows."
                 )
         finally:
             self._sample = None
-            for part in parts:
-                part._sample = None
+            for module in submodules:
+                module._sample = None
             for each in tokenizers:
                 each._keep, each._kept = False, None
 
-    def patched_parts(self) -> list[Part]:
-        """The patched submodules, which something may have wrapped since (activation checkpointing, FSDP)."""
-        inside = (module for name in self.parts for module in self.get_submodule(name).modules())
-        return list(dict.fromkeys(module for module in inside if isinstance(module, Part)))
+    def patched_modules(self) -> list[PatchedSubmodule]:
+        """The patched submodules, also inside wrappers that were added later (activation checkpointing, FSDP)."""
+        inside = (module for name in self.patched_submodules for module in self.get_submodule(name).modules())
+        return list(dict.fromkeys(module for module in inside if isinstance(module, PatchedSubmodule)))
 
-    def _part(self, name: str) -> Part:
+    def _patched_submodule(self, name: str) -> PatchedSubmodule:
         for module in self.get_submodule(name).modules():
-            if isinstance(module, self.parts[name]):
+            if isinstance(module, self.patched_submodules[name]):
                 return module
         found = type(self.get_submodule(name)).__name__
-        raise SeamError(
+        raise HostInterfaceError(
             f"{name} of this patched {self.host_class.__name__} was replaced by a {found} that is not patched. "
             "unpatch(model), then patch it again."
         )
@@ -272,17 +283,18 @@ class AdaptiveHost(Patched):
         """The mask of the forward that is under way.
 
         Raises:
-            SeamError: there is none, since a part of the host was called by itself.
+            HostInterfaceError: there is none, since a submodule or method of the host was called by itself.
         """
         if self._sample is None:
-            raise SeamError(
-                f"a part of a patched {self.host_class.__name__} was called by itself, without a mask. Call the model "
-                "as a whole, model(inputs); for features of all tokens use the host's encoder class, or unpatch(model)."
+            raise HostInterfaceError(
+                f"a method of a patched {self.host_class.__name__} was called by itself, without a mask. Call the "
+                "model as a whole, model(inputs); for features of all tokens use the host's encoder class, or "
+                "unpatch(model)."
             )
         return self._sample
 
     def check_ratio(self, mask_ratio: float | None) -> None:
-        """Raises ValueError if a call asks for another ratio than the sampler was built for."""
+        """Raises ValueError if a call asks for a ratio other than that of the sampler."""
         if mask_ratio is not None and abs(mask_ratio - self.sampler.mask_ratio) > 1e-9:
             raise ValueError(
                 f"the call asks for mask_ratio={mask_ratio}, but the model was patched for {self.sampler.mask_ratio}. "
@@ -290,7 +302,7 @@ class AdaptiveHost(Patched):
             )
 
     def total(self, reconstruction: Tensor, sampling: Callable[[Tensor], Tensor]) -> Tensor:
-        """The host's loss with the sampling loss added, in training and where there is a distribution.
+        """The host's loss. In training the sampling loss is added, unless the mask has no distribution.
 
         Args:
             reconstruction: scalar, the host's own loss.
@@ -307,13 +319,27 @@ class AdaptiveHost(Patched):
     def remember(
         self, sample: MaskSample, reconstruction: Tensor | None = None, sampling: Tensor | None = None
     ) -> None:
-        """Keeps the step for whoever logs it."""
+        """Keeps the mask and the losses in `last_step`, for logging."""
         plain = MaskSample(*(None if each is None else each.detach() for each in sample))  # type: ignore[arg-type]
         losses = (None if each is None else each.detach() for each in (reconstruction, sampling))
         self.last_step = LastStep(plain, *losses)
 
 
 def default_ratio(model: nn.Module) -> float | None:
-    """The mask_ratio that the host's forward takes if it is told none."""
+    """The default mask_ratio of the host's forward; None if it has none."""
     default = inspect.signature(model.forward).parameters["mask_ratio"].default
     return default if isinstance(default, float) else None
+
+
+_RENAMED_ATTRIBUTES = {"seams": "expected_interface", "parts": "patched_submodules", "describe": "host_shape"}
+_RENAMED_CLASSES = {
+    "HandedOnTokens": "CachedTokenizer",
+    "Part": "PatchedSubmodule",
+    "SeamError": "HostInterfaceError",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _RENAMED_CLASSES:
+        raise ImportError(f"{__name__}.{name} is now called {_RENAMED_CLASSES[name]}.")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

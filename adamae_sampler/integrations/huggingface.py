@@ -1,4 +1,4 @@
-"""What the Hugging Face hosts share: a sampler that save_pretrained and from_pretrained keep."""
+"""The base of the Hugging Face hosts: save_pretrained and from_pretrained keep the sampler."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class HuggingFaceHost(AdaptiveHost):
                 "sampler=...) with one like it, and load the file's sampler.* with model.sampler.load_state_dict."
             )
         super(Patched, self).__init__(config, *args, **kwargs)
-        shape = self.describe(self)
+        shape = self.host_shape(self)
         sampler = AdaptiveTokenSampler(shape.embed_dim, shape.grid_size, settings["mask_ratio"], settings["network"])
         self.install(sampler, settings["sampling_weight"], settings)
         del self.config.adaptive_masking
@@ -76,7 +76,7 @@ class HuggingFaceHost(AdaptiveHost):
 
     @staticmethod
     def probe(model: Any) -> None:
-        """Weights that were saved with a sampler must not get a fresh one without a word."""
+        """Raises ValueError if the weights were saved with a sampler, which a fresh one would silently replace."""
         if getattr(model.config, SETTINGS, None) is not None:
             raise ValueError(
                 f"this {type(model).__name__} was saved with a sampler, which its from_pretrained left out. Load it "
@@ -85,23 +85,23 @@ class HuggingFaceHost(AdaptiveHost):
             )
 
     def install(self, sampler: TokenSampler, sampling_weight: float, settings: Mapping[str, Any] | None = None) -> None:
-        """As for every host; the settings are kept for save_pretrained."""
+        """As `AdaptiveHost.install`; keeps the settings for save_pretrained."""
         super().install(sampler, sampling_weight, settings)
         self._settings = settings
 
     def remove(self) -> None:
-        """As for every host."""
+        """As `AdaptiveHost.remove`."""
         self.__dict__.pop("_settings", None)
         super().remove()
 
     def finish(self, output: Any, return_dict: bool | None) -> Any:
-        """The output as the caller wants it."""
+        """The output, as a tuple if the caller or the configuration asks for one."""
         wanted = getattr(self.config, "return_dict", True) if return_dict is None else return_dict
         return output if wanted else output.to_tuple()
 
 
 def image_grid(config: Any) -> tuple[int, int]:
-    """Tokens in height and width."""
+    """The number of tokens in height and width."""
     size, patch = (
         pair if isinstance(pair, (tuple, list)) else (pair, pair) for pair in (config.image_size, config.patch_size)
     )
@@ -109,7 +109,7 @@ def image_grid(config: Any) -> tuple[int, int]:
 
 
 def one_of(mask: Tensor | MaskSample | None, other: Tensor | MaskSample | None) -> Tensor | MaskSample | None:
-    """The mask, under whichever of its two names it was given."""
+    """The mask, which has two names; raises ValueError if both are given."""
     if mask is not None and other is not None:
         raise ValueError("got both mask and bool_masked_pos; they are the same argument, pass one.")
     return other if mask is None else mask

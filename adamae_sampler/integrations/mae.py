@@ -8,10 +8,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from adamae_sampler.integrations.host import AdaptiveHost, HostShape, SeamError, default_ratio
+from adamae_sampler.integrations.host import AdaptiveHost, HostInterfaceError, HostShape, default_ratio
 from adamae_sampler.mask import MaskSample
 from adamae_sampler.ops import gather_tokens
-from adamae_sampler.ops.sampling_loss import LOG_PROB_RANGE
+from adamae_sampler.ops.sampling import LOG_PROB_RANGE
 
 
 class AdaptiveMAE(AdaptiveHost):
@@ -23,7 +23,7 @@ class AdaptiveMAE(AdaptiveHost):
     """
 
     names: ClassVar[tuple[str, ...]] = ("MaskedAutoencoderViT",)
-    seams: ClassVar[dict[str, Any]] = {
+    expected_interface: ClassVar[dict[str, Any]] = {
         "forward": ("imgs", "mask_ratio"),
         "random_masking": ("x", "mask_ratio"),
         "forward_loss": ("imgs", "pred", "mask"),
@@ -35,22 +35,22 @@ class AdaptiveMAE(AdaptiveHost):
 
     @staticmethod
     def fits(model: Any) -> bool:
-        """Images, not video."""
+        """Whether the host takes images; mae_st has the same class name."""
         return not hasattr(model, "t_pred_patch_size")
 
     @staticmethod
-    def describe(model: Any) -> HostShape:
-        """From the patch embedding, timm's of any version."""
+    def host_shape(model: Any) -> HostShape:
+        """The shape of the patch embedding, which is timm's, of any version."""
         embed = model.patch_embed
         height, width = (size // patch for size, patch in zip(embed.img_size, embed.patch_size, strict=True))
         return HostShape(embed.proj.out_channels, (1, height, width), default_ratio(model))
 
     @staticmethod
     def probe(model: Any) -> None:
-        """The sampling loss is had from the host's loss, which must be a mean weighted by the mask."""
+        """Raises HostInterfaceError unless forward_loss is a mean weighted by the mask, as the sampling loss needs."""
         embed = model.patch_embed
         check_forward_loss(
-            model, (1, embed.proj.in_channels, *embed.img_size), math.prod(AdaptiveMAE.describe(model).grid_size)
+            model, (1, embed.proj.in_channels, *embed.img_size), math.prod(AdaptiveMAE.host_shape(model).grid_size)
         )
 
     def forward(
@@ -89,7 +89,7 @@ def visible_first(x: Tensor, sample: MaskSample) -> tuple[Tensor, Tensor, Tensor
         sample: the mask.
 
     Returns:
-        [B, K, D]; [B, N] float; [B, N] int64, the token's place in the sequence of visible, then masked ones.
+        [B, K, D]; [B, N] float; [B, N] int64, the token's index in the sequence of visible, then masked tokens.
     """
     order = torch.cat([sample.visible_idx, sample.masked_idx], dim=1)
     place = torch.arange(order.shape[1], device=order.device).expand_as(order)
@@ -98,7 +98,7 @@ def visible_first(x: Tensor, sample: MaskSample) -> tuple[Tensor, Tensor, Tensor
 
 
 def check_forward_loss(model: Any, shape: tuple[int, ...], num_tokens: int) -> None:
-    """Raises SeamError unless forward_loss is a mean over tokens, weighted by the mask.
+    """Raises HostInterfaceError unless forward_loss is a mean over tokens, weighted by the mask.
 
     Args:
         model: the unpatched host.
@@ -117,7 +117,7 @@ def check_forward_loss(model: Any, shape: tuple[int, ...], num_tokens: int) -> N
         try:
             losses = [float(model.forward_loss(imgs, pred, mask)) for mask in (first, second, 3 * first + second)]
         except (RuntimeError, AssertionError) as error:
-            raise SeamError(
+            raise HostInterfaceError(
                 f"forward_loss of {type(model).__name__} was expected to take imgs {list(shape)} and pred "
                 f"{list(pred.shape)}, and raised {type(error).__name__}: {error}. The model was left as it was."
             ) from error
@@ -127,7 +127,7 @@ def check_forward_loss(model: Any, shape: tuple[int, ...], num_tokens: int) -> N
     shares = 3 * float(first.sum()), float(second.sum())
     expected = (shares[0] * losses[0] + shares[1] * losses[1]) / sum(shares)
     if not math.isclose(losses[2], expected, rel_tol=1e-2 if weight.dtype.itemsize < 4 else 1e-4):
-        raise SeamError(
+        raise HostInterfaceError(
             f"forward_loss of {type(model).__name__} was expected to be a mean over tokens weighted by the mask, and "
             f"gives {losses[2]:.6g} where that would be {expected:.6g}; the sampling loss cannot be had from it. Use "
             "AdaptiveTokenSampler directly, see the README. The model was left as it was."

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from adamae_sampler.integrations.host import HostShape, SeamError, default_ratio
+from adamae_sampler.integrations.host import HostInterfaceError, HostShape, default_ratio
 from adamae_sampler.integrations.mae import AdaptiveMAE, check_forward_loss
 
 
@@ -18,30 +18,30 @@ class AdaptiveMAEST(AdaptiveMAE):
     - random_masking also returns the indices of the visible tokens.
     """
 
-    seams: ClassVar[dict[str, Any]] = {
-        **{name: seam for name, seam in AdaptiveMAE.seams.items() if name != "patch_embed.proj"},
+    expected_interface: ClassVar[dict[str, Any]] = {
+        **{name: kind for name, kind in AdaptiveMAE.expected_interface.items() if name != "patch_embed.proj"},
         "patch_embed.proj": nn.Conv3d,
         "patch_embed.input_size": tuple,
     }
 
     @staticmethod
     def fits(model: Any) -> bool:
-        """Video, not images."""
+        """Whether the host takes video."""
         return hasattr(model, "t_pred_patch_size")
 
     @staticmethod
-    def describe(model: Any) -> HostShape:
-        """From the patch embedding."""
+    def host_shape(model: Any) -> HostShape:
+        """The shape of the patch embedding."""
         embed = model.patch_embed
         return HostShape(embed.proj.out_channels, tuple(embed.input_size), default_ratio(model))
 
     @staticmethod
     def probe(model: Any) -> None:
-        """As for images; and each token must have one error, so that it can be weighted by its own probability."""
+        """As `AdaptiveMAE.probe`; and raises HostInterfaceError unless each token has exactly one error."""
         embed = model.patch_embed
         frames = embed.frames // embed.t_patch_size * model.t_pred_patch_size
         if frames != model.pred_t_dim:
-            raise SeamError(f"the decoder predicts {model.pred_t_dim} frames, expected {frames}.")
+            raise HostInterfaceError(f"the decoder predicts {model.pred_t_dim} frames, expected {frames}.")
         shape = (1, embed.proj.in_channels, embed.frames, *embed.img_size)
         check_forward_loss(model, shape, math.prod(embed.input_size))
 

@@ -1,4 +1,4 @@
-"""`patch` and `unpatch`: an existing masked autoencoder gets adaptive masking in place, and gives it back."""
+"""`patch` adds adaptive masking to an existing masked autoencoder, in place; `unpatch` removes it."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ HOSTS: dict[str, type[AdaptiveHost]] = {
     "hiera": AdaptiveHiera,
 }
 
-PAPER_RATIO = 0.95  # where the host has no ratio of its own
+PAPER_RATIO = 0.95  # for hosts without a default ratio
 PAPER_WEIGHT = 1e-4
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -50,20 +50,19 @@ def patch(
     of the same class are untouched. Patching again with the same settings, or with them left out, changes nothing.
 
     Args:
-        model: one of the hosts in the README, or a subclass of one.
+        model: one of the hosts in adamae_sampler/integrations/README.md, or a subclass of one.
         mask_ratio: share of tokens to mask; if None the host's own, or 0.95 if it has none.
         network: the score network, see `AdaptiveTokenSampler`; "mha" if None.
-        sampler: a sampler of your own (random, tube, frame, or adaptive with other settings), which then has the
-            ratio and the network.
+        sampler: a sampler of your own (random, tube, frame, or adaptive with other settings), instead of `mask_ratio`
+            and `network`.
         sampling_weight: weight of the sampling loss, 1e-4 if None.
-        host: which host to take the model for, a key of `adamae_sampler.integrations.HOSTS`, for a fork that renamed
-            its class.
+        host: a key of `adamae_sampler.integrations.HOSTS`, for a fork that renamed the class of that host.
 
     Returns:
         The model itself.
 
     Raises:
-        TypeError: the model is none of the hosts, or lacks what the patch holds on to (`SeamError`).
+        TypeError: the model is none of the hosts, or lacks a method or submodule of the host (`HostInterfaceError`).
         ValueError: a ratio that the host cannot take, a sampler for another grid, or a model that is patched with
             other settings.
     """
@@ -73,7 +72,7 @@ def patch(
     mixin = find_host(model, host)
     check_host(model, mixin)
     check_weight(model, mixin, sampling_weight)
-    shape = mixin.describe(model)
+    shape = mixin.host_shape(model)
     settings = None
     if sampler is None:
         ratio = next(each for each in (mask_ratio, shape.mask_ratio, PAPER_RATIO) if each is not None)
@@ -98,9 +97,9 @@ def patch(
 
 
 def unpatch(model: Model) -> Model:
-    """Takes a patch back: type, attributes, methods and state-dict keys are as they were before.
+    """Removes a patch. Type, attributes, methods and state-dict keys are as before.
 
-    The sampler goes with its weights; keep `model.sampler` first if you want them.
+    The sampler and its weights are removed too. Keep a reference to `model.sampler` if you need them.
 
     Returns:
         The model itself.
@@ -112,7 +111,7 @@ def unpatch(model: Model) -> Model:
         inner = _inner(model)
         hint = f" It wraps a {type(inner).__name__}: unpatch that." if inner is not None else ""
         raise TypeError(f"{type(model).__name__} is not patched.{hint}")
-    modules: list[Any] = [model, *model.patched_parts()]
+    modules: list[Any] = [model, *model.patched_modules()]
     for module in modules:
         expected = patched_type(module.host_class, module.mixin)
         if type(module) is not expected or has_own_forward(module):

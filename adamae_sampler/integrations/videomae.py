@@ -7,7 +7,7 @@ from typing import Any, ClassVar, cast
 
 from torch import Tensor, nn
 
-from adamae_sampler.integrations.host import AdaptiveHost, HandedOnTokens, HostShape, Part
+from adamae_sampler.integrations.host import AdaptiveHost, CachedTokenizer, HostShape, PatchedSubmodule
 from adamae_sampler.integrations.indexed_mask import indexed_mask
 from adamae_sampler.mask import MaskSample
 
@@ -22,7 +22,7 @@ class AdaptiveVideoMAE(AdaptiveHost):
     """
 
     names: ClassVar[tuple[str, ...]] = ("PretrainVisionTransformer",)
-    seams: ClassVar[dict[str, Any]] = {
+    expected_interface: ClassVar[dict[str, Any]] = {
         "forward": ("x", "mask"),
         "encoder.forward": ("x", "mask"),
         "encoder.patch_embed.proj": nn.Conv3d,
@@ -32,16 +32,16 @@ class AdaptiveVideoMAE(AdaptiveHost):
     }
     computes_loss = False
     tokenizer = "encoder.patch_embed"
-    parts: ClassVar[dict[str, type[Part]]] = {tokenizer: HandedOnTokens}
+    patched_submodules: ClassVar[dict[str, type[PatchedSubmodule]]] = {tokenizer: CachedTokenizer}
 
     @staticmethod
     def fits(model: Any) -> bool:
-        """Not VideoMAEv2, which masks its decoder too."""
+        """Whether the forward takes no decode_mask; VideoMAEv2 has the same class name, and takes one."""
         return "decode_mask" not in inspect.signature(model.forward).parameters
 
     @staticmethod
-    def describe(model: Any) -> HostShape:
-        """From the patch embedding, which knows the number of tokens but not the frames."""
+    def host_shape(model: Any) -> HostShape:
+        """The shape of the patch embedding. It stores the number of tokens, from which the time steps follow."""
         embed = model.encoder.patch_embed
         height, width = (size // patch for size, patch in zip(embed.img_size, embed.proj.kernel_size[1:], strict=True))
         return HostShape(embed.proj.out_channels, (embed.num_patches // (height * width), height, width))
@@ -53,6 +53,6 @@ class AdaptiveVideoMAE(AdaptiveHost):
         return prediction, sample
 
     def no_weight_decay(self) -> set[str]:
-        """The host's, and the position embedding of the sampler."""
+        """The names of the host, and the position embedding of the sampler."""
         own = {name for name, _ in self.named_parameters() if name.startswith("sampler.") and "pos_embed" in name}
         return cast(set[str], super().no_weight_decay()) | own  # type: ignore[misc]

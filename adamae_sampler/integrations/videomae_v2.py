@@ -17,11 +17,14 @@ class AdaptiveVideoMAEv2(AdaptiveVideoMAE):
     The decoder's mask stays the host's.
     """
 
-    seams: ClassVar[dict[str, Any]] = {**AdaptiveVideoMAE.seams, "forward": ("x", "mask", "decode_mask")}
+    expected_interface: ClassVar[dict[str, Any]] = {
+        **AdaptiveVideoMAE.expected_interface,
+        "forward": ("x", "mask", "decode_mask"),
+    }
 
     @staticmethod
     def fits(model: Any) -> bool:
-        """The one with a decoder mask."""
+        """Whether the forward takes a decode_mask."""
         return "decode_mask" in inspect.signature(model.forward).parameters
 
     def forward(

@@ -15,10 +15,12 @@ from adamae_sampler.models.classifier import (
     adamae_vit_small_patch16_224,
 )
 from adamae_sampler.models.export import save_encoder
+from adamae_sampler.models.presets import PRESETS
 
 __all__ = [
     "AdaMAE",
     "LoadReport",
+    "PRESETS",
     "VideoClassifier",
     "adamae_vit_base_patch16_224",
     "adamae_vit_large_patch16_224",

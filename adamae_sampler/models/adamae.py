@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -16,10 +15,11 @@ from adamae_sampler.mask import MaskSample
 from adamae_sampler.models.build import build_variant
 from adamae_sampler.models.encoder import Encoder, VideoSize, fill_constants
 from adamae_sampler.models.layers import sinusoid_table
+from adamae_sampler.models.presets import with_preset
 from adamae_sampler.networks import init_linear_layers
-from adamae_sampler.ops import assemble_tokens, thumbnails
-from adamae_sampler.ops.patches import PatchSize
-from adamae_sampler.ops.thumbnails import thumbnail_sides
+from adamae_sampler.ops import assemble_tokens
+from adamae_sampler.ops.patch_format import PatchSize
+from adamae_sampler.ops.thumbnail import shrink, shrunk
 from adamae_sampler.sampler import (
     AdaptiveTokenSampler,
     FrameTokenSampler,
@@ -32,7 +32,7 @@ from adamae_sampler.sampler import (
 from adamae_sampler.transformer import LayerNorm, Transformer
 
 Masking = Literal["adaptive", "random", "tube", "frame"]
-_LEARNED = {"score_network": "mha", "temperature": 1.0, "exploration": 0.0}  # defaults of what adaptive masking has
+_LEARNED = {"score_network": "mha", "temperature": 1.0, "exploration": 0.0}  # defaults of arguments of adaptive masking
 
 
 class Decoder(nn.Module):
@@ -57,7 +57,8 @@ class Decoder(nn.Module):
 class AdaMAE(nn.Module):
     """Video masked autoencoder with a learned mask (Algorithm 2).
 
-    The defaults are ViT-B's. Arguments have timm's and VideoMAE's names.
+    The defaults are those of ViT-B, with the method of the paper. Arguments have timm's and VideoMAE's names. The
+    models in timm's registry also take `preset`: "exact", or "fast", which costs less (see `models.PRESETS`).
 
     Args:
         img_size: height and width of a frame in pixels, one number or a pair.
@@ -73,23 +74,23 @@ class AdaMAE(nn.Module):
         decoder_num_heads: attention heads of the decoder.
         mask_ratio: share of tokens to mask.
         masking: "adaptive", "random", "tube", "frame", or a `TokenSampler` of your own, which then has the ratio.
-        score_network: of adaptive masking, see `AdaptiveTokenSampler`, as for `temperature` and `exploration`.
-        temperature: see there.
-        exploration: see there.
-        num_masks: R masks of each clip, from one tokenization and one p: the batch is R times as large from the encoder
-            on. Predictions and the sample have B R rows, those of a clip after each other.
-        sample_from: what the sampler sees, the "tokens", or small "pixels": patches shrunk to 4 x 4. Then the visible
-            tokens alone are embedded, which saves time with fixed masks too.
+        score_network: the score network of adaptive masking, see `AdaptiveTokenSampler`.
+        temperature: see `AdaptiveTokenSampler`.
+        exploration: see `AdaptiveTokenSampler`.
+        num_masks: R, masks of each clip, drawn from one p. The batch is R times as large from the encoder on.
+            Predictions and the sample have B R rows; the rows of a clip follow each other.
+        sample_from: the input of the sampler: "tokens", or "pixels", which are patches shrunk to 4 x 4. With "pixels"
+            only the visible tokens are embedded, which saves time with fixed masks too.
         decode_ratio: share of the masked tokens that is decoded in training, drawn uniformly; all in evaluation.
-        mean: what uint8 video is normalised by, as shares of 255, a number for each channel; ImageNet's if None, for
-            three channels.
+        mean: a number for each channel, as a share of 255, by which uint8 video is normalised; with three channels
+            None means the mean of ImageNet.
         std: the standard deviations that go with `mean`.
-        fused_head: in training return `HeadInputs` in place of the prediction, for `AdaMAELoss(fused_head=True)`, which
-            makes the last layer and the error as one.
+        fused_head: in training return `HeadInputs` instead of the prediction. `AdaMAELoss(fused_head=True)` takes it
+            and computes the last layer and the error together.
 
     Raises:
-        ValueError: sizes that do not divide, a number out of range, an unknown masking, options that do not go with it,
-            or a sampler whose grid is not the model's.
+        ValueError: sizes that do not divide, a number out of range, an unknown masking, options that do not fit the
+            masking, or a sampler for another grid.
     """
 
     def __init__(
@@ -125,10 +126,10 @@ class AdaMAE(nn.Module):
         self.sample_from = sample_from
         self.decode_ratio = decode_ratio
         self.fused_head = fused_head
-        self.size = VideoSize.of(img_size, num_frames, patch_size, tubelet_size, in_chans)
+        self.size = VideoSize.of(img_size, num_frames, patch_size, tubelet_size, in_chans, mean, std)
         num_tokens = self.size.num_tokens
 
-        self.encoder = Encoder(self.size, embed_dim, depth, num_heads, mean=mean, std=std)
+        self.encoder = Encoder(self.size, embed_dim, depth, num_heads)
         self.encoder_to_decoder = nn.Linear(embed_dim, decoder_embed_dim, bias=False)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_embed_dim))
         self.decoder_pos_embed: Tensor
@@ -137,7 +138,7 @@ class AdaMAE(nn.Module):
         init_linear_layers(self)
         trunc_normal_(self.mask_token, std=0.02, a=-0.02, b=0.02)
         # Last, because a sampler given from outside keeps the weights it came with.
-        width = embed_dim if sample_from == "tokens" else _thumbnail_values(self.size)
+        width = embed_dim if sample_from == "tokens" else shrunk(self.size.patches).pixels * in_chans
         learned = {"score_network": score_network, "temperature": temperature, "exploration": exploration}
         self.sampler = _make_sampler(masking, width, self.size.grid, mask_ratio, num_masks, learned)
 
@@ -204,8 +205,7 @@ class AdaMAE(nn.Module):
         if self.sample_from == "tokens":
             tokens: Tensor = embed(video)
         else:
-            how: dict[str, Any] = {"patch_size": self.size.patch, "tubelet_size": self.size.tubelet}
-            tokens = thumbnails(video, mean=embed.mean, std=embed.std, dtype=embed.dtype_for(video), **how)
+            tokens = shrink(video, self.size.patches, embed.dtype_for(video))
         sample: MaskSample = self.sampler(tokens, mask=mask, generator=generator)
         return sample
 
@@ -223,10 +223,6 @@ class AdaMAE(nn.Module):
     def no_weight_decay(self) -> set[str]:
         """Parameters with more than one axis that weight decay should still leave alone, as timm asks for them."""
         return {name for name, _ in self.named_parameters() if name.rpartition(".")[2] in ("mask_token", "pos_embed")}
-
-
-def _thumbnail_values(size: VideoSize) -> int:
-    return size.video[0] * size.tubelet * math.prod(thumbnail_sides(size.patch))
 
 
 def _make_sampler(
@@ -272,19 +268,19 @@ def _make_sampler(
 
 @register_model
 def pretrain_adamae_vit_small_patch16_224(pretrained: bool = False, **kwargs: Any) -> AdaMAE:
-    """ViT-S/16 for 16x224x224 clips; any argument of `AdaMAE` may be given."""
+    """ViT-S/16 for 16x224x224 clips; takes any argument of `AdaMAE`, and a `preset` (see `PRESETS`)."""
     size = {"embed_dim": 384, "num_heads": 6, "decoder_embed_dim": 192, "decoder_num_heads": 3}
-    return build_variant(AdaMAE, "pretrain_adamae_vit_small_patch16_224", pretrained, kwargs, **size)
+    return build_variant(AdaMAE, "pretrain_adamae_vit_small_patch16_224", pretrained, with_preset(kwargs), **size)
 
 
 @register_model
 def pretrain_adamae_vit_base_patch16_224(pretrained: bool = False, **kwargs: Any) -> AdaMAE:
-    """ViT-B/16 for 16x224x224 clips, the model of the paper; any argument of `AdaMAE` may be given."""
-    return build_variant(AdaMAE, "pretrain_adamae_vit_base_patch16_224", pretrained, kwargs)
+    """ViT-B/16 for 16x224x224 clips, the paper's; takes any argument of `AdaMAE`, and a `preset` (see `PRESETS`)."""
+    return build_variant(AdaMAE, "pretrain_adamae_vit_base_patch16_224", pretrained, with_preset(kwargs))
 
 
 @register_model
 def pretrain_adamae_vit_large_patch16_224(pretrained: bool = False, **kwargs: Any) -> AdaMAE:
-    """ViT-L/16 for 16x224x224 clips; any argument of `AdaMAE` may be given."""
+    """ViT-L/16 for 16x224x224 clips; takes any argument of `AdaMAE`, and a `preset` (see `PRESETS`)."""
     size = {"embed_dim": 1024, "depth": 24, "num_heads": 16, "decoder_embed_dim": 512, "decoder_num_heads": 8}
-    return build_variant(AdaMAE, "pretrain_adamae_vit_large_patch16_224", pretrained, kwargs, **size)
+    return build_variant(AdaMAE, "pretrain_adamae_vit_large_patch16_224", pretrained, with_preset(kwargs), **size)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from adamae_sampler.models.build import build_variant
 from adamae_sampler.models.encoder import Encoder, VideoSize, fill_constants
 from adamae_sampler.networks import init_linear_layers
-from adamae_sampler.ops.patches import PatchSize
+from adamae_sampler.ops.patch_format import PatchSize
 from adamae_sampler.transformer import LayerNorm
 
 
@@ -63,10 +63,10 @@ class VideoClassifier(nn.Module):
         std: Sequence[float] | None = None,
     ) -> None:
         super().__init__()
-        self.size = VideoSize.of(img_size, num_frames, patch_size, tubelet_size, in_chans)
+        self.size = VideoSize.of(img_size, num_frames, patch_size, tubelet_size, in_chans, mean, std)
         self.num_classes = num_classes
         self.num_features = embed_dim
-        self.encoder = Encoder(self.size, embed_dim, depth, num_heads, drop_path_rate, encoder_norm, mean, std)
+        self.encoder = Encoder(self.size, embed_dim, depth, num_heads, drop_path_rate, encoder_norm)
         self.fc_norm = LayerNorm(embed_dim)
         self.head_drop = nn.Dropout(drop_rate)
         self.head = nn.Linear(embed_dim, num_classes) if num_classes else nn.Identity()

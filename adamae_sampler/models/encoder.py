@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -12,45 +13,72 @@ from torch import Tensor, nn
 
 from adamae_sampler.models.layers import PatchEmbed3d, sinusoid_table
 from adamae_sampler.ops import gather_tokens
-from adamae_sampler.ops.gather_tokens import select_rows
-from adamae_sampler.ops.patches import PatchSize, patch_pair, token_grid
+from adamae_sampler.ops.gather import select_rows
+from adamae_sampler.ops.patch_format import PatchFormat, PatchSize
 from adamae_sampler.transformer import LayerNorm, Transformer
 
 
 @dataclass(frozen=True)
 class VideoSize:
-    """The clips a model takes, and how they are cut into tokens.
+    """The clips that a model takes, and how they are cut into tokens.
 
     Attributes:
         video: (C, T, H, W) of a clip.
-        patch: height and width of a patch in pixels.
-        tubelet: frames of a patch.
+        patches: how a clip is cut into patches, and the mean and std by which uint8 video is normalised.
         grid: (T, H, W) tokens.
-        num_tokens: N.
-        patch_values: P.
     """
 
     video: tuple[int, int, int, int]
-    patch: tuple[int, int]
-    tubelet: int
+    patches: PatchFormat
     grid: tuple[int, int, int]
-    num_tokens: int
-    patch_values: int
 
     @classmethod
     def of(
-        cls, img_size: int | tuple[int, int], num_frames: int, patch_size: PatchSize, tubelet_size: int, in_chans: int
+        cls,
+        img_size: int | tuple[int, int],
+        num_frames: int,
+        patch_size: PatchSize,
+        tubelet_size: int,
+        in_chans: int,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
     ) -> VideoSize:
-        """From a model's arguments; raises ValueError for sizes that do not divide."""
+        """From a model's arguments. Without a mean and std, three channels get those of ImageNet.
+
+        Raises:
+            TypeError, ValueError: see `PatchFormat.of` and `PatchFormat.grid`.
+        """
         height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
-        video, patch = (in_chans, num_frames, height, width), patch_pair(patch_size)
-        grid = token_grid((1, *video), patch, tubelet_size)
-        return cls(
-            video, patch, tubelet_size, grid, grid[0] * grid[1] * grid[2], tubelet_size * patch[0] * patch[1] * in_chans
+        if mean is None and std is None and in_chans == len(IMAGENET_DEFAULT_MEAN):
+            mean, std = IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+        video, patches = (
+            (in_chans, num_frames, height, width),
+            PatchFormat.of(patch_size, tubelet_size, False, mean, std),
         )
+        return cls(video, patches, patches.grid((1, *video)))
+
+    @property
+    def patch(self) -> tuple[int, int]:
+        """Height and width of a patch, in pixels."""
+        return self.patches.patch[1:]
+
+    @property
+    def tubelet(self) -> int:
+        """Frames of a patch."""
+        return self.patches.patch[0]
+
+    @property
+    def num_tokens(self) -> int:
+        """N."""
+        return math.prod(self.grid)
+
+    @property
+    def patch_values(self) -> int:
+        """P."""
+        return self.patches.pixels * self.video[0]
 
     def check(self, video: Tensor) -> None:
-        """Raises TypeError for other integers than uint8, ValueError for another shape than [B, C, T, H, W] of this
+        """Raises TypeError for integers other than uint8, and ValueError unless the shape is [B, C, T, H, W] of this
         size."""
         if not video.is_floating_point() and video.dtype != torch.uint8:
             raise TypeError(f"video has dtype {video.dtype}, expected uint8 pixels, or floating point, normalised.")
@@ -65,14 +93,12 @@ class Encoder(nn.Module):
     """Patch embedding and transformer over the tokens it is given.
 
     Args:
-        size: of the clips.
+        size: the clips, and how they are cut and normalised.
         width: D.
         depth: number of blocks.
         num_heads: attention heads.
         drop_path: stochastic depth of the last block, rising linearly from 0 at the first.
         norm: whether a LayerNorm ends it.
-        mean: what uint8 video is normalised by, see `PatchEmbed3d`; None is ImageNet's for three channels, else none.
-        std: the standard deviations that go with `mean`.
     """
 
     pos_embed: Tensor
@@ -85,14 +111,9 @@ class Encoder(nn.Module):
         num_heads: int,
         drop_path: float = 0.0,
         norm: bool = True,
-        mean: Sequence[float] | None = None,
-        std: Sequence[float] | None = None,
     ) -> None:
         super().__init__()
-        channels = size.video[0]
-        if mean is None and std is None and channels == len(IMAGENET_DEFAULT_MEAN):
-            mean, std = IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-        self.patch_embed = PatchEmbed3d(size.patch, size.tubelet, channels, width, mean, std)
+        self.patch_embed = PatchEmbed3d(size.patches, size.video[0], width)
         self.register_buffer("pos_embed", sinusoid_table(size.num_tokens, width), persistent=False)
         self.blocks = Transformer(depth, width, num_heads, drop_path=drop_path)
         self.norm = LayerNorm(width) if norm else None
@@ -107,7 +128,7 @@ class Encoder(nn.Module):
         return encoded
 
     def of_visible(self, visible: Tensor, visible_idx: Tensor) -> Tensor:
-        """The encoded visible tokens [B, K, D], of themselves."""
+        """The visible tokens [B, K, D] alone, before positions, visible_idx [B, K] -> encoded [B, K, D]."""
         x = visible + select_rows(self.pos_embed.to(visible.dtype), visible_idx)
         encoded: Tensor = self.blocks(x, self.norm)
         return encoded
@@ -115,7 +136,7 @@ class Encoder(nn.Module):
 
 @torch.no_grad()
 def fill_constants(model: nn.Module) -> None:
-    """Fills the encoder's position table and the key biases, which no checkpoint holds (see timm's
+    """Fills the encoder's position table and the key biases. Checkpoints do not hold them (see timm's
     init_non_persistent_buffers)."""
     for module in model.modules():
         if isinstance(module, Encoder):

@@ -1,16 +1,14 @@
-"""The parts of the reference model that timm does not have: video patch embedding and a 1-d sinusoid table."""
+"""Layers of the reference model that timm lacks: a video patch embedding and a 1-d sinusoid table."""
 
 from __future__ import annotations
-
-from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from adamae_sampler.ops import patch_tokens
 from adamae_sampler.ops.checks import at_least_fp32
-from adamae_sampler.ops.patches import PatchSize, patch_pair
+from adamae_sampler.ops.patch_format import PatchFormat
+from adamae_sampler.ops.pixel_rows import rows_of_patches
 
 _MIDDLE = 128.0  # uint8 pixels less this keep the digits of sums in half precision, and are exact in it
 
@@ -18,42 +16,31 @@ _MIDDLE = 128.0  # uint8 pixels less this keep the digits of sums in half precis
 class PatchEmbed3d(nn.Module):
     """Tubelets to tokens: a 3-d convolution whose stride is its kernel (Table 5, "Tokenization"), as a matrix product.
 
-    uint8 video is normalised by the weights: their product with the pixels, which half precision holds exactly, is what
-    the weights would make of normalised ones up to rounding, and no fp32 copy of the video is made on a GPU.
+    For uint8 video the mean and std are folded into the weights. Half precision holds the pixels exactly, so the
+    product equals that of normalised pixels up to rounding, and a GPU makes no fp32 copy of the video.
 
     Args:
-        patch_size: height and width of a patch in pixels.
-        tubelet_size: frames of a patch.
+        patches: how the video is cut; with a mean and std if uint8 video is to be taken.
         in_chans: channels of the video.
         embed_dim: D, width of the tokens.
-        mean: of uint8 pixels, as shares of 255, a number for each channel; None if there will be none.
-        std: the standard deviations that go with it.
 
     Raises:
         ValueError: a mean or std of other channels than the video's.
     """
 
-    def __init__(
-        self,
-        patch_size: PatchSize,
-        tubelet_size: int,
-        in_chans: int,
-        embed_dim: int,
-        mean: Sequence[float] | None,
-        std: Sequence[float] | None,
-    ) -> None:
+    def __init__(self, patches: PatchFormat, in_chans: int, embed_dim: int) -> None:
         super().__init__()
-        if (mean is None) != (std is None) or any(each is not None and len(each) != in_chans for each in (mean, std)):
+        if patches.mean is not None and len(patches.mean) != in_chans:
             raise ValueError(
-                f"mean={mean} and std={std}, expected {in_chans} numbers each, one for a channel, or neither."
+                f"mean={patches.mean} and std={patches.std}, expected {in_chans} numbers each, one for a channel, or "
+                "neither."
             )
-        self.patch_size, self.tubelet_size = patch_pair(patch_size), tubelet_size
-        self.mean, self.std = mean, std
-        kernel = (tubelet_size, *self.patch_size)
-        self.proj = nn.Conv3d(in_chans, embed_dim, kernel_size=kernel, stride=kernel)  # what a checkpoint holds
+        self.patches = patches
+        kernel = patches.patch
+        self.proj = nn.Conv3d(in_chans, embed_dim, kernel_size=kernel, stride=kernel)  # a checkpoint's name for it
 
     def dtype_for(self, video: Tensor) -> torch.dtype:
-        """In which the product is made: autocast's, or the video's, or for uint8 the weights'."""
+        """The dtype of the product: autocast's; without autocast the video's, or for uint8 video the weights'."""
         device = video.device.type
         if torch.is_autocast_enabled(device):
             return torch.get_autocast_dtype(device)
@@ -67,12 +54,13 @@ class PatchEmbed3d(nn.Module):
         """
         weight, bias = self.proj.weight, self.proj.bias
         if video.dtype == torch.uint8:
-            if self.mean is None or self.std is None:
+            mean, std = self.patches.mean, self.patches.std
+            if mean is None or std is None:
                 raise TypeError("video is uint8, and the model has no mean and std to normalise it by; give it both.")
-            channels = list(zip(at_least_fp32(weight).unbind(1), self.mean, self.std, strict=True))
+            channels = list(zip(at_least_fp32(weight).unbind(1), mean, std, strict=True))
             # Numbers, not tensors of them, which would be copied to the device and waited for.
-            weight = torch.stack([x / (255 * std) for x, _, std in channels], dim=1)
-            shifts = [x.sum((1, 2, 3)) * ((_MIDDLE / 255 - mean) / std) for x, mean, std in channels]
+            weight = torch.stack([x / (255 * scale) for x, _, scale in channels], dim=1)
+            shifts = [x.sum((1, 2, 3)) * ((_MIDDLE / 255 - shift) / scale) for x, shift, scale in channels]
             bias = torch.stack([*shifts, *([] if bias is None else [bias])]).sum(0)
         dtype = self.dtype_for(video)
         return weight.flatten(1).to(dtype), None if bias is None else bias.to(dtype)
@@ -85,7 +73,7 @@ class PatchEmbed3d(nn.Module):
         Args:
             video: [B, C, T, H, W].
             idx: [B R, K] int64, the tokens to make; all of them if None.
-            layer: of `layer_for`, for those who embed twice.
+            layer: what `layer_for` gave, so that a caller who embeds twice makes it once.
 
         Returns:
             [B, N, D], tokens in t-h-w order; or [B R, K, D].
@@ -95,8 +83,7 @@ class PatchEmbed3d(nn.Module):
         """
         weight, bias = layer or self.layer_for(video)
         offset = _MIDDLE if video.dtype == torch.uint8 else 0.0
-        size, tubelet, dtype = self.patch_size, self.tubelet_size, weight.dtype
-        rows = patch_tokens(video, idx, patch_size=size, tubelet_size=tubelet, dtype=dtype, offset=offset)
+        rows = rows_of_patches(video, idx, self.patches, dtype=weight.dtype, offset=offset)
         return F.linear(rows, weight, bias)
 
 

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
 from adamae_sampler.mask import free_to_read
-from adamae_sampler.ops.patches import PatchSize, patch_pair, token_grid
+from adamae_sampler.ops.patch_format import PatchFormat
 
 
 def check_tensor(name: str, x: object) -> None:
@@ -94,41 +91,29 @@ def at_least_fp32(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def check_video(video: Tensor, patch_size: PatchSize, tubelet_size: int) -> None:
-    """Raises unless the video is [B, C, T, H, W], uint8 or floating point, and patches divide it."""
+def check_video(video: Tensor, patches: PatchFormat) -> int:
+    """N, the tokens of a clip. Raises unless the video is [B, C, T, H, W], uint8 or floating point, and patches divide
+    it."""
     check_tensor("video", video)
-    token_grid(tuple(video.shape), patch_size, tubelet_size)
+    tokens_t, tokens_h, tokens_w = patches.grid(video.shape)
     if video.dtype != torch.uint8 and not video.is_floating_point():
         raise TypeError(f"video has dtype {video.dtype}, expected uint8 pixels or floating point.")
+    return tokens_t * tokens_h * tokens_w
 
 
-def check_video_indices(name: str, video: Tensor, idx: Tensor, patch_size: PatchSize, tubelet_size: int) -> None:
-    """As `check_indices`, for the tokens of a video: [B, M], or [B R, M] for R masks of each clip."""
-    num_tokens = math.prod(token_grid(tuple(video.shape), patch_size, tubelet_size))
-    check_indices(name, idx, video.shape[0], num_tokens, video.device, several=True)
+def check_channels(video: Tensor, patches: PatchFormat) -> None:
+    """Raises unless mean and std, if the format has them, are as many as the channels of the video."""
+    if patches.mean is not None and patches.std is not None and len(patches.mean) != video.shape[1]:
+        raise ValueError(
+            f"mean has {len(patches.mean)} values, std {len(patches.std)}, the video {video.shape[1]} channels."
+        )
 
 
-def check_target(
-    video: Tensor,
-    patch_size: PatchSize,
-    tubelet_size: int,
-    normalize: bool,
-    mean: Sequence[float] | None,
-    std: Sequence[float] | None,
-) -> None:
-    """Raises unless the video [B, C, T, H, W] and how it is cut and normalised fit each other."""
-    check_video(video, patch_size, tubelet_size)
-    p1, p2 = patch_pair(patch_size)
-    if normalize and tubelet_size * p1 * p2 < 2:
-        raise ValueError("a patch of one pixel has no standard deviation; use normalize=False.")
-    if (mean is None) != (std is None):
-        raise ValueError(f"mean={mean} and std={std}: give both or neither.")
-    if mean is not None and std is not None:
+def check_target(video: Tensor, patches: PatchFormat) -> int:
+    """N, the tokens of a clip. As `check_video`; and raises if the format's mean and std do not fit the video."""
+    num_tokens = check_video(video, patches)
+    if patches.mean is not None:
         if video.dtype == torch.uint8:
             raise ValueError("video is uint8, which is pixels already: leave mean and std out.")
-        if not isinstance(mean, Sequence) or not isinstance(std, Sequence):
-            raise TypeError(f"mean={mean} and std={std}, expected a list or tuple of numbers each, one for a channel.")
-        if not len(mean) == len(std) == video.shape[1]:
-            raise ValueError(f"mean has {len(mean)} values, std {len(std)}, the video {video.shape[1]} channels.")
-        if not all(scale > 0 for scale in std):
-            raise ValueError(f"std={std}, expected positive numbers.")
+        check_channels(video, patches)
+    return num_tokens

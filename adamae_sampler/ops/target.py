@@ -1,81 +1,60 @@
-"""What a decoder is asked to predict: the pixels of each token, normalised or raw."""
+"""reconstruction_target: the pixels of each token, normalised or raw, which a decoder has to predict."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from adamae_sampler.ops.checks import at_least_fp32, check_target, check_video_indices
-from adamae_sampler.ops.patch_tokens import patch_rows
-from adamae_sampler.ops.patches import PatchSize, patch_pair
+from adamae_sampler.ops.checks import at_least_fp32, check_indices, check_target
+from adamae_sampler.ops.patch_format import PatchFormat, PatchSize
+from adamae_sampler.ops.pixel_rows import patch_rows
 
 Kind = Literal["mse", "l1"]
 STD_EPS = 1e-6  # added to the standard deviation, not the variance, as VideoMAE and AdaMAE do
 
 
-class Target(NamedTuple):
-    """What a prediction is compared with, but for the video.
+def check_kind(kind: str) -> None:
+    """Raises ValueError for an unknown kind of error."""
+    if kind not in ("mse", "l1"):
+        raise ValueError(f"kind={kind!r}, expected 'mse' or 'l1'.")
 
-    Attributes:
-        kind: "mse" or "l1".
-        normalize: see `reconstruction_target`, as for `mean` and `std`.
-        patch: frames, height and width of a patch.
-        mean: see there.
-        std: see there.
+
+def epsilons(video: Tensor, patches: PatchFormat) -> list[float]:
+    """A number for each channel, to add to the standard deviation of a patch.
+
+    Targets are normalised from the video's values as they are. Making pixels in [0, 1] of them first would scale mean
+    and deviation alike, and change nothing but the share of the epsilon; so the epsilon is scaled instead.
     """
-
-    kind: str
-    normalize: bool
-    patch: list[int]
-    mean: list[float] | None
-    std: list[float] | None
-
-    @classmethod
-    def of(
-        cls,
-        kind: str,
-        normalize: bool,
-        patch_size: PatchSize,
-        tubelet_size: int,
-        mean: Sequence[float] | None,
-        std: Sequence[float] | None,
-    ) -> Target:
-        """From the arguments of `reconstruction_error`."""
-        patch = [tubelet_size, *patch_pair(patch_size)]
-        return cls(kind, normalize, patch, None if mean is None else list(mean), None if std is None else list(std))
-
-    def epsilons(self, video: Tensor) -> list[float]:
-        """Of each channel, beside the deviation of the video's values as they are: un-normalising them, or dividing
-        them by 255, would change nothing else of a normalised target."""
-        if video.dtype == torch.uint8:
-            return [255 * STD_EPS] * video.shape[1]
-        return [STD_EPS / scale for scale in self.std or [1.0] * video.shape[1]]
+    if video.dtype == torch.uint8:
+        return [255 * STD_EPS] * video.shape[1]
+    if patches.std is None:
+        return [STD_EPS] * video.shape[1]
+    return [STD_EPS / scale for scale in patches.std]
 
 
-def target_reference(video: Tensor, idx: Tensor | None, target: Target) -> Tensor:
-    """[B R, M, C, pixels], fp32 or fp64: what to predict, each channel by itself, as its pixels lie in memory."""
-    rows = patch_rows(video, idx, target.patch)
+def target_reference(video: Tensor, idx: Tensor | None, patches: PatchFormat) -> Tensor:
+    """[B R, M, C, pixels], fp32 or fp64: the values to predict, channel by channel, in the order of memory."""
+    rows = patch_rows(video, idx, patches)
     pixels = at_least_fp32(rows).unflatten(-1, (video.shape[1], -1))
-    if target.normalize:
+    if patches.normalize:
         pixels = pixels - pixels.mean(-1, keepdim=True)
         # `var` takes ten times as long on a CPU. Numbers for each channel, not a tensor of them, which would be copied
         # to the device and waited for.
         deviation = torch.linalg.vector_norm(pixels, dim=-1) / math.sqrt(pixels.shape[-1] - 1)  # [B, M, C]
-        by_channel = zip(deviation.unbind(-1), target.epsilons(video), strict=True)
+        by_channel = zip(deviation.unbind(-1), epsilons(video, patches), strict=True)
         return pixels / torch.stack([x + eps for x, eps in by_channel], dim=-1)[..., None]
     if video.dtype == torch.uint8:
         return pixels / 255
-    if target.mean is not None and target.std is not None:
-        channels = zip(pixels.unbind(-2), target.mean, target.std, strict=True)
+    if patches.mean is not None and patches.std is not None:
+        channels = zip(pixels.unbind(-2), patches.mean, patches.std, strict=True)
         return torch.stack([x * scale + shift for x, shift, scale in channels], dim=-2)
     return pixels
 
 
-@torch.no_grad()
 def reconstruction_target(
     video: Tensor,
     idx: Tensor | None = None,
@@ -86,7 +65,7 @@ def reconstruction_target(
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
 ) -> Tensor:
-    """What a decoder is asked to predict: pixels, by default normalised per patch and channel.
+    """The pixels that a decoder has to predict, by default normalised per patch and channel.
 
     Args:
         video: [B, C, T, H, W]. uint8 is taken as pixels and divided by 255; floating point is taken as it is, or
@@ -106,8 +85,13 @@ def reconstruction_target(
         TypeError, ValueError: a wrong dtype or shape, a size that patches do not divide, or `mean` and `std`
             that do not fit each other, the channels or the dtype.
     """
-    check_target(video, patch_size, tubelet_size, normalize, mean, std)
+    return target_rows(video, idx, PatchFormat.of(patch_size, tubelet_size, normalize, mean, std))
+
+
+@torch.no_grad()
+def target_rows(video: Tensor, idx: Tensor | None, patches: PatchFormat) -> Tensor:
+    """`reconstruction_target` of a given format."""
+    num_tokens = check_target(video, patches)
     if idx is not None:
-        check_video_indices("idx", video, idx, patch_size, tubelet_size)
-    target = target_reference(video, idx, Target.of("mse", normalize, patch_size, tubelet_size, mean, std))
-    return target.transpose(-1, -2).flatten(-2)
+        check_indices("idx", idx, video.shape[0], num_tokens, video.device, several=True)
+    return target_reference(video, idx, patches).transpose(-1, -2).flatten(-2)

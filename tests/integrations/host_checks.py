@@ -28,7 +28,7 @@ MASK_GIVEN = "got a mask in training"
 
 
 def grid_of(model):
-    return tuple(find_host(model).describe(model).grid_size)
+    return tuple(find_host(model).host_shape(model).grid_size)
 
 
 def sample_for(model, clips=2, ratio=0.75, seed=0):
@@ -93,13 +93,13 @@ def errors_of_vit_mae(model, x, outputs):
 def errors_of_hiera(model, x, outputs):
     """[B, units]: a loop over mask units and the predictions in them."""
     _, pred, label, kept = outputs
-    units, places = model.mask_spatial_shape, model.tokens_spatial_shape_final
-    sizes = [place // unit for place, unit in zip(places, units, strict=True)]
+    units, positions = model.mask_spatial_shape, model.tokens_spatial_shape_final
+    sizes = [position // unit for position, unit in zip(positions, units, strict=True)]
     each = iter((pred - label).square().mean(1))
     errors = torch.zeros(len(x), *units)
     for clip in range(len(x)):
-        for place in torch.cartesian_prod(*(torch.arange(size) for size in places)):
-            unit = tuple(int(p) // size for p, size in zip(place, sizes, strict=True))
+        for position in torch.cartesian_prod(*(torch.arange(size) for size in positions)):
+            unit = tuple(int(p) // size for p, size in zip(position, sizes, strict=True))
             if not kept[clip].view(*units)[unit]:
                 errors[clip][unit] += next(each) / math.prod(sizes)
     return errors.flatten(1)

@@ -101,7 +101,7 @@ def random_sample(clips: int, tokens: int, visible: int, seed: int = 0) -> MaskS
 def _num_tokens(model) -> int:
     from adamae_sampler.integrations.patching import find_host
 
-    grid = find_host(model).describe(model).grid_size
+    grid = find_host(model).host_shape(model).grid_size
     return grid[0] * grid[1] * grid[2]
 
 

@@ -1,4 +1,4 @@
-"""Masked autoencoders with the seams of the research repositories, for machines without their code.
+"""Masked autoencoders with the interfaces of the research repositories, for machines without their code.
 
 Written anew: the same class and method names, arguments, shapes and losses, on timm's blocks, in as few lines as that
 takes. `hosts.py` tests against the real code where it is.

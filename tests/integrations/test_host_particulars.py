@@ -7,7 +7,7 @@ import small_hosts
 import torch
 import torch.distributed as dist
 from einops import rearrange
-from host_checks import assert_equal, snapshot_of
+from host_checks import assert_equal, each_host, snapshot_of
 from hosts import (
     CASES,
     make_mae,
@@ -23,10 +23,10 @@ from adamae_sampler import (
     patch,
     unpatch,
 )
-from adamae_sampler.integrations import HOSTS, SeamError
-from adamae_sampler.integrations.host import HandedOnTokens
+from adamae_sampler.integrations import HOSTS, HostInterfaceError
+from adamae_sampler.integrations.host import CachedTokenizer
 from adamae_sampler.integrations.indexed_mask import SUPPORTED, IndexedMask, indexed_mask
-from adamae_sampler.networks import MLPScoreNetwork
+from adamae_sampler.networks import MLPScoreNetwork, PooledScoreNetwork
 
 
 def test_a_fork_that_renamed_its_class_names_its_host():
@@ -49,6 +49,17 @@ def test_networks_of_ones_own():
     network = MLPScoreNetwork(32)
     assert patch(make_mae(), network=network).sampler.network is network
     assert isinstance(patch(make_mae(), network="mlp").sampler.network, MLPScoreNetwork)
+
+
+@each_host
+def test_the_pooled_network_learns_in_every_host(case):
+    model = patch(case.make().train(), 0.6, network="pooled")
+    assert isinstance(model.sampler.network, PooledScoreNetwork)
+    x = case.inputs()
+    case.loss(model(x), x).backward()
+    grads = {name: each.grad for name, each in model.sampler.named_parameters()}
+    assert all(each is not None for each in grads.values())
+    assert grads["network.head.weight"].abs().sum() > 0
 
 
 def test_videomae_leaves_the_score_networks_positions_out_of_weight_decay():
@@ -173,7 +184,7 @@ def test_the_readmes_new_host_works(monkeypatch):
             error = (prediction - 1).square().mean(-1)
             return error.mean(), prediction, error
 
-    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    readme = (Path(__file__).parents[2] / "adamae_sampler" / "integrations" / "README.md").read_text()
     start = readme.index("from adamae_sampler import ops\nfrom adamae_sampler.integrations.host import")
     space = {"nn": nn}
     exec(readme[start : readme.index("```", start)], space)
@@ -188,12 +199,12 @@ def test_the_readmes_new_host_works(monkeypatch):
 
 def test_a_mixin_with_a_misspelt_part_changes_nothing(monkeypatch):
     class Misspelt(HOSTS["mae"]):
-        parts = {"patch_embedding": HandedOnTokens}  # noqa: RUF012
+        patched_submodules = {"patch_embedding": CachedTokenizer}  # noqa: RUF012
 
     monkeypatch.setitem(HOSTS, "mae", Misspelt)
     model = make_mae()
     before = snapshot_of(model)
-    with pytest.raises(SeamError, match="looked for the submodule patch_embedding, found nothing"):
+    with pytest.raises(HostInterfaceError, match="looked for the submodule patch_embedding, found nothing"):
         patch(model)
     assert snapshot_of(model) == before
 

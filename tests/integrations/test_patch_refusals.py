@@ -1,5 +1,6 @@
 """What patch and patched hosts refuse, and that nothing is half done."""
 
+import importlib
 from unittest import mock
 
 import pytest
@@ -16,10 +17,11 @@ from torch import nn
 
 from adamae_sampler import (
     RandomTokenSampler,
+    TubeTokenSampler,
     patch,
     unpatch,
 )
-from adamae_sampler.integrations import SeamError
+from adamae_sampler.integrations import HOSTS, HostInterfaceError
 
 
 @each_host
@@ -75,7 +77,9 @@ def test_models_that_are_no_hosts():
         unpatch(nn.DataParallel(patch(make_mae())))
     with pytest.raises(ValueError, match="host='vit', expected one of hf_videomae"):
         patch(make_mae(), host="vit")
-    with pytest.raises(SeamError, match=r"looked for the method random_masking\(x, mask_ratio\), found nothing"):
+    with pytest.raises(
+        HostInterfaceError, match=r"looked for the method random_masking\(x, mask_ratio\), found nothing"
+    ):
         patch(nn.Linear(2, 2), host="mae")
 
 
@@ -86,7 +90,7 @@ def broken(make, **attributes):
     return model
 
 
-def test_a_host_whose_seam_has_changed_is_named_and_left_alone():
+def test_a_host_whose_interface_has_changed_is_named_and_left_alone():
     changed = {
         r"random_masking\(x, mask_ratio\), found random_masking\(tokens, ratio\)": broken(
             make_mae, random_masking=lambda self, tokens, ratio: None
@@ -103,7 +107,7 @@ def test_a_host_whose_seam_has_changed_is_named_and_left_alone():
     }
     for message, model in changed.items():
         before = snapshot_of(model)
-        with pytest.raises(SeamError, match=message):
+        with pytest.raises(HostInterfaceError, match=message):
             patch(model)
         assert snapshot_of(model) == before
 
@@ -118,12 +122,12 @@ def _with(model, **attributes):
     return model
 
 
-def test_a_forward_that_no_longer_uses_the_seam():
+def test_a_forward_that_no_longer_calls_the_tokenizer():
     model = patch(broken(make_videomae, forward=lambda self, x, mask: x), 0.75).train()
-    with pytest.raises(SeamError, match=r"expected to call encoder\.patch_embed, and did not"):
+    with pytest.raises(HostInterfaceError, match=r"expected to call encoder\.patch_embed, and did not"):
         model(torch.randn(1, 3, 16, 32, 32))
     model = patch(make_mae().train())
-    with pytest.raises(SeamError, match="called by itself, without a mask"):
+    with pytest.raises(HostInterfaceError, match="called by itself, without a mask"):
         model.forward_encoder(torch.randn(1, 3, 32, 32), 0.75)
 
 
@@ -149,3 +153,33 @@ def test_an_error_in_the_forward_leaves_nothing_behind(case):
     tensors = [value for each in model.modules() for key, value in vars(each).items() if key in ("_sample", "_tokens")]
     assert all(each is None for each in tensors)
     case.loss(model(x), x).backward()
+
+
+@pytest.mark.parametrize(
+    ("old", "new"), [("seams", "expected_interface"), ("parts", "patched_submodules"), ("describe", "host_shape")]
+)
+def test_mixins_with_old_names_are_told_the_new_ones(old, new):
+    with pytest.raises(TypeError, match=rf"Mine\.{old} is now called {new}"):
+        type("Mine", (HOSTS["mae"],), {old: {}})
+
+
+@pytest.mark.parametrize(
+    ("module", "old", "new"),
+    [
+        ("integrations.host", "HandedOnTokens", "CachedTokenizer"),
+        ("integrations.host", "Part", "PatchedSubmodule"),
+        ("integrations.host", "SeamError", "HostInterfaceError"),
+        ("integrations", "SeamError", "HostInterfaceError"),
+    ],
+)
+def test_imports_of_old_classes_name_the_new_ones(module, old, new):
+    with pytest.raises(ImportError, match=rf"{module}\.{old} is now called {new}"):
+        exec(f"from adamae_sampler.{module} import {old}")
+    found = importlib.import_module(f"adamae_sampler.{module}")
+    assert hasattr(found, new)
+    assert not hasattr(found, "NoSuchName")
+
+
+def test_samplers_with_an_old_method_are_told_the_new_one():
+    with pytest.raises(TypeError, match=r"Mine\.describe is now called complete"):
+        type("Mine", (TubeTokenSampler,), {"describe": None})

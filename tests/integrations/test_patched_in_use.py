@@ -1,4 +1,4 @@
-"""What users do to models: hooks, wrappers, subclasses, shared parts, odd arguments."""
+"""What users do to models: hooks, wrappers, subclasses, shared submodules, odd arguments."""
 
 import math
 from functools import partial
@@ -28,7 +28,7 @@ from adamae_sampler import (
     patch,
     unpatch,
 )
-from adamae_sampler.integrations import SeamError
+from adamae_sampler.integrations import HostInterfaceError
 from adamae_sampler.integrations.host import Patched
 from adamae_sampler.integrations.indexed_mask import SUPPORTED, indexed_mask
 from adamae_sampler.integrations.patching import find_host
@@ -69,12 +69,12 @@ def test_forwards_of_an_instance_are_refused_both_ways():
     model = make_mae()
     model.forward = partial(model.forward)  # as Accelerate does for mixed precision, or torch.compile(model.forward)
     before = vars(model).copy()
-    with pytest.raises(SeamError, match=r"the model has a forward of its own.*Patch first, then wrap"):
+    with pytest.raises(HostInterfaceError, match=r"the model has a forward of its own.*Patch first, then wrap"):
         patch(model)
     assert vars(model) == before
     del model.forward
     model.patch_embed.forward = partial(model.patch_embed.forward)
-    with pytest.raises(SeamError, match="patch_embed has a forward of its own"):
+    with pytest.raises(HostInterfaceError, match="patch_embed has a forward of its own"):
         patch(model)
     del model.patch_embed.forward
     patch(model).forward = partial(model.forward)
@@ -83,7 +83,7 @@ def test_forwards_of_an_instance_are_refused_both_ways():
     del model.forward
     unpatch(model)
     torch.nn.utils.parametrize.register_parametrization(model, "cls_token", nn.Identity())
-    with pytest.raises(SeamError, match="a parametrization"):
+    with pytest.raises(HostInterfaceError, match="a parametrization"):
         patch(model)
 
 
@@ -114,7 +114,9 @@ def test_parts_that_are_wrapped_afterwards():
 def test_parts_that_are_replaced_afterwards():
     model = patch(make_mae().train())
     model.patch_embed = make_mae().patch_embed
-    with pytest.raises(SeamError, match=r"patch_embed of this patched .* was replaced by a .* that is not patched"):
+    with pytest.raises(
+        HostInterfaceError, match=r"patch_embed of this patched .* was replaced by a .* that is not patched"
+    ):
         model(torch.randn(1, 3, 32, 32))
     unpatch(model)
     patch(model)(torch.randn(1, 3, 32, 32))
@@ -132,7 +134,7 @@ def test_models_that_share_a_tokenizer():
     first, second = make_mae(), make_mae()
     second.patch_embed = first.patch_embed
     patch(first)
-    with pytest.raises(SeamError, match="patch_embed is part of another patched model"):
+    with pytest.raises(HostInterfaceError, match="patch_embed belongs to another patched model"):
         patch(second)
     assert isinstance(first.patch_embed, Patched)
     unpatch(first)
@@ -184,7 +186,7 @@ def test_half_precision_and_mixed_models():
 @each_host
 def test_models_without_weights_are_refused(case):
     model = case.make().to("meta")
-    with pytest.raises(SeamError, match="on the meta device"):
+    with pytest.raises(HostInterfaceError, match="on the meta device"):
         patch(model)
 
 

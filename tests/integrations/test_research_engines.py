@@ -74,7 +74,7 @@ assert all(changed), changed
 print("trained", losses)
 """
 
-VIDEOMAE_EDITS = [  # the README's
+VIDEOMAE_EDITS = [  # those of adamae_sampler/integrations/README.md
     ("import utils\n", "import utils\nfrom adamae_sampler import AdaMAELoss\n"),
     ("loss_func = nn.MSELoss()", "loss_func = AdaMAELoss(normalize=normlize_target, patch_size=patch_size, mean=IMAGENET_DEFAULT_MEAN, std=IMAGENET_DEFAULT_STD)"),
     ("videos, bool_masked_pos = batch", "videos = batch[0]"),
@@ -137,7 +137,7 @@ def test_videomae_v2_with_the_readmes_edit(decode_mask):
 
 
 def test_the_readme_shows_the_edit_that_is_tested():
-    readme = (ROOT / "README.md").read_text()
+    readme = (ROOT / "adamae_sampler" / "integrations" / "README.md").read_text()
     block = readme[readme.index("```diff") :]
     block = block[: block.index("```", 3)]
     shown = {line[1:].strip() for line in block.splitlines() if line.startswith("+")}

@@ -1,9 +1,10 @@
 """The options of the reference model beside the exact method: what each must not change, and what makes no sense."""
 
+import inspect
 import math
-import sys
 
 import pytest
+import timm
 import torch
 from conftest import tiny_model
 from torch.nn.functional import avg_pool3d
@@ -18,11 +19,12 @@ from adamae_sampler import (
     ops,
 )
 from adamae_sampler.losses import HeadInputs
+from adamae_sampler.models import PRESETS, AdaMAE
 from adamae_sampler.networks import MHAScoreNetwork, PooledScoreNetwork
-from adamae_sampler.ops import patchify
+from adamae_sampler.ops import head, patchify
 
 GRID = (4, 4, 4)
-FAST = {"score_network": "pooled", "sample_from": "pixels", "decode_ratio": 0.5}
+FAST = PRESETS["fast"]
 CRITERION = AdaMAELoss(patch_size=8)
 
 
@@ -154,7 +156,7 @@ def test_a_decoder_that_gets_a_part_sees_that_part_in_its_places():
 @pytest.mark.parametrize("rows", [10**6, 96, 7])
 def test_a_fused_head_gives_the_same(options, rows, monkeypatch):
     """All at once, a mask at a time and in parts of a mask."""
-    monkeypatch.setattr(sys.modules["adamae_sampler.ops.head_error"], "_CHUNK_BYTES", rows * 384 * 4)
+    monkeypatch.setattr(head, "_CHUNK_BYTES", rows * 384 * 4)
     video, found = clips(), []
     for fused in (False, True):
         torch.manual_seed(0)
@@ -347,3 +349,37 @@ def test_scores_that_are_not_finite_keep_their_meaning_with_exploration():
     assert sample.num_nonfinite.tolist() == [3]
     assert not sample.mask[0, 5]
     assert sample.mask[0, [3, 9]].all()
+
+
+def test_presets_are_their_settings():
+    assert PRESETS["fast"] == {"score_network": "pooled", "sample_from": "pixels", "decode_ratio": 0.5}
+    usual = {name: each.default for name, each in inspect.signature(AdaMAE).parameters.items()}
+    assert PRESETS["exact"] == {name: usual[name] for name in PRESETS["exact"]}
+    fast = create(preset="fast")
+    assert isinstance(fast.sampler.network, PooledScoreNetwork)
+    assert (fast.sample_from, fast.decode_ratio) == ("pixels", 0.5)
+    for options in ({}, {"preset": "exact"}, {"preset": "exact", "masking": "random"}):
+        exact = create(**options)
+        assert (exact.sample_from, exact.decode_ratio) == ("tokens", 1.0)
+    assert isinstance(create(preset="exact").sampler.network, MHAScoreNetwork)
+    assert create(preset="fast", decode_ratio=0.5, mask_ratio=0.75).decode_ratio == 0.5
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"preset": "quick"}, "preset='quick', expected one of 'exact', 'fast'"),
+        ({"preset": "fast", "decode_ratio": 0.25}, "decode_ratio=0.25 contradicts preset='fast'"),
+        ({"preset": "exact", "score_network": "pooled"}, "score_network='pooled' contradicts preset='exact'"),
+        ({"preset": "fast", "masking": "tube"}, "masking='tube' contradicts preset='fast'"),
+    ],
+)
+def test_presets_that_other_arguments_contradict(options, message):
+    with pytest.raises(ValueError, match=message):
+        create(**options)
+
+
+def create(**options):
+    sizes = {"embed_dim": 24, "depth": 1, "num_heads": 2, "decoder_embed_dim": 24, "decoder_depth": 1}
+    sizes |= {"img_size": 32, "num_frames": 8, "patch_size": 8, "decoder_num_heads": 2}
+    return timm.create_model("pretrain_adamae_vit_base_patch16_224", **sizes | {"mask_ratio": 0.75} | options)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from adamae_sampler.ops import draw_mask
-from adamae_sampler.ops.draw_mask import gumbel_noise
+from adamae_sampler.ops.draw import gumbel_noise
 
 INF = math.inf
 any_scores = hnp.arrays(

@@ -13,7 +13,7 @@ from test_model import assert_named_attention_runs
 
 from adamae_sampler import AdaMAELoss, ops
 from adamae_sampler.models import AdaMAE
-from adamae_sampler.ops.draw_mask import gumbel_noise
+from adamae_sampler.ops.draw import gumbel_noise
 
 pytestmark = pytest.mark.gpu
 

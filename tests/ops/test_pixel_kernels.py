@@ -1,12 +1,11 @@
 """The kernels that read video against the ops' plain-PyTorch references: errors, the fused head, patches, thumbnails."""
 
-import sys
-
 import pytest
 import torch
 from kernel_inputs import DEVICE, DTYPES, TOLERANCE, assert_close, make_sample, run, run_both
 
 from adamae_sampler import ops
+from adamae_sampler.ops import head
 
 pytest.importorskip("triton", reason="the kernels need Triton")
 
@@ -43,7 +42,7 @@ def test_reconstruction_error(kind, normalize, dtype, video_dtype, patch, tubele
 @pytest.mark.parametrize(("masks", "rows"), [(1, 99), (3, 99), (3, 14), (2, 3)])
 def test_head_error(kind, dtype, masks, rows, monkeypatch):
     """Mean, errors and all gradients, in parts of several masks and of less than one, against the reference in fp64."""
-    monkeypatch.setattr(sys.modules["adamae_sampler.ops.head_error"], "_CHUNK_BYTES", rows * 96 * dtype.itemsize)
+    monkeypatch.setattr(head, "_CHUNK_BYTES", rows * 96 * dtype.itemsize)
     video, idx = make_video(torch.uint8, 3, 4, 8, 12), make_sample(2 * masks, 12, 5).masked_idx
     leaves = [torch.randn(2 * masks, 7, 20).to(DEVICE, dtype), torch.randn(96, 20, device=DEVICE)]
     leaves += [torch.randn(96, device=DEVICE)]

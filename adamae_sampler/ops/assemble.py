@@ -18,7 +18,7 @@ from adamae_sampler.ops.checks import (
     check_pos,
     check_tokens,
 )
-from adamae_sampler.ops.gather_tokens import gather_op, grad_of_pos, select_rows
+from adamae_sampler.ops.gather import gather_op, grad_of_pos, select_rows
 from adamae_sampler.ops.registration import operator
 from adamae_sampler.ops.rows import as_table, cast_once, place_of_token, row_tiles, rows_in_memory, tile_of
 

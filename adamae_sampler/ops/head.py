@@ -1,4 +1,4 @@
-"""head_error: the decoder's last layer and the reconstruction error as one, so that no prediction is ever held."""
+"""head_error: the decoder's last layer and the reconstruction error together, so that no prediction is stored."""
 
 from __future__ import annotations
 
@@ -11,18 +11,28 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from adamae_sampler.ops.backend import backend_for
-from adamae_sampler.ops.checks import check_device, check_floating, check_index_shape, check_target, check_video_indices
-from adamae_sampler.ops.patches import PatchSize
-from adamae_sampler.ops.reconstruction_error import HOW, error_obstacle, error_reference, launch_error, scale_rows_op
+from adamae_sampler.ops.checks import check_device, check_floating, check_index_shape, check_indices, check_target
+from adamae_sampler.ops.patch_format import PatchFormat, PatchSize
+from adamae_sampler.ops.pixel_error import (
+    HOW,
+    error_obstacle,
+    error_reference,
+    from_plain,
+    launch_error,
+    scale_rows_op,
+    to_plain,
+)
 from adamae_sampler.ops.registration import operator
-from adamae_sampler.ops.target import Kind, Target
+from adamae_sampler.ops.target import Kind, check_kind
 
 _CHUNK_BYTES = 24 * 2**20  # of predictions at a time: they stay in the second-level cache of a data-centre GPU
 
 
 def _chunks(draws: int, num_masked: int, masks: int, rows: int) -> Iterator[tuple[slice, slice, slice]]:
-    """(masks, tokens, clips) of about so many rows: several masks, or a part of one; never a part of a clip's masks
-    beside another clip's."""
+    """Slices (masks, tokens, clips) of about `rows` rows.
+
+    A chunk holds several masks, or a piece of one. It never mixes some masks of one clip with masks of another.
+    """
     rows = max(1, rows)
     at_once, first = max(1, rows // max(num_masked, 1)), 0
     while first < draws:
@@ -53,10 +63,11 @@ def _empty_head_error(
 def _head_error_op(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, video: Tensor, masked_idx: Tensor, *how: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The error [B, M], and with `gradient` the unit gradients (see `reconstruction_error`) of hidden, weight and bias;
-    the last two are summed in fp32 over the parts."""
-    *rest, kernel, gradient = how
-    target = Target(*rest)
+    """The error [B, M], and with `gradient` the unit gradients of hidden, weight and bias (see `_error_op`).
+
+    Those of weight and bias are summed over the chunks in fp32."""
+    *plain, kernel, gradient = how
+    kind, patches = from_plain(*plain)
     error, of_hidden, of_weight, of_bias = _empty_head_error(hidden, weight, bias, video, masked_idx, gradient)
     of_weight.zero_()
     of_bias.zero_()
@@ -74,9 +85,9 @@ def _head_error_op(
             unit = F.linear(flat, cast, cast_bias).view(*idx.shape, values)  # the prediction, at first
             if kernel:
                 part = torch.empty(idx.shape, dtype=error.dtype, device=error.device)
-                launch_error(unit, video[clips], idx, target, part, unit if gradient else None)
+                launch_error(unit, video[clips], idx, kind, patches, part, unit if gradient else None)
             else:
-                part, unit = error_reference(unit, video[clips], idx, target)
+                part, unit = error_reference(unit, video[clips], idx, kind, patches)
             error[masks, tokens] = part
             if gradient:
                 unit = unit.view(-1, values)
@@ -88,8 +99,8 @@ def _head_error_op(
 
 
 class _HeadError(torch.autograd.Function):
-    """The gradients are made in the forward pass, up to the factor that the mean's gradient is: the idea of fused
-    linear cross entropy (Liger-Kernel, arXiv:2410.10989)."""
+    """The forward pass computes the gradients; the backward pass multiplies them by the gradient of the mean. The idea
+    is that of fused linear cross entropy (Liger-Kernel, arXiv:2410.10989)."""
 
     @staticmethod
     def forward(
@@ -99,15 +110,18 @@ class _HeadError(torch.autograd.Function):
         bias: Tensor | None,
         video: Tensor,
         masked_idx: Tensor,
-        target: Target,
+        kind: str,
+        patches: PatchFormat,
         kernel: bool,
         gradient: bool,
     ) -> tuple[Tensor, Tensor]:
-        error, *units = _head_error_op(hidden, weight, bias, video, masked_idx, *target, kernel, gradient)
+        error, *units = _head_error_op(
+            hidden, weight, bias, video, masked_idx, *to_plain(kind, patches), kernel, gradient
+        )
         ctx.mark_non_differentiable(error)
         if gradient:
             ctx.save_for_backward(*units)
-            ctx.factor = (2 if target.kind == "mse" else 1) / (weight.shape[0] * max(error.numel(), 1))
+            ctx.factor = (2 if kind == "mse" else 1) / (weight.shape[0] * max(error.numel(), 1))
             ctx.kernel, ctx.dtypes = kernel, (weight.dtype, None if bias is None else bias.dtype)
         return error.mean(), error
 
@@ -122,7 +136,7 @@ class _HeadError(torch.autograd.Function):
         of_weight_dtype, of_bias_dtype = ctx.dtypes
         grad_weight = (of_weight * (grad * ctx.factor)).to(of_weight_dtype)
         grad_bias = None if of_bias_dtype is None else (of_bias * (grad * ctx.factor)).to(of_bias_dtype)
-        return grad_hidden, grad_weight, grad_bias, None, None, None, None, None
+        return grad_hidden, grad_weight, grad_bias, None, None, None, None, None, None
 
 
 def head_error(
@@ -139,38 +153,49 @@ def head_error(
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`reconstruction_error` of the prediction `F.linear(hidden, weight, bias)`, which is made a part at a time.
+    """`reconstruction_error` of the prediction `F.linear(hidden, weight, bias)`, which is computed in chunks.
 
-    The forward pass makes the gradients too, while a part is in the cache, and keeps those of the hidden states and the
-    weights in the place of the prediction; so only the mean has a gradient.
+    The forward pass also computes the gradients, while a chunk is in the cache. It keeps the gradients of the hidden
+    states and the weights, not the prediction. Only the mean error has a gradient.
 
     Args:
-        hidden: [B R, M, D], what the last layer makes predictions of, in the order of `masked_idx`; under autocast it
-            is cast.
-        weight: [P, D] of the last layer, in any precision; the product is in that of the hidden states.
+        hidden: [B R, M, D], the input of the last layer, in the order of `masked_idx`; autocast casts it.
+        weight: [P, D] of the last layer, in any precision; the product has that of the hidden states.
         bias: [P], or None.
-        video: [B, C, T, H, W], see `reconstruction_error`, as for all further arguments.
+        video: [B, C, T, H, W], see `reconstruction_error`.
         masked_idx: [B R, M] int64.
-        kind: see there.
-        normalize: see there.
-        patch_size: see there.
-        tubelet_size: see there.
-        mean: see there.
-        std: see there.
+        kind: see `reconstruction_error`.
+        normalize: see `reconstruction_error`.
+        patch_size: see `reconstruction_error`.
+        tubelet_size: see `reconstruction_error`.
+        mean: see `reconstruction_error`.
+        std: see `reconstruction_error`.
 
     Returns:
-        the mean error, a scalar with a gradient, and the errors [B R, M] without one; fp32, also under autocast,
-        fp64 for fp64 hidden states.
+        The mean error, a scalar with a gradient; and the errors [B R, M], without one. Both are fp32, also under
+        autocast; fp64 for fp64 hidden states.
 
     Raises:
-        TypeError, ValueError: as `reconstruction_error`; or a hidden state, weight and bias that do not fit each other.
+        TypeError, ValueError: as `reconstruction_error`; or hidden states, weight and bias do not fit each other.
     """
-    if kind not in ("mse", "l1"):
-        raise ValueError(f"kind={kind!r}, expected 'mse' or 'l1'.")
-    check_target(video, patch_size, tubelet_size, normalize, mean, std)
+    patches = PatchFormat.of(patch_size, tubelet_size, normalize, mean, std)
+    return fused_error(hidden, weight, bias, video, masked_idx, kind, patches)
+
+
+def fused_error(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    video: Tensor,
+    masked_idx: Tensor,
+    kind: Kind,
+    patches: PatchFormat,
+) -> tuple[Tensor, Tensor]:
+    """`head_error` of a given format."""
+    check_kind(kind)
+    num_tokens = check_target(video, patches)
     check_index_shape("masked_idx", masked_idx, video.shape[0], video.device, several=True)
-    target = Target.of(kind, normalize, patch_size, tubelet_size, mean, std)
-    values, width = video.shape[1] * target.patch[0] * target.patch[1] * target.patch[2], hidden.shape[-1]
+    values, width = video.shape[1] * patches.pixels, hidden.shape[-1]
     tensors = [("hidden", hidden, (*masked_idx.shape, width)), ("weight", weight, (values, width))]
     for name, each, expected in [*tensors, *([] if bias is None else [("bias", bias, (values,))])]:
         check_floating(name, each)
@@ -178,14 +203,16 @@ def head_error(
         if tuple(each.shape) != expected:
             raise ValueError(
                 f"{name} has shape {tuple(each.shape)}, expected {expected}: hidden states of {masked_idx.shape[1]} "
-                f"masked tokens, and a layer to {values} values, those of a {'x'.join(map(str, target.patch))} patch."
+                f"masked tokens, and a layer to {values} values, those of a {'x'.join(map(str, patches.patch))} patch."
             )
-    check_video_indices("masked_idx", video, masked_idx, patch_size, tubelet_size)
-    kernel = backend_for(hidden, video, obstacle=error_obstacle(video, target)) == "triton"
+    check_indices("masked_idx", masked_idx, video.shape[0], num_tokens, video.device, several=True)
+    kernel = backend_for(hidden, video, obstacle=error_obstacle(video, patches)) == "triton"
     if torch.is_autocast_enabled(hidden.device.type):  # hidden states that came out of an autocast region in fp32
         hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
     gradient = torch.is_grad_enabled() and any(
         each is not None and each.requires_grad for each in (hidden, weight, bias)
     )
-    mean_error, error = _HeadError.apply(hidden, weight, bias, video.detach(), masked_idx, target, kernel, gradient)
+    mean_error, error = _HeadError.apply(
+        hidden, weight, bias, video.detach(), masked_idx, kind, patches, kernel, gradient
+    )
     return mean_error, error

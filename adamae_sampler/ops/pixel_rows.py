@@ -10,9 +10,9 @@ from einops import rearrange
 from torch import Tensor
 
 from adamae_sampler.ops.backend import KERNEL_DTYPES, backend_for, jit, launch, next_power_of_2, tl
-from adamae_sampler.ops.checks import at_least_fp32, check_video, check_video_indices
-from adamae_sampler.ops.gather_tokens import select_rows
-from adamae_sampler.ops.patches import PatchSize, patch_pair, token_grid
+from adamae_sampler.ops.checks import at_least_fp32, check_indices, check_video
+from adamae_sampler.ops.gather import select_rows
+from adamae_sampler.ops.patch_format import PatchFormat, PatchSize
 from adamae_sampler.ops.registration import operator
 
 _MOST_PIXELS = 8192  # of a patch that one program holds; a larger patch takes the reference
@@ -22,15 +22,18 @@ _MOST_CHANNELS = 4  # whose scale and shift a kernel takes
 # ---------------------------------------------------------------------------------------------------- reference
 
 
-def patch_rows(video: Tensor, idx: Tensor | None, patch: Sequence[int]) -> Tensor:
-    """[B, N, P] or [B R, M, P] in the video's dtype, values laid out (c t p1 p2): runs of pixels as they lie in memory.
+def patch_rows(video: Tensor, idx: Tensor | None, patches: PatchFormat) -> Tensor:
+    """The pixels of tokens as rows, in the order of memory.
 
     Args:
         video: [B, C, T, H, W].
         idx: [B R, M] int64; all tokens if None.
-        patch: frames, height and width of a patch.
+        patches: how the video is cut.
+
+    Returns:
+        [B, N, P] or [B R, M, P] in the video's dtype, values laid out (c t p1 p2).
     """
-    pt, p1, p2 = patch
+    pt, p1, p2 = patches.patch
     rows = rearrange(video, "b c (t pt) (h p1) (w p2) -> b (t h w) (c pt p1 p2)", pt=pt, p1=p1, p2=p2)
     return rows if idx is None else select_rows(rows, idx)
 
@@ -104,10 +107,10 @@ def _patch_kernel(
 # ----------------------------------------------------------------------------------------------------- operator
 
 
-def patch_obstacle(video: Tensor, patch: Sequence[int]) -> str:
-    """Why the kernels that read patches do not take them; empty if they do."""
-    if math.prod(patch) > _MOST_PIXELS:
-        return f"the kernel takes patches of up to {_MOST_PIXELS} pixels, not {'x'.join(map(str, patch))}"
+def patch_obstacle(video: Tensor, patches: PatchFormat) -> str:
+    """Why the kernels cannot read the patches of this video; empty if they can."""
+    if patches.pixels > _MOST_PIXELS:
+        return f"the kernel takes patches of up to {_MOST_PIXELS} pixels, not {'x'.join(map(str, patches.patch))}"
     if (
         sum((size - 1) * stride for size, stride in zip(video.shape[1:], video.stride()[1:], strict=True))
         > _MOST_VALUES
@@ -117,14 +120,14 @@ def patch_obstacle(video: Tensor, patch: Sequence[int]) -> str:
 
 
 def channel_obstacle(video: Tensor) -> str:
-    """Why a kernel does not take numbers for each channel; empty if it does."""
+    """Why a kernel cannot take a mean and std for each channel; empty if it can."""
     if video.shape[1] > _MOST_CHANNELS:
         return f"the kernel takes the mean and std of up to {_MOST_CHANNELS} channels, not {video.shape[1]}"
     return ""
 
 
 def channel_arguments(values: Sequence[float]) -> list[float | None]:
-    """As many arguments as a kernel takes; further channels have none of their own."""
+    """The numbers of the first channels, padded with None: a kernel has a fixed number of such arguments."""
     return [*values, *[None] * _MOST_CHANNELS][:_MOST_CHANNELS]
 
 
@@ -132,8 +135,7 @@ def _empty_patches(
     video: Tensor, idx: Tensor | None, patch: Sequence[int], dtype: torch.dtype, offset: float
 ) -> Tensor:
     pt, p1, p2 = patch
-    tokens = math.prod(token_grid(tuple(video.shape), (p1, p2), pt))
-    rows = (video.shape[0], tokens) if idx is None else idx.shape
+    rows = (video.shape[0], math.prod(PatchFormat((pt, p1, p2)).grid(video.shape))) if idx is None else idx.shape
     return video.new_empty(*rows, video.shape[1] * math.prod(patch), dtype=dtype)
 
 
@@ -144,7 +146,7 @@ def _patch_op(video: Tensor, idx: Tensor | None, patch: Sequence[int], dtype: to
     out = _empty_patches(video, idx, patch, dtype, offset)
     (draws, places), (batch, channels) = out.shape[:2], video.shape[:2]
     pt, p1, p2 = patch
-    grid_t, grid_h, grid_w = token_grid(tuple(video.shape), (p1, p2), pt)
+    grid_t, grid_h, grid_w = PatchFormat((pt, p1, p2)).grid(video.shape)
     pixels = next_power_of_2(pt * p1 * p2)
     launch(
         _patch_kernel,
@@ -184,8 +186,8 @@ def patch_tokens(
 ) -> Tensor:
     """The pixels of tokens as rows, in the order of a `Conv3d` kernel: `F.linear(rows, conv.weight.flatten(1))` embeds.
 
-    Values are those of the video, unscaled: 0 to 255 of uint8, which half precision holds exactly. A mean and a
-    standard deviation belong in the weights (see `adamae_sampler.models.layers.PatchEmbed3d`).
+    Values are not scaled: uint8 pixels stay 0 to 255, which half precision holds exactly. Put a mean and a standard
+    deviation into the weights, as `adamae_sampler.models.layers.PatchEmbed3d` does.
 
     Args:
         video: [B, C, T, H, W], uint8 or floating point. A floating-point video that asks for its gradient takes the
@@ -207,19 +209,25 @@ def patch_tokens(
     >>> patch_tokens(torch.arange(8, dtype=torch.uint8).view(1, 1, 1, 2, 4), patch_size=2, tubelet_size=1).tolist()
     [[[0.0, 1.0, 4.0, 5.0], [2.0, 3.0, 6.0, 7.0]]]
     """
-    check_video(video, patch_size, tubelet_size)
+    return rows_of_patches(video, idx, PatchFormat.of(patch_size, tubelet_size), dtype=dtype, offset=offset)
+
+
+def rows_of_patches(
+    video: Tensor, idx: Tensor | None, patches: PatchFormat, *, dtype: torch.dtype | None = None, offset: float = 0.0
+) -> Tensor:
+    """`patch_tokens` of a given format."""
+    num_tokens = check_video(video, patches)
     if idx is not None:
-        check_video_indices("idx", video, idx, patch_size, tubelet_size)
+        check_indices("idx", idx, video.shape[0], num_tokens, video.device, several=True)
     dtype = dtype or (video.dtype if video.is_floating_point() else torch.float32)
     if not dtype.is_floating_point:
         raise TypeError(f"dtype={dtype}, expected a floating-point one.")
-    patch = [tubelet_size, *patch_pair(patch_size)]
     needs_grad = video.requires_grad and torch.is_grad_enabled()
-    obstacle = "the kernel has no gradient for the video" if needs_grad else patch_obstacle(video, patch)
+    obstacle = "the kernel has no gradient for the video" if needs_grad else patch_obstacle(video, patches)
     if dtype not in KERNEL_DTYPES:
         obstacle = f"the kernel gives float32, float16 and bfloat16, not {dtype}"
     if backend_for(video, obstacle=obstacle) == "triton":
-        rows: Tensor = _patch_op(video, idx, patch, dtype, float(offset))
+        rows: Tensor = _patch_op(video, idx, patches.patch, dtype, float(offset))
         return rows
-    found = patch_rows(video, idx, patch)
+    found = patch_rows(video, idx, patches)
     return (at_least_fp32(found) - offset).to(dtype) if offset else found.to(dtype)

@@ -9,33 +9,33 @@ import torch
 from torch import Tensor
 
 from adamae_sampler.ops.backend import KERNEL_DTYPES, backend_for, jit, launch, next_power_of_2, tl
-from adamae_sampler.ops.checks import at_least_fp32, check_video
-from adamae_sampler.ops.patch_tokens import channel_arguments, channel_obstacle, patch_obstacle, pixel_offsets
-from adamae_sampler.ops.patches import PatchSize, patch_pair, patchify, token_grid
+from adamae_sampler.ops.checks import at_least_fp32, check_channels, check_video
+from adamae_sampler.ops.patch_format import PatchFormat, PatchSize
+from adamae_sampler.ops.patches import cut_patches
+from adamae_sampler.ops.pixel_rows import channel_arguments, channel_obstacle, patch_obstacle, pixel_offsets
 from adamae_sampler.ops.registration import operator
 
 _SIDE = 4  # pixels of a shrunk patch's side, or the most that divide a patch's
 
 
-def thumbnail_sides(patch_size: PatchSize) -> tuple[int, int]:
-    """Height and width of a shrunk patch."""
-    p1, p2 = patch_pair(patch_size)
-    return math.gcd(_SIDE, p1), math.gcd(_SIDE, p2)
+def shrunk(patches: PatchFormat) -> PatchFormat:
+    """The format of the shrunk patches: as many frames, and 4 pixels a side, or the most that divide it."""
+    tubelet, p1, p2 = patches.patch
+    return PatchFormat((tubelet, math.gcd(_SIDE, p1), math.gcd(_SIDE, p2)))
 
 
 # ---------------------------------------------------------------------------------------------------- reference
 
 
 def _thumbnails_reference(
-    video: Tensor, patch: Sequence[int], scale: Sequence[float] | None, shift: Sequence[float] | None
+    video: Tensor, patches: PatchFormat, scale: Sequence[float] | None, shift: Sequence[float] | None
 ) -> Tensor:
-    tubelet, p1, p2 = patch
-    side1, side2 = thumbnail_sides((p1, p2))
+    (_, p1, p2), (_, side1, side2) = patches.patch, shrunk(patches).patch
     small = torch.nn.functional.avg_pool3d(at_least_fp32(video), (1, p1 // side1, p2 // side2))
     if scale is not None and shift is not None:
         channels = zip(small.unbind(1), scale, shift, strict=True)
         small = torch.stack([x * factor + offset for x, factor, offset in channels], dim=1)
-    return patchify(small, (side1, side2), tubelet)
+    return cut_patches(small, shrunk(patches))
 
 
 # ------------------------------------------------------------------------------------------------------- kernel
@@ -107,9 +107,9 @@ def _empty_thumbnails(
     dtype: torch.dtype,
 ) -> Tensor:
     tubelet, p1, p2 = patch
-    tokens = math.prod(token_grid(tuple(video.shape), (p1, p2), tubelet))
-    values = video.shape[1] * tubelet * math.prod(thumbnail_sides((p1, p2)))
-    return video.new_empty(video.shape[0], tokens, values, dtype=dtype)
+    patches = PatchFormat((tubelet, p1, p2))
+    values = video.shape[1] * shrunk(patches).pixels
+    return video.new_empty(video.shape[0], math.prod(patches.grid(video.shape)), values, dtype=dtype)
 
 
 @operator(
@@ -125,8 +125,9 @@ def _thumbnails_op(
 ) -> Tensor:
     out = _empty_thumbnails(video, patch, scale, shift, dtype)
     tubelet, p1, p2 = patch
-    side1, side2 = thumbnail_sides((p1, p2))
-    _, grid_h, grid_w = token_grid(tuple(video.shape), (p1, p2), tubelet)
+    patches = PatchFormat((tubelet, p1, p2))
+    _, side1, side2 = shrunk(patches).patch
+    _, grid_h, grid_w = patches.grid(video.shape)
     launch(
         _thumbnails_kernel,
         out.shape[0] * out.shape[1],
@@ -155,7 +156,6 @@ def _thumbnails_op(
 # ------------------------------------------------------------------------------------------------------- public
 
 
-@torch.no_grad()
 def thumbnails(
     video: Tensor,
     *,
@@ -171,8 +171,8 @@ def thumbnails(
         video: [B, C, T, H, W], uint8 or floating point.
         patch_size: height and width of a patch in pixels, one number or a pair.
         tubelet_size: frames of a patch.
-        mean: what to normalise uint8 pixels by, as shares of 255, a number for each channel; floating-point video is
-            taken as it is.
+        mean: a number for each channel, as a share of 255, by which uint8 pixels are normalised. Floating-point video
+            is taken as it is.
         std: the standard deviations that go with `mean`.
         dtype: of the result; the video's if it is floating point, else fp32.
 
@@ -182,21 +182,23 @@ def thumbnails(
     Raises:
         TypeError, ValueError: a wrong dtype or shape, or a size that patches do not divide.
     """
-    check_video(video, patch_size, tubelet_size)
-    if (mean is None) != (std is None):
-        raise ValueError(f"mean={mean} and std={std}: give both or neither.")
+    return shrink(video, PatchFormat.of(patch_size, tubelet_size, mean=mean, std=std), dtype)
+
+
+@torch.no_grad()
+def shrink(video: Tensor, patches: PatchFormat, dtype: torch.dtype | None = None) -> Tensor:
+    """`thumbnails` of a given format."""
+    check_video(video, patches)
     scale = shift = None
-    if mean is not None and std is not None and video.dtype == torch.uint8:
-        if not len(mean) == len(std) == video.shape[1]:
-            raise ValueError(f"mean has {len(mean)} values, std {len(std)}, the video {video.shape[1]} channels.")
-        scale = [1 / (255 * each) for each in std]
-        shift = [-centre / each for centre, each in zip(mean, std, strict=True)]
+    if patches.mean is not None and patches.std is not None and video.dtype == torch.uint8:
+        check_channels(video, patches)
+        scale = [1 / (255 * each) for each in patches.std]
+        shift = [-centre / each for centre, each in zip(patches.mean, patches.std, strict=True)]
     dtype = dtype or (video.dtype if video.is_floating_point() else torch.float32)
-    patch = [tubelet_size, *patch_pair(patch_size)]
-    obstacle = patch_obstacle(video, patch) or (channel_obstacle(video) if scale is not None else "")
+    obstacle = patch_obstacle(video, patches) or (channel_obstacle(video) if scale is not None else "")
     if dtype not in KERNEL_DTYPES:
         obstacle = f"the kernel gives float32, float16 and bfloat16, not {dtype}"
     if backend_for(video, obstacle=obstacle) == "triton":
-        small: Tensor = _thumbnails_op(video, patch, scale, shift, dtype)
+        small: Tensor = _thumbnails_op(video, patches.patch, scale, shift, dtype)
         return small
-    return _thumbnails_reference(video, patch, scale, shift).to(dtype)
+    return _thumbnails_reference(video, patches, scale, shift).to(dtype)

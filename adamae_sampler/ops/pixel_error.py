@@ -1,8 +1,7 @@
-"""reconstruction_error: how far each masked token's prediction is from its pixels."""
+"""reconstruction_error: the distance of each masked token's prediction from its pixels."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,24 +14,26 @@ from adamae_sampler.ops.checks import (
     check_device,
     check_floating,
     check_index_shape,
+    check_indices,
     check_target,
-    check_video_indices,
 )
 from adamae_sampler.ops.interleave import by_channel, by_pixel
-from adamae_sampler.ops.patch_tokens import channel_arguments, channel_obstacle, patch_obstacle, pixel_offsets
-from adamae_sampler.ops.patches import PatchSize, patch_pair, token_grid
+from adamae_sampler.ops.patch_format import PatchFormat, PatchSize
+from adamae_sampler.ops.pixel_rows import channel_arguments, channel_obstacle, patch_obstacle, pixel_offsets
 from adamae_sampler.ops.registration import operator
-from adamae_sampler.ops.target import Kind, Target, target_reference
+from adamae_sampler.ops.target import Kind, check_kind, epsilons, target_reference
 
 # ---------------------------------------------------------------------------------------------------- reference
 
 
-def error_reference(prediction: Tensor, video: Tensor, idx: Tensor, target: Target) -> tuple[Tensor, Tensor]:
-    """[B, M] the error, and [B, M, P] its unit gradient, in the prediction's dtype: see `_error_op`."""
-    wanted = target_reference(video, idx, target)
+def error_reference(
+    prediction: Tensor, video: Tensor, idx: Tensor, kind: str, patches: PatchFormat
+) -> tuple[Tensor, Tensor]:
+    """The error [B, M], and its unit gradient [B, M, P] in the prediction's dtype: see `_error_op`."""
+    wanted = target_reference(video, idx, patches)
     by_channel = prediction.unflatten(-1, (-1, video.shape[1])).transpose(-1, -2)  # (t p1 p2 c) to [.., C, pixels]
     unit = (by_channel - wanted).transpose(-1, -2).flatten(-2)
-    if target.kind == "mse":
+    if kind == "mse":
         error = torch.linalg.vector_norm(unit, dim=-1).square() / unit.shape[-1]
     else:
         error, unit = unit.abs().mean(-1), unit.sign()
@@ -191,27 +192,33 @@ def _scale_rows_kernel(unit_ptr, grad_error_ptr, out_ptr, P, factor, TILE: tl.co
 # ---------------------------------------------------------------------------------------------------- operators
 
 
-def error_obstacle(video: Tensor, target: Target) -> str:
-    """Why the kernel does not take them; empty if it does."""
-    return (channel_obstacle(video) if target.std is not None else "") or patch_obstacle(video, target.patch)
+def error_obstacle(video: Tensor, patches: PatchFormat) -> str:
+    """Why the kernel cannot compare with this video; empty if it can."""
+    return (channel_obstacle(video) if patches.std is not None else "") or patch_obstacle(video, patches)
 
 
 def launch_error(
-    prediction: Tensor, video: Tensor, idx: Tensor, target: Target, error: Tensor, unit: Tensor | None
+    prediction: Tensor,
+    video: Tensor,
+    idx: Tensor,
+    kind: str,
+    patches: PatchFormat,
+    error: Tensor,
+    unit: Tensor | None,
 ) -> None:
-    """Fills error [B, M], and unit [B, M, P] where it is given, which may be the prediction itself."""
+    """Fills error [B, M]; and unit [B, M, P] if it is given, which may be the prediction itself."""
     (draws, num_masked), (batch, channels) = idx.shape, video.shape[:2]
-    tubelet, p1, p2 = target.patch
-    tokens_t, tokens_h, tokens_w = token_grid(tuple(video.shape), (p1, p2), tubelet)
-    pixels = next_power_of_2(math.prod(target.patch))
-    scales: list[float] = []  # of the first four channels; further ones have the last one's
-    shifts: list[float] = []
-    if target.normalize:
-        scales = target.epsilons(video)
+    tubelet, p1, p2 = patches.patch
+    tokens_t, tokens_h, tokens_w = patches.grid(video.shape)
+    pixels = next_power_of_2(patches.pixels)
+    scales: Sequence[float] = []  # of the first four channels; further ones have the last one's
+    shifts: Sequence[float] = []
+    if patches.normalize:
+        scales = epsilons(video, patches)
     elif video.dtype == torch.uint8:
         scales, shifts = [1 / 255] * channels, [0.0] * channels
-    elif target.mean is not None and target.std is not None:
-        scales, shifts = target.std, target.mean
+    elif patches.mean is not None and patches.std is not None:
+        scales, shifts = patches.std, patches.mean
     prediction = prediction if prediction.stride(-1) == 1 else prediction.contiguous()
     launch(
         _error_kernel,
@@ -231,8 +238,8 @@ def launch_error(
         *channel_arguments(scales),
         *channel_arguments(shifts),
         GRADIENT=unit is not None,
-        SQUARED=target.kind == "mse",
-        NORMALIZE=target.normalize,
+        SQUARED=kind == "mse",
+        NORMALIZE=patches.normalize,
         SCALED=bool(shifts),
         C=channels,
         TUBELET=tubelet,
@@ -244,8 +251,20 @@ def launch_error(
     )
 
 
-# Spelt out, since torch 2.6 does not infer lists. `patch` is (tubelet, height, width).
+# Operators take the kind of error and the format as plain values. Spelt out, since torch 2.6 does not infer lists.
 HOW = "str kind, bool normalize, int[] patch, float[]? mean, float[]? std"
+Plain = tuple[str, bool, Sequence[int], Sequence[float] | None, Sequence[float] | None]
+
+
+def to_plain(kind: str, patches: PatchFormat) -> Plain:
+    """The values of `HOW`."""
+    return kind, patches.normalize, patches.patch, patches.mean, patches.std
+
+
+def from_plain(kind: str, normalize: bool, patch: Sequence[int], *statistics: Any) -> tuple[str, PatchFormat]:
+    """The inverse of `to_plain`."""
+    pt, p1, p2 = patch
+    return kind, PatchFormat((pt, p1, p2), normalize, *statistics)
 
 
 def _empty_error(prediction: Tensor, video: Tensor, idx: Tensor, *how: Any) -> tuple[Tensor, Tensor]:
@@ -259,13 +278,13 @@ def _empty_error(prediction: Tensor, video: Tensor, idx: Tensor, *how: Any) -> t
     _empty_error,
 )
 def _error_op(prediction: Tensor, video: Tensor, idx: Tensor, *how: Any) -> tuple[Tensor, Tensor]:
-    """The error [B, M], and with `gradient` the unit gradient of the prediction, [B, M, P] in its dtype.
+    """The error [B, M], and with `gradient` the unit gradient [B, M, P] in the dtype of the prediction.
 
-    That is the derivative of the error times P / 2 for "mse" and P for "l1": the difference, or its sign, whose size
-    suits half precision.
+    The unit gradient is the derivative of the error, times P / 2 for "mse" and P for "l1". It equals the difference, or
+    its sign, which half precision holds well.
     """
     error, unit = _empty_error(prediction, video, idx, *how)
-    launch_error(prediction, video, idx, Target(*how[:-1]), error, unit if how[-1] else None)
+    launch_error(prediction, video, idx, *from_plain(*how[:-1]), error, unit if how[-1] else None)
     return error, unit
 
 
@@ -285,19 +304,26 @@ def scale_rows_op(unit: Tensor, grad_error: Tensor, factor: float) -> Tensor:
 
 
 class _ReconstructionError(torch.autograd.Function):
-    """By kernel or by reference; the forward pass makes the gradient, so that neither prediction nor video is kept."""
+    """The kernel or the reference. The forward pass computes the gradient, so it keeps neither prediction nor video."""
 
     @staticmethod
     def forward(
-        ctx: Any, prediction: Tensor, video: Tensor, idx: Tensor, target: Target, kernel: bool, wants: bool
+        ctx: Any,
+        prediction: Tensor,
+        video: Tensor,
+        idx: Tensor,
+        kind: str,
+        patches: PatchFormat,
+        kernel: bool,
+        wants: bool,
     ) -> Tensor:
         if kernel:
-            error, unit = _error_op(prediction, video, idx, *target, wants)
+            error, unit = _error_op(prediction, video, idx, *to_plain(kind, patches), wants)
         else:
-            error, unit = error_reference(prediction, video, idx, target)
+            error, unit = error_reference(prediction, video, idx, kind, patches)
         if wants:
             ctx.save_for_backward(unit)
-            ctx.factor, ctx.kernel = (2 if target.kind == "mse" else 1) / unit.shape[-1], kernel
+            ctx.factor, ctx.kernel = (2 if kind == "mse" else 1) / unit.shape[-1], kernel
         return error
 
     @staticmethod
@@ -308,7 +334,7 @@ class _ReconstructionError(torch.autograd.Function):
             grad = scale_rows_op(unit, grad_error, ctx.factor)
         else:
             grad = (unit * (grad_error * ctx.factor)[..., None]).to(unit.dtype)
-        return grad, None, None, None, None, None
+        return grad, None, None, None, None, None, None
 
 
 # ------------------------------------------------------------------------------------------------------- public
@@ -330,7 +356,7 @@ def reconstruction_error(
 
     Args:
         prediction: [B R, M, P], in the order of `masked_idx`; its gradient is the only one.
-        video: [B, C, T, H, W], see `reconstruction_target`, as for all further arguments.
+        video: [B, C, T, H, W], see `reconstruction_target`.
         masked_idx: [B R, M] int64, R rows after each other for each clip.
         kind: "mse" or "l1".
         normalize: see `reconstruction_target`.
@@ -346,24 +372,28 @@ def reconstruction_error(
         TypeError, ValueError: as `reconstruction_target`; an unknown kind; a prediction whose shape does not
             fit the video, the mask or the patch size.
     """
-    if kind not in ("mse", "l1"):
-        raise ValueError(f"kind={kind!r}, expected 'mse' or 'l1'.")
+    return token_errors(
+        prediction, video, masked_idx, kind, PatchFormat.of(patch_size, tubelet_size, normalize, mean, std)
+    )
+
+
+def token_errors(prediction: Tensor, video: Tensor, masked_idx: Tensor, kind: Kind, patches: PatchFormat) -> Tensor:
+    """`reconstruction_error` of a given format."""
+    check_kind(kind)
     check_floating("prediction", prediction)
-    check_target(video, patch_size, tubelet_size, normalize, mean, std)
+    num_tokens = check_target(video, patches)
     check_device("prediction", prediction, video.device)
     check_index_shape("masked_idx", masked_idx, video.shape[0], video.device, several=True)
-    p1, p2 = patch_pair(patch_size)
-    expected = (*masked_idx.shape, tubelet_size * p1 * p2 * video.shape[1])
+    expected = (*masked_idx.shape, patches.pixels * video.shape[1])
     if tuple(prediction.shape) != expected:
         raise ValueError(
             f"prediction has shape {tuple(prediction.shape)}, expected {expected}: clips, masked tokens, and "
-            f"{tubelet_size}x{p1}x{p2} pixels of {video.shape[1]} channels. Check patch_size and tubelet_size; a "
-            "decoder that predicts all tokens must be cut to the masked ones first, and one that predicts a part of "
-            "them goes with sample.target_idx."
+            f"{'x'.join(map(str, patches.patch))} pixels of {video.shape[1]} channels. Check patch_size and "
+            "tubelet_size; a decoder that predicts all tokens must be cut to the masked ones first, and one that "
+            "predicts a part of them goes with sample.target_idx."
         )
-    check_video_indices("masked_idx", video, masked_idx, patch_size, tubelet_size)
-    target = Target.of(kind, normalize, patch_size, tubelet_size, mean, std)
-    kernel = backend_for(prediction, video, obstacle=error_obstacle(video, target)) == "triton"
+    check_indices("masked_idx", masked_idx, video.shape[0], num_tokens, video.device, several=True)
+    kernel = backend_for(prediction, video, obstacle=error_obstacle(video, patches)) == "triton"
     wants = torch.is_grad_enabled() and prediction.requires_grad
-    error: Tensor = _ReconstructionError.apply(prediction, video.detach(), masked_idx, target, kernel, wants)
+    error: Tensor = _ReconstructionError.apply(prediction, video.detach(), masked_idx, kind, patches, kernel, wants)
     return error

@@ -1,0 +1,47 @@
+"""Named settings of the pre-training models."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+Preset = Literal["exact", "fast"]
+
+PRESETS: Mapping[str, Mapping[str, Any]] = {
+    "exact": {"score_network": "mha", "sample_from": "tokens", "decode_ratio": 1.0},
+    "fast": {"score_network": "pooled", "sample_from": "pixels", "decode_ratio": 0.5},
+}
+"""Arguments of `AdaMAE` for each preset: "exact" is the method of the paper, "fast" costs less."""
+
+
+def with_preset(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a model, with `preset` replaced by its settings.
+
+    Args:
+        arguments: of `AdaMAE`, and `preset`. Without `preset` they are returned as they are: the defaults of `AdaMAE`
+            are the settings of "exact".
+
+    Raises:
+        ValueError: the preset is unknown, or another argument contradicts it.
+    """
+    arguments = dict(arguments)
+    preset = arguments.pop("preset", None)
+    if preset is None:
+        return arguments
+    if preset not in PRESETS:
+        raise ValueError(f"preset={preset!r}, expected one of {', '.join(map(repr, PRESETS))}.")
+    settings = PRESETS[preset]
+    for name, value in settings.items():
+        if name in arguments and arguments[name] != value:
+            raise ValueError(
+                f"{name}={arguments[name]!r} contradicts preset={preset!r}, which sets {name}={value!r}. Leave one of "
+                "them out."
+            )
+    masking = arguments.get("masking", "adaptive")
+    if masking != "adaptive" and preset != "exact":
+        raise ValueError(
+            f"masking={masking!r} contradicts preset={preset!r}, which sets score_network="
+            f"{settings['score_network']!r}: only masking='adaptive' takes a score network. Leave the preset out, and "
+            "give sample_from and decode_ratio by name."
+        )
+    return {**arguments, **settings}
