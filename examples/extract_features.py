@@ -19,13 +19,13 @@ import numpy as np
 import torch
 from accelerate.utils import gather_object
 
-from common.cli import parse_settings
+from common.atomic_files import replacing, write_tensors
+from common.command_line import parse_settings
 from common.devices import make_accelerator
-from common.evaluation import map_views
-from common.features import FeatureSettings, Pool, frozen_encoder
-from common.files import replacing, write_tensors
 from common.report import report_left_out
-from common.sources import Labelled
+from evaluation.features import FeatureSettings, Pool, frozen_encoder
+from evaluation.multi_view import map_views
+from video_data.datasets import VideoDataset
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +58,7 @@ def run(options: Options) -> None:
         raise ValueError("--data is needed: a folder of videos or a list file.")
     if options.pool == "none" and options.clips * options.crops > 1:
         raise ValueError("tokens of several views have no common place; leave --clips and --crops at 1.")
-    data = Labelled.find(options.data, options)
+    data = VideoDataset.find(options.data, options)
     accelerator = make_accelerator(options.precision)
     encoder = frozen_encoder(options, options.pool, accelerator)
     source = data.views(options, options.clips, options.crops)

@@ -17,15 +17,15 @@ from pathlib import Path
 
 from accelerate.utils import set_seed
 
-from common.cli import parse_settings
+from common.atomic_files import write_tensors
+from common.command_line import parse_settings
 from common.devices import make_accelerator
-from common.evaluation import Evaluation, write_results
-from common.features import FeatureSettings, Pool, cached_features
-from common.files import write_tensors
-from common.probes import Probe, ProbeKind, ProbeRecipe, predict, train_probe
 from common.report import check_output, report_left_out
-from common.sources import Labelled, check_apart, describe_classes
-from common.video import VideoError
+from evaluation.features import FeatureSettings, Pool, cached_features
+from evaluation.multi_view import Evaluation, write_results
+from evaluation.probes import Probe, ProbeKind, ProbeRecipe, predict, train_probe
+from video_data.datasets import VideoDataset, check_apart, describe_classes
+from video_data.video import VideoError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +63,7 @@ def run(options: Options) -> float | None:
         raise ValueError("--train and --val are needed: lists of videos, or 'sprites:1000:1' and 'sprites:1000:2'.")
     if options.kind == "attentive" and options.clips * options.crops > 1:
         raise ValueError("an attentive probe attends to the tokens of one view; leave --clips and --crops at 1.")
-    train, val = (Labelled.find(name, options) for name in (options.train, options.val))
+    train, val = (VideoDataset.find(name, options) for name in (options.train, options.val))
     num_classes = max(train.num_classes, val.num_classes)
     check_apart(train, val)
     left_out, val_left_out = train.drop_labels(num_classes), val.drop_labels(num_classes)

@@ -5,9 +5,10 @@ import math
 
 import pytest
 
-from common.finetune_recipe import FinetuneRecipe
-from common.pretrain_recipe import PretrainRecipe
-from common.recipe import PRESETS, Schedule, load_preset, recipe_from
+from training.finetune_recipe import FinetuneRecipe
+from training.pretrain_recipe import PretrainRecipe
+from training.recipe import PRESETS, load_preset, recipe_from
+from training.schedule import Schedule
 
 
 def test_presets_follow_the_paper():
@@ -43,7 +44,7 @@ def test_every_preset_loads_and_unknown_ones_are_named():
 def test_a_preset_with_a_stray_setting_is_refused(tmp_path, monkeypatch):
     (tmp_path / "pretrain").mkdir()
     (tmp_path / "pretrain" / "bad.yaml").write_text("learning_rate: 1\nepochs: 2\noutput: x\n")
-    monkeypatch.setattr("common.recipe.PRESETS", tmp_path)
+    monkeypatch.setattr("training.recipe.PRESETS", tmp_path)
     with pytest.raises(ValueError, match="sets learning_rate, which a recipe does not have"):
         load_preset(PretrainRecipe, "bad")
 

@@ -32,8 +32,9 @@ from scripts import (
 )
 from videos import write_video
 
-from common.pretrain_recipe import PretrainRecipe
-from common.state import BEST, Checkpoints, _put_tensors, _take_tensors, recipe_of_state
+from training.checkpoints import BEST, Checkpoints, _put_tensors, _take_tensors
+from training.pretrain_recipe import PretrainRecipe
+from training.resume import recipe_of_state
 
 pretrain = partial(run_script, "pretrain.py")
 pretrain_here = partial(run_here, pretrain_script.main)
@@ -59,7 +60,7 @@ def run_until(folder, steps, *arguments):
     script = f"""
 import os, sys
 sys.path.insert(0, {str(EXAMPLES)!r})
-import pretrain, common.metrics as m
+import pretrain, training.run_log as m
 real = m.RunLog.write
 def write(self, step, values):
     real(self, step, values)
@@ -255,7 +256,7 @@ def test_killed_in_the_middle_of_writing(tmp_path):
     script = f"""
 import os, signal, sys
 sys.path.insert(0, {str(EXAMPLES)!r})
-import pretrain, safetensors.torch, common.files
+import pretrain, safetensors.torch, common.atomic_files
 real, calls = safetensors.torch.save_file, []
 def save_file(tensors, path, metadata):
     real(tensors, path, metadata)
@@ -313,7 +314,7 @@ def test_a_full_disk_keeps_the_previous_checkpoint(tmp_path):
     script = f"""
 import resource, signal, sys
 sys.path.insert(0, {str(EXAMPLES)!r})
-import pretrain, common.metrics as m
+import pretrain, training.run_log as m
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 real = m.RunLog.write
 def write(self, step, values):

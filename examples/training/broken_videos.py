@@ -1,4 +1,4 @@
-"""Videos that cannot be used: a file that names them, and a bound on how many there may be."""
+"""Broken videos of a run: the file quarantine.txt that names them, and the largest share that is tolerated."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from pathlib import Path
 from accelerate.utils import broadcast_object_list, gather_object
 from tqdm import tqdm
 
-from common.datasets import ClipSource
-from common.files import append_whole
+from common.atomic_files import append_whole
+from video_data.clips import ClipSource
 
 
-class Quarantine:
+class BrokenVideos:
     """The broken videos of a run: `name<tab>why` in a file, a line each, added as they are found by any process.
 
     Args:
-        path: the file; the main process reads it at first, for all, and writes it.
-        source: the data set, to whose videos a resumed run keeps.
-        largest_share: of its videos may be broken.
+        path: the file, which the main process reads at the start for all processes, and writes.
+        source: the data set; entries of other videos in the file are not counted.
+        largest_share: share of the videos that may be broken.
         writes: whether this is the main process.
     """
 
@@ -28,17 +28,23 @@ class Quarantine:
         self.largest_share = largest_share
         self.writes = writes
         names = {source.name(index) for index in range(self.videos)}
-        entries = {name: why for name, why in read_quarantine(path).items() if name in names} if writes else {}
+        entries = {name: why for name, why in read_broken_videos(path).items() if name in names} if writes else {}
         self.known: dict[str, str] = broadcast_object_list([entries])[0]
+        self._found: dict[str, str] = {}  # by this process, not yet exchanged
         self._unwritten = "" if not writes or _ends_with_a_line(path) else "\n"
 
-    def add(self, found: Mapping[str, str]) -> str | None:
-        """Adds what this process found (name: why); all processes have to call it, and each learns what others found.
+    def add(self, found: Mapping[str, str]) -> None:
+        """Notes broken videos that this process found, {name: reason}, until `exchange`."""
+        self._found |= found
+
+    def exchange(self) -> str | None:
+        """Tells all processes of the videos that each has found; all processes call this.
 
         Returns:
-            what is wrong, if more than the share is broken.
+            An error message if more than the tolerated share is broken, else None.
         """
-        everywhere = dict(gather_object(list(found.items())))
+        everywhere = dict(gather_object(list(self._found.items())))
+        self._found.clear()
         new = {name: why for name, why in everywhere.items() if name not in self.known}
         self.known |= new
         if new and self.writes:
@@ -60,13 +66,13 @@ class Quarantine:
         )
 
     def report(self) -> None:
-        """Says at the end of a run how many there are."""
+        """Prints the number of broken videos at the end of a run."""
         if self.known:
             print(f"{len(self.known)} videos could not be used and others took their place; they are in {self.path}")
 
 
-def read_quarantine(path: Path) -> dict[str, str]:
-    """Name and cause of each video in the file, if there is one; a half-written last line is no entry."""
+def read_broken_videos(path: Path) -> dict[str, str]:
+    """Name and reason of each video in the file, which may be missing. A half-written last line is no entry."""
     if not path.is_file():
         return {}
     whole, _, _ = path.read_text(encoding="utf-8").rpartition("\n")

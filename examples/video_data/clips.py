@@ -1,9 +1,8 @@
-"""Where clips come from: video files or sprites; an endless, reproducible stream for training, fixed views for
-evaluation.
+"""Training clips: from a video file to the batches of a run.
 
-A source gives clips of video `index` for a random generator, and its views without one. `ClipStream` decides which
-video stands at which position of a run and seeds the generator by position, so that a run is the same for any number
-of workers, and resumes by its position.
+`VideoClips` reads the frames of a video and makes clips of them. `ClipStream` puts the videos in the order of a run and
+seeds every random choice by position: a run is the same for any number of readers, and resumes by its position.
+`clip_loader` makes batches of the stream. The training loop takes them from there.
 """
 
 from __future__ import annotations
@@ -17,13 +16,14 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, default_collate
+from torch.utils.data import DataLoader, Dataset
 
-from common.lists import VideoEntry
-from common.sampling import Sampling, fixed_clips, random_clip
-from common.sprites import Sprites
-from common.transforms import fixed_crops
-from common.video import Unreachable, Video, VideoError
+from common.settings import FrameSampling
+from video_data.frame_sampling import random_clip
+from video_data.reader_processes import video_loader
+from video_data.sprites import Sprites
+from video_data.video import Unreachable, VideoError
+from video_data.video_lists import VideoEntry
 
 _REPLACEMENTS = 20  # how many other clips stand in for one that cannot be read before the run gives up
 _PAUSES = (0.1, 0.4)  # seconds before trying a video once more, and again: file systems over a network have bad moments
@@ -43,21 +43,11 @@ class ClipSource(Protocol):
         ...
 
     def name(self, index: int) -> str:
-        """What to call a video in reports and in the quarantine file; another one for each."""
+        """The name of a video in reports and in quarantine.txt, unique in the source."""
         ...
 
     def key(self, index: int) -> str:
-        """What makes it this video of the data set, wherever its file is."""
-        ...
-
-
-class ViewSource(Protocol):
-    """A finite set of videos that gives fixed views for evaluation."""
-
-    def __len__(self) -> int: ...
-
-    def views(self, index: int) -> dict[str, Any]:
-        """{"video": [V, C, T, H, W] uint8, "label": int}; raises VideoError if it cannot be read."""
+        """Identifies a video of the data set, in whatever folder its file is."""
         ...
 
 
@@ -79,7 +69,7 @@ class VideoClips:
         num_frames: int,
         stride: int,
         transform: Transform,
-        sampling: Sampling = "dense",
+        sampling: FrameSampling = "dense",
         repeats: int = 1,
     ) -> None:
         self.entries = entries
@@ -106,79 +96,24 @@ class VideoClips:
         entry = self.entries[index]
         try:
             with entry.open() as video:
-                places = random_clip(self.sampling, _available(video, entry), self.num_frames, self.stride, generator)
-                frames = video.read([entry.start + place for place in places])  # [T, C, H, W]
+                available = entry.count_frames(video)
+                places = random_clip(self.sampling, available, self.num_frames, self.stride, generator)
+                frames = video.read([entry.start + place for place in places])  # [T, C, H, W] uint8
         except VideoError as error:
             raise type(error)(f"{entry.where}: {error}") from error
-        clips = [self.transform(frames, generator) for _ in range(self.repeats)]
+        clips = [self.transform(frames, generator) for _ in range(self.repeats)]  # cropped and flipped
         return {"video": torch.stack(clips).transpose(1, 2), "label": torch.full((self.repeats,), entry.label)}
 
 
-class VideoViews:
-    """Fixed clips and crops of videos, for evaluation; a video is decoded once for all of them.
-
-    Args:
-        entries: the videos.
-        num_frames: T, frames of a clip.
-        stride: distance of two frames of a clip in frames of the video.
-        img_size: height and width of a crop.
-        sampling: which frames a clip takes.
-        clips: clips of a video.
-        crops: crops of a clip.
-    """
-
-    def __init__(
-        self,
-        entries: Sequence[VideoEntry],
-        num_frames: int,
-        stride: int,
-        img_size: tuple[int, int],
-        sampling: Sampling = "dense",
-        clips: int = 1,
-        crops: int = 1,
-    ) -> None:
-        self.entries = entries
-        self.num_frames = num_frames
-        self.stride = stride
-        self.img_size = img_size
-        self.sampling = sampling
-        self.num_clips = clips
-        self.num_crops = crops
-
-    def __len__(self) -> int:
-        return len(self.entries)
-
-    def views(self, index: int) -> dict[str, Any]:
-        """All views of video `index`, clip by clip: {"video": [V, C, T, H, W] uint8, "label": int}."""
-        entry = self.entries[index]
-        try:
-            with entry.open() as video:
-                available = _available(video, entry)
-                clips = fixed_clips(self.sampling, available, self.num_frames, self.stride, self.num_clips)
-                wanted = sorted({place for clip in clips for place in clip})
-                frames = video.read([entry.start + place for place in wanted])  # [distinct, C, H, W]
-        except VideoError as error:
-            raise VideoError(f"{entry.where}: {error}") from error
-        crops = fixed_crops(frames, self.img_size, self.num_crops)
-        at = {place: number for number, place in enumerate(wanted)}
-        views = [crop[[at[place] for place in clip]] for clip in clips for crop in crops]
-        return {"video": torch.stack(views).transpose(1, 2), "label": entry.label}
-
-
-def _available(video: Video, entry: VideoEntry) -> int:
-    """Frames of the part of a video that its entry names."""
-    available = video.count() - entry.start
-    return available if entry.frames is None else min(available, entry.frames)
-
-
 class SpriteClips:
-    """`Sprites` as a source of clips and of views. A sprite clip is one fixed clip, repeated where several are wanted.
+    """`Sprites` as a source of clips for training and of views for evaluation.
 
-    Clips are kept once made, if all of them fit into half a gigabyte: making one takes as long as a small model's step.
+    Each sprite is one fixed clip. Clips are cached if all of them fit into half a gigabyte, since making a clip takes
+    as long as a step of a small model.
 
     Args:
         sprites: the clips.
-        repeats: R, how often a clip is given for training.
+        repeats: R, copies of a clip in training.
     """
 
     def __init__(self, sprites: Sprites, repeats: int = 1) -> None:
@@ -218,7 +153,7 @@ class SpriteClips:
 
 
 def digest(source: ClipSource) -> str:
-    """Tells data sets apart by their videos' names, parts and labels, in their order, wherever they are."""
+    """A hash of the names, parts and labels of the videos, in their order and whatever their folder."""
     keys = "\n".join(source.key(index) for index in range(len(source)))
     return hashlib.sha256(keys.encode()).hexdigest()
 
@@ -226,9 +161,9 @@ def digest(source: ClipSource) -> str:
 class ClipStream(Dataset[dict[str, Any]]):
     """Positions `start` .. `stop` of an endless run over a source: epoch after epoch, each in its own order.
 
-    A video that cannot be read is tried again, then replaced by another one, chosen by position too, and reported in
-    the item's `left_out`. Whether a clip can be read may depend on its frames, so a video that is known to be broken
-    is tried too, but once: what stands at a position does not depend on what was read before it.
+    A video that cannot be read is tried again. Then another video, chosen by position, takes its place, and the item's
+    `left_out` reports it. A video that is known to be broken is still tried once, since other frames of it may be
+    readable: so the clip at a position never depends on the clips that were read before.
 
     Args:
         source: the clips.
@@ -265,7 +200,7 @@ class ClipStream(Dataset[dict[str, Any]]):
 
     @cached_property
     def digest(self) -> str:
-        """See `digest`."""
+        """The `digest` of the source."""
         return digest(self.source)
 
     def names(self, start: int, stop: int) -> list[str]:
@@ -301,22 +236,6 @@ class ClipStream(Dataset[dict[str, Any]]):
         return self._order[1][place]
 
 
-class ViewSet(Dataset[dict[str, Any]]):
-    """The views of a source, for a DataLoader; what cannot be read becomes a message in the place of a video."""
-
-    def __init__(self, source: ViewSource) -> None:
-        self.source = source
-
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        try:
-            return {**self.source.views(index), "index": index, "left_out": []}
-        except VideoError as error:
-            return {"left_out": [str(error)]}
-
-
 def collate_clips(items: list[dict[str, Any]]) -> dict[str, Any]:
     """Joins the clips of several videos: {"video": [B R, C, T, H, W], "label": [B R], "left_out": {name: why}}."""
     return {
@@ -326,11 +245,6 @@ def collate_clips(items: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def collate_views(items: list[dict[str, Any]]) -> dict[str, Any]:
-    """Stacks what could be read: {"video": [B, V, C, T, H, W], "label": [B], "index": [B], "left_out": messages}.
-
-    Without "video" where nothing could be.
-    """
-    left_out = [message for item in items for message in item["left_out"]]
-    read = [{name: item[name] for name in ("video", "label", "index")} for item in items if "video" in item]
-    return {**(default_collate(read) if read else {}), "left_out": left_out}
+def clip_loader(stream: ClipStream, batch_size: int, workers: int) -> DataLoader:
+    """Batches of `batch_size` videos (see `collate_clips`), in the order of the stream; `workers` processes read."""
+    return video_loader(stream, collate_clips, workers, batch_size=batch_size)

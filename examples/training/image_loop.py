@@ -1,4 +1,4 @@
-"""A short training on still pictures of sprites, for the examples of masked autoencoders for images."""
+"""A short training loop on images of sprites, for the examples of masked autoencoders for images."""
 
 from __future__ import annotations
 
@@ -6,17 +6,23 @@ import torch
 from torch import nn
 
 from adamae_sampler import AdaMAELoss
-from common.sprites import Sprites
+from video_data.sprites import Sprites
 
 
-def train_on_pictures(model: nn.Module, patch_size: int | tuple[int, int], steps: int) -> list[float]:
-    """Trains a model that gives prediction and sample of images; returns the reconstruction losses."""
+def train_on_images(model: nn.Module, patch_size: int | tuple[int, int], steps: int) -> list[float]:
+    """Trains on batches of 16 images and returns the reconstruction loss of each step.
+
+    Args:
+        model: images [B, 3, 64, 64] in 0..1 -> prediction and sample, as `AdaMAELoss` takes them.
+        patch_size: side of a patch in pixels.
+        steps: optimiser steps.
+    """
     criterion = AdaMAELoss(patch_size=patch_size, tubelet_size=1, normalize=False)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    pictures = Sprites()
+    clips = Sprites()
     losses = []
     for step in range(steps):
-        images = torch.stack([pictures[16 * step + i]["video"][:, 0] for i in range(16)]) / 255  # [16, 3, 64, 64]
+        images = torch.stack([clips[16 * step + i]["video"][:, 0] for i in range(16)]) / 255  # [16, 3, 64, 64]
         prediction, sample = model(images)
         out = criterion(prediction, images.unsqueeze(2), sample)  # an image is a video of one frame
         optimizer.zero_grad()

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from common.recipe import Recipe
+from training.recipe import Recipe
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from common.devices import precision_of
-from common.recipe import Recipe
+from training.recipe import Recipe
 
 Part = tuple[dict[str, Any], int]  # a batch, and its number in the run
 Update = Callable[[Iterable[Part]], None]

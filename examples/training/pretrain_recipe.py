@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from adamae_sampler.losses import Estimator
-from common.recipe import Recipe
+from training.recipe import Recipe
 
 SAMPLER_SETTINGS = ("score_network", "sample_from", "temperature", "exploration")  # which a sampler's weights go with
 

@@ -17,10 +17,10 @@ from typing import Any
 
 import av
 
-from common.files import replacing
-from common.lists import VideoEntry
-from common.shards import index_shard, write_index
-from common.video import Video, VideoError
+from common.atomic_files import replacing
+from video_data.shards import index_shard, write_index
+from video_data.video import Video, VideoError
+from video_data.video_lists import VideoEntry
 
 
 @dataclass(frozen=True)

@@ -1,79 +1,16 @@
-"""Recipes: the settings that every training run has, their presets, and the learning rate that follows from them."""
+"""Recipes: the settings that every training run has, and their presets."""
 
 from __future__ import annotations
 
-import math
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar
 
 import yaml
 
-from common.sampling import Sampling
+from common.settings import EncoderSettings
 
 PRESETS = Path(__file__).parent.parent / "presets"
-
-
-@dataclass(frozen=True, kw_only=True)
-class EncoderSettings:
-    """How large encoder and clips are, and which frames of a video a clip takes."""
-
-    model: str
-    """Model of timm's registry."""
-    img_size: tuple[int, int] = (224, 224)
-    """Height and width of a clip in pixels."""
-    num_frames: int = 16
-    """Frames of a clip."""
-    patch_size: int = 16
-    """Side of a patch in pixels."""
-    tubelet_size: int = 2
-    """Frames of a patch."""
-    embed_dim: int | None = None
-    """Width of the encoder; the model's own if None, as for the next two."""
-    depth: int | None = None
-    """Blocks of the encoder."""
-    num_heads: int | None = None
-    """Attention heads of the encoder."""
-
-    sampling: Sampling = "dense"
-    """Frames of a clip: 'dense', at the stride from one place (Kinetics), or 'segments', one of each of num_frames
-    equal parts of the video, whatever the stride (Something-Something)."""
-    stride: int = 4
-    """Distance of two frames of a clip in frames of the video."""
-
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """Autocast; 'auto' is bf16 on devices made for it, fp32 elsewhere (CPUs). fp16, on GPUs, scales the losses."""
-    workers: int = 4
-    """Processes that read clips; 0 reads them in the main process."""
-    seed: int = 0
-    """Of every random choice: weights, order of the data, augmentation, masks."""
-
-    def __post_init__(self) -> None:
-        self.check_least(num_frames=1, patch_size=1, tubelet_size=1, stride=1, workers=0)
-
-    def check_least(self, **least: float) -> None:
-        """Raises ValueError for a setting below its least value; None is none."""
-        for name, bound in least.items():
-            value = getattr(self, name)
-            if value is not None and not value >= bound:
-                raise ValueError(f"{name}={value}, expected {bound} or more.")
-
-    def check_most(self, **most: float) -> None:
-        """Raises ValueError for a setting above its largest value; None is none."""
-        for name, bound in most.items():
-            value = getattr(self, name)
-            if value is not None and not value <= bound:
-                raise ValueError(f"{name}={value}, expected {bound} or less.")
-
-    def sizes(self) -> dict[str, Any]:
-        """Keyword arguments for `timm.create_model` that say how large clips and encoder are; None is the model's."""
-        names = ("img_size", "num_frames", "patch_size", "tubelet_size", "embed_dim", "depth", "num_heads")
-        return {name: getattr(self, name) for name in names}
-
-    def plain(self) -> dict[str, Any]:
-        """The settings as numbers, strings and lists, for files."""
-        plain = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
-        return {name: str(value) if isinstance(value, Path) else value for name, value in plain.items()}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,61 +101,6 @@ class Recipe(EncoderSettings):
 
 
 AnyRecipe = TypeVar("AnyRecipe", bound=Recipe)
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """What follows from a recipe, the number of videos and the number of devices.
-
-    Attributes:
-        clips: videos of the data set.
-        effective_batch: videos of one optimiser step.
-        accumulation: forward passes of one optimiser step on one device.
-        steps: optimiser steps of the run.
-        warmup_steps: steps over which the learning rate rises, at most half of them.
-        shortened: whether the recipe asked for more warm-up than that.
-        lr: highest learning rate, base_lr * effective_batch / 256.
-        min_lr: last learning rate.
-    """
-
-    clips: int
-    effective_batch: int
-    accumulation: int
-    steps: int
-    warmup_steps: int
-    shortened: bool
-    lr: float
-    min_lr: float
-
-    @classmethod
-    def of(cls, recipe: Recipe, clips: int, devices: int) -> Schedule:
-        """The schedule of a recipe for a data set of so many videos on so many devices."""
-        accumulation = recipe.accumulation(devices)
-        effective = recipe.batch_size * devices * accumulation
-
-        def in_steps(epochs: float) -> int:
-            return math.floor(epochs * clips / effective)
-
-        steps = recipe.steps if recipe.steps is not None else max(1, in_steps(recipe.epochs))
-        warmup = recipe.warmup_steps if recipe.warmup_steps is not None else in_steps(recipe.warmup_epochs)
-        scale = effective / 256
-        return cls(
-            clips=clips,
-            effective_batch=effective,
-            accumulation=accumulation,
-            steps=steps,
-            warmup_steps=min(warmup, steps // 2),
-            shortened=warmup > steps // 2,
-            lr=recipe.base_lr * scale,
-            min_lr=recipe.min_base_lr * scale,
-        )
-
-    def lr_at(self, step: int) -> float:
-        """Learning rate of step 0, 1, ...: a linear rise to `lr`, then half a cosine down to `min_lr`."""
-        if step < self.warmup_steps:
-            return self.lr * (step + 1) / self.warmup_steps
-        progress = (step - self.warmup_steps) / max(1, self.steps - 1 - self.warmup_steps)
-        return self.min_lr + (self.lr - self.min_lr) * (1 + math.cos(math.pi * min(progress, 1.0))) / 2
 
 
 def load_preset(kind: type[AnyRecipe], name: str) -> AnyRecipe:

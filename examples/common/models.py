@@ -1,4 +1,4 @@
-"""Weights files of the example scripts: safetensors that also say which model they are of, and by which recipe."""
+"""Models by name, and their weights files: safetensors that also state the model's sizes and its recipe."""
 
 from __future__ import annotations
 
@@ -7,16 +7,35 @@ from pathlib import Path
 from typing import Any
 
 import safetensors
+import timm
 
 from adamae_sampler.models import AdaMAE, VideoClassifier
-from common.files import write_tensors
-from common.recipe import EncoderSettings, Recipe
+from common.atomic_files import write_tensors
+from common.settings import EncoderSettings
 
 SIZES = ("img_size", "num_frames", "patch_size", "tubelet_size", "embed_dim", "depth", "num_heads")
 DECODER_SIZES = ("decoder_embed_dim", "decoder_depth", "decoder_num_heads")
+AUTOENCODERS, CLASSIFIERS = "pretrain_adamae*", "adamae_vit*"  # families of models in timm's registry
 
 
-def save_weights(model: AdaMAE | VideoClassifier, path: Path, recipe: Recipe) -> None:
+def create_model(name: str, family: str, **arguments: Any) -> Any:
+    """A model of timm's registry.
+
+    Args:
+        name: its name.
+        family: pattern of the names that fit, as of `timm.list_models`.
+        arguments: keyword arguments of the model; None keeps the model's own.
+
+    Raises:
+        ValueError: no model of the family has this name.
+    """
+    known = timm.list_models(family)
+    if name not in known:
+        raise ValueError(f"no model {name!r}; there are {', '.join(known)}.")
+    return timm.create_model(name, **arguments)
+
+
+def save_weights(model: AdaMAE | VideoClassifier, path: Path, recipe: EncoderSettings) -> None:
     """Writes a model's weights with its sizes and the recipe that trained it."""
     metadata = {"model": json.dumps(_sizes(model)), "recipe": json.dumps(recipe.plain())}
     write_tensors(path, model.state_dict(), metadata)
@@ -47,8 +66,11 @@ def _transformer(prefix: str, blocks: Any) -> dict[str, int]:
 
 
 def stated_sizes(checkpoint: str) -> dict[str, Any]:
-    """The keyword arguments that a checkpoint says its model has: of a file of these scripts, or of a Hugging Face
-    VideoMAE folder. Classifiers state `num_classes` too. Empty for other files, whose sizes are the user's to give."""
+    """The keyword arguments of the model that a checkpoint states.
+
+    Files of these scripts and Hugging Face VideoMAE folders state them; classifiers state `num_classes` too. Other
+    files state none, and the user gives the sizes.
+    """
     path = Path(checkpoint)
     if checkpoint and (path / "config.json").is_file():
         return _huggingface_sizes(json.loads((path / "config.json").read_text(encoding="utf-8")))
@@ -58,7 +80,7 @@ def stated_sizes(checkpoint: str) -> dict[str, Any]:
 
 
 def size_note(checkpoint: str, settings: EncoderSettings) -> str:
-    """What to say of clips of another size than the checkpoint's: weights do not depend on it, positions do."""
+    """A note on clips of another size than the checkpoint's, or an empty string. The weights fit clips of any size."""
     sizes = stated_sizes(checkpoint)
     other = [name for name in ("img_size", "num_frames") if name in sizes and sizes[name] != getattr(settings, name)]
     notes = [f"{name} {sizes[name]} there, {getattr(settings, name)} here" for name in other]
@@ -68,8 +90,11 @@ def size_note(checkpoint: str, settings: EncoderSettings) -> str:
 
 
 def ends_with_norm(checkpoint: str) -> bool:
-    """Whether the encoder of a checkpoint has a LayerNorm of its own at its end. Those of classifiers and of Hugging
-    Face models for mean pooling (their default) have none; of other files it is taken for granted."""
+    """Whether the encoder of a checkpoint ends with a LayerNorm.
+
+    Encoders of classifiers and of Hugging Face models for mean pooling (their default) do not. Other files are assumed
+    to.
+    """
     config = Path(checkpoint) / "config.json"
     if config.is_file():
         return not json.loads(config.read_text(encoding="utf-8")).get("use_mean_pooling", True)

@@ -12,19 +12,18 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-import timm
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor
 
 from adamae_sampler.models import VideoClassifier, load_checkpoint
-from common.checkpoints import ends_with_norm, size_note, stated_sizes
-from common.evaluation import map_views
-from common.recipe import EncoderSettings
+from common.models import CLASSIFIERS, create_model, ends_with_norm, size_note, stated_sizes
 from common.report import describe_clips
-from common.sources import Labelled
-from common.video import VideoError
+from common.settings import EncoderSettings
+from evaluation.multi_view import map_views
+from video_data.datasets import VideoDataset
+from video_data.video import VideoError
 
 Pool = Literal["mean", "none"]
 
@@ -65,12 +64,9 @@ def frozen_encoder(settings: FeatureSettings, pool: Pool, accelerator: Accelerat
         FileNotFoundError, TypeError, ValueError: as `load_checkpoint`.
     """
     fine_tuned = "num_classes" in stated_sizes(settings.need_checkpoint())
-    known = timm.list_models("adamae_vit*")
-    if settings.model not in known:
-        raise ValueError(f"no model {settings.model!r}; there are {', '.join(known)}.")
-    model: VideoClassifier = timm.create_model(
-        settings.model, num_classes=0, encoder_norm=ends_with_norm(settings.checkpoint), **settings.sizes()
-    )
+    norm = ends_with_norm(settings.checkpoint)
+    sizes = settings.sizes()
+    model: VideoClassifier = create_model(settings.model, CLASSIFIERS, num_classes=0, encoder_norm=norm, **sizes)
     report = load_checkpoint(model, settings.checkpoint, only="" if fine_tuned else "encoder.")
     if accelerator.is_main_process:
         views = f"{settings.clips} clips x {settings.crops} crops of a video"
@@ -109,7 +105,7 @@ class Features:
 
 
 def cached_features(
-    settings: FeatureSettings, data: Labelled, pool: Pool, folder: Path, accelerator: Accelerator
+    settings: FeatureSettings, data: VideoDataset, pool: Pool, folder: Path, accelerator: Accelerator
 ) -> Features:
     """The features of a data set from `folder`, computed and written there first if they are not in it.
 
@@ -146,7 +142,7 @@ def cached_features(
     return Features(index, label[index], values, left_out)
 
 
-def _name(settings: FeatureSettings, data: Labelled, pool: Pool) -> tuple[str, dict[str, object]]:
+def _name(settings: FeatureSettings, data: VideoDataset, pool: Pool) -> tuple[str, dict[str, object]]:
     """Name of the cache, and what it is derived from."""
     names = {each.name for each in fields(FeatureSettings)} - {"batch_size", "workers", "checkpoint", "seed"}
     nature: dict[str, object] = {name: value for name, value in settings.plain().items() if name in names}
@@ -176,7 +172,7 @@ def _write(
     folder: Path,
     encoder: Callable[[Tensor], Tensor],
     settings: FeatureSettings,
-    data: Labelled,
+    data: VideoDataset,
     pool: Pool,
     accelerator: Accelerator,
 ) -> list[str]:

@@ -1,4 +1,4 @@
-"""From the name of a data set to its videos."""
+"""Data sets by name: from --data, --train or --val to a source of clips or views."""
 
 from __future__ import annotations
 
@@ -6,13 +6,11 @@ import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
-from common.datasets import ClipSource, SpriteClips, VideoClips, VideoViews, ViewSource
-from common.finetune_recipe import FinetuneRecipe
-from common.lists import VideoEntry, class_names, list_videos, split_by_label
-from common.pretrain_recipe import PretrainRecipe
-from common.recipe import EncoderSettings
-from common.sprites import DIRECTIONS, SHAPES, Sprites
-from common.transforms import FinetuneTransform, PretrainTransform
+from common.settings import EncoderSettings
+from video_data.clips import ClipSource, SpriteClips, Transform, VideoClips
+from video_data.sprites import DIRECTIONS, SHAPES, Sprites
+from video_data.video_lists import VideoEntry, class_names, list_videos, split_by_label
+from video_data.views import VideoViews, ViewSource
 
 
 def find_sprites(data: str, settings: EncoderSettings) -> Sprites | None:
@@ -36,24 +34,14 @@ def find_sprites(data: str, settings: EncoderSettings) -> Sprites | None:
     return Sprites(length, settings.num_frames, height, settings.patch_size, settings.tubelet_size, seed)
 
 
-def pretrain_source(recipe: PretrainRecipe) -> ClipSource:
-    """What `data` names: 'sprites', a folder, or a list file; a source without clips for an empty string."""
-    sprites = find_sprites(recipe.data, recipe)
-    if sprites is not None:
-        return SpriteClips(sprites, recipe.repeats)
-    entries = list_videos(recipe.data) if recipe.data else []
-    transform = PretrainTransform(recipe.img_size, recipe.flip)
-    return VideoClips(entries, recipe.num_frames, recipe.stride, transform, recipe.sampling, recipe.repeats)
-
-
 @dataclass
-class Labelled:
-    """A labelled data set: sprites, or the entries of a list.
+class VideoDataset:
+    """A data set: sprites, or the videos of a folder, a list or shards.
 
     Attributes:
-        name: as given on the command line.
-        sprites: the clips, or None.
-        entries: the videos of a list.
+        name: its name on the command line.
+        sprites: the generated clips; None for videos.
+        entries: the videos; empty for sprites.
     """
 
     name: str
@@ -61,8 +49,8 @@ class Labelled:
     entries: list[VideoEntry]
 
     @classmethod
-    def find(cls, name: str, settings: EncoderSettings) -> Labelled:
-        """What the name says; nothing for an empty one."""
+    def find(cls, name: str, settings: EncoderSettings) -> VideoDataset:
+        """The data set of a name; an empty one for an empty name. Raises ValueError or FileNotFoundError."""
         sprites = find_sprites(name, settings)
         return cls(name, sprites, list_videos(name) if name and sprites is None else [])
 
@@ -75,11 +63,11 @@ class Labelled:
         return Sprites.num_classes if self.sprites is not None else max((e.label for e in self.entries), default=-1) + 1
 
     def labels(self) -> set[int]:
-        """The labels that there is a video of."""
+        """The labels that occur."""
         return set(range(Sprites.num_classes)) if self.sprites is not None else {entry.label for entry in self.entries}
 
     def drop_labels(self, num_classes: int) -> list[str]:
-        """Leaves out the videos whose label is not one of so many classes, and returns a message for each.
+        """Leaves out the videos whose label is not in 0 .. num_classes - 1, and returns a message for each.
 
         Raises:
             ValueError: nothing would be left, or there are sprites of more classes.
@@ -107,7 +95,7 @@ class Labelled:
         return str(self.entries[index].path) if self.sprites is None else f"{self.name}[{index}]"
 
     def fingerprint(self) -> str:
-        """A digest of which videos these are: paths, parts, labels, sizes and times of the files."""
+        """A hash of the paths, parts, labels, sizes and times of the files."""
         if self.sprites is not None:
             return repr(sorted(vars(self.sprites).items()))
         digest = hashlib.sha256()
@@ -115,12 +103,11 @@ class Labelled:
             digest.update(entry.fingerprint().encode())
         return digest.hexdigest()
 
-    def clips(self, recipe: FinetuneRecipe) -> ClipSource:
-        """Augmented clips for training; sprites stay as they are."""
+    def clips(self, settings: EncoderSettings, transform: Transform, repeats: int) -> ClipSource:
+        """Clips for training, `repeats` of each video; `transform` crops and augments videos, not sprites."""
         if self.sprites is not None:
-            return SpriteClips(self.sprites, recipe.repeats)
-        transform = FinetuneTransform(recipe.img_size, recipe.randaugment, recipe.flip)
-        return VideoClips(self.entries, recipe.num_frames, recipe.stride, transform, recipe.sampling, recipe.repeats)
+            return SpriteClips(self.sprites, repeats)
+        return VideoClips(self.entries, settings.num_frames, settings.stride, transform, settings.sampling, repeats)
 
     def views(self, settings: EncoderSettings, clips: int, crops: int) -> ViewSource:
         """Fixed views for evaluation; a sprite has one."""
@@ -131,8 +118,8 @@ class Labelled:
         )
 
 
-def describe_classes(train: Labelled, val: Labelled) -> str:
-    """How many classes the lists have videos of, and which classes of val are never trained on."""
+def describe_classes(train: VideoDataset, val: VideoDataset) -> str:
+    """The number of classes in each data set, and the classes of val that are never trained on, on one line."""
     known, unknown = train.labels(), sorted(val.labels() - train.labels())
     text = f"videos of {len(known)} to train on, of {len(val.labels())} to evaluate on"
     if not unknown or not known:
@@ -141,7 +128,7 @@ def describe_classes(train: Labelled, val: Labelled) -> str:
     return f"{text}; WARNING: {len(unknown)} of val are never trained on, such as {unknown[0]} ({first})"
 
 
-def check_apart(train: Labelled, val: Labelled) -> None:
+def check_apart(train: VideoDataset, val: VideoDataset) -> None:
     """Raises ValueError if training and evaluation would have the same sprites."""
     if train.sprites is not None and val.sprites is not None and train.sprites.seed == val.sprites.seed:
         raise ValueError(f"--train {train.name} and --val {val.name} have the same clips; give one another seed.")

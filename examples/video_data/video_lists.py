@@ -1,4 +1,4 @@
-"""List files: which videos a data set has, and their labels."""
+"""List files: the videos of a data set, and their labels."""
 
 from __future__ import annotations
 
@@ -7,16 +7,24 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from common.shards import Span, is_index, read_index
-from common.video import VIDEO_SUFFIXES, Video, VideoError
+from video_data.shards import Span, is_index, read_index
+from video_data.video import VIDEO_SUFFIXES, Video, VideoError
 
 LABELS = "labels.txt"  # the names of the classes, one a line, beside the lists
 
 
 @dataclass(frozen=True)
 class VideoEntry:
-    """One video of a list. `frames` is None for all from `start` on; `where` names it in messages; `span` is where its
-    bytes are if it is in a shard, which `path` then only names."""
+    """One video of a list.
+
+    Attributes:
+        path: its file; for a video in a shard only its name.
+        label: its class, -1 where there is none.
+        start: first frame of the part that is used.
+        frames: number of frames of that part; None is all frames from `start` on.
+        where: its name in messages.
+        span: its bytes in a shard; None for a file.
+    """
 
     path: Path
     label: int = -1
@@ -34,6 +42,11 @@ class VideoEntry:
     def open(self) -> Video:
         """The video, open for reading; raises VideoError."""
         return Video(self.path if self.span is None else self.span.read())
+
+    def count_frames(self, video: Video) -> int:
+        """The number of frames of the part that is used; `video` is this entry, opened. Raises VideoError."""
+        available = video.count() - self.start
+        return available if self.frames is None else min(available, self.frames)
 
     def read(self) -> bytes:
         """The bytes of its file; raises VideoError."""

@@ -10,17 +10,15 @@ gives one frame, whatever the stride. A video with fewer frames than segments re
 from __future__ import annotations
 
 import math
-from typing import Literal
 
 import torch
 
-from common.video import VideoError
-
-Sampling = Literal["dense", "segments"]
+from common.settings import FrameSampling
+from video_data.video import VideoError
 
 
 def random_clip(
-    sampling: Sampling, available: int, num_frames: int, stride: int, generator: torch.Generator
+    sampling: FrameSampling, available: int, num_frames: int, stride: int, generator: torch.Generator
 ) -> list[int]:
     """The frames of one training clip, ascending, of a video with `available` frames.
 
@@ -34,7 +32,7 @@ def random_clip(
     return _segments(places, available, num_frames)
 
 
-def fixed_clips(sampling: Sampling, available: int, num_frames: int, stride: int, clips: int) -> list[list[int]]:
+def fixed_clips(sampling: FrameSampling, available: int, num_frames: int, stride: int, clips: int) -> list[list[int]]:
     """The frames of each of `clips` fixed clips of a video, for evaluation.
 
     Dense: starts from the first to the last one possible, evenly; the middle one for a single clip. Segments: each clip

@@ -11,7 +11,7 @@ from timm.layers import AttentionPoolLatent, trunc_normal_
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from common.features import Features
+from evaluation.features import Features
 
 ProbeKind = Literal["linear", "attentive"]
 

@@ -1,5 +1,8 @@
-"""Weights and optimiser as one process would have them, by the names of the parameters: gathered from and dealt out to
-whatever the model is wrapped in, DDP, FSDP2 (shards of everything), DeepSpeed ZeRO-2 (shards of the optimiser)."""
+"""The full state of model and optimiser, by the names of the parameters, whatever wraps the model.
+
+The state is gathered from and loaded into DDP, FSDP2 (which shards everything) and DeepSpeed ZeRO-2 (which shards the
+optimiser). It is the state that a single process would have.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,7 @@ from common.devices import uses_deepspeed
 _MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's
 
 
-def whole_weights(accelerator: Accelerator, model: Any) -> dict[str, Tensor]:
+def full_weights(accelerator: Accelerator, model: Any) -> dict[str, Tensor]:
     """The weights on the CPU of the main process; nothing on the others, which have to call this too.
 
     Args:
@@ -33,13 +36,13 @@ def whole_weights(accelerator: Accelerator, model: Any) -> dict[str, Tensor]:
     return weights if accelerator.is_main_process else {}
 
 
-def on_every_process(model: nn.Module) -> dict[str, Tensor]:
+def full_weights_everywhere(model: nn.Module) -> dict[str, Tensor]:
     """The weights of a model that FSDP2 shards, on the device of each process; all have to call this."""
     weights: Any = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
     return dict(weights)
 
 
-def whole_state(accelerator: Accelerator, model: Any, optimizer: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+def full_state(accelerator: Accelerator, model: Any, optimizer: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     """Weights and optimiser on the CPU of the main process; all processes have to call this.
 
     Args:
@@ -48,15 +51,15 @@ def whole_state(accelerator: Accelerator, model: Any, optimizer: Any) -> tuple[d
         optimizer: AdamW, prepared.
     """
     if uses_deepspeed(accelerator):
-        return whole_weights(accelerator, model), _zero_state(model.module, optimizer.optimizer)
+        return full_weights(accelerator, model), _zero_state(model.module, optimizer.optimizer)
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     return get_state_dict(model, optimizer.optimizer, options=options)
 
 
-def deal_out(
+def load_full_state(
     accelerator: Accelerator, model: Any, optimizer: Any, weights: dict[str, Any], state: dict[str, Any]
 ) -> None:
-    """The inverse of `whole_state`; every process gives all of it."""
+    """The inverse of `full_state`; every process passes the full state."""
     if uses_deepspeed(accelerator):
         model.module.load_state_dict(weights)
         _set_zero_state(model.module, optimizer.optimizer, state)

@@ -17,8 +17,8 @@ from typing import Any
 
 import fsspec
 
-from common.files import replacing
-from common.video import VIDEO_SUFFIXES, Unreachable, VideoError
+from common.atomic_files import replacing
+from video_data.video import VIDEO_SUFFIXES, Unreachable, VideoError
 
 INDEX = "index.json"
 _FORMAT = "adamae_sampler shards 1"

@@ -17,17 +17,15 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
-from common.datasets import ViewSet, ViewSource, collate_views
 from common.devices import Normalise, autocast
-from common.interrupts import READERS
-from common.video import VideoError
+from video_data.video import VideoError
+from video_data.views import ViewSource, view_loader
 
 
 @dataclass(frozen=True)
 class Batch:
-    """What a function of the views gave for some videos of a source."""
+    """The values of a function for some videos of a source."""
 
     index: Tensor  # [B] int64, places in the source
     label: Tensor  # [B] int64
@@ -58,17 +56,8 @@ def map_views(
     starts = range(0, len(source), batch_size)
     batches = [list(range(start, min(start + batch_size, len(source)))) for start in starts]
     mine = batches[accelerator.process_index :: accelerator.num_processes]
-    loader = DataLoader(
-        ViewSet(source),
-        batch_sampler=mine,
-        num_workers=workers,
-        collate_fn=collate_views,
-        pin_memory=torch.cuda.is_available(),
-        worker_init_fn=READERS,
-        generator=torch.Generator(),  # its own, so that evaluating during training spends none of its randomness
-    )
     normalise = Normalise(accelerator.device)
-    for batch in loader:
+    for batch in view_loader(source, mine, workers):
         if "video" not in batch:
             none = torch.empty(0, dtype=torch.int64)
             yield Batch(none, none, torch.empty(0), batch["left_out"])

@@ -1,4 +1,4 @@
-"""The command lines of the training scripts: a preset or a saved run gives the settings, options override them."""
+"""Command lines of the training scripts: a preset or a saved run gives the settings, options override them."""
 
 from __future__ import annotations
 
@@ -7,18 +7,19 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Generic
 
 import tyro
 
-from common.checkpoints import SIZES, stated_recipe, stated_sizes
-from common.recipe import AnyRecipe, EncoderSettings, load_preset
-from common.state import CHECKPOINTS, Checkpoints, recipe_of_state
+from common.command_line import of_checkpoint
+from training.checkpoints import CHECKPOINTS, Checkpoints
+from training.recipe import AnyRecipe, load_preset
+from training.resume import recipe_of_state
 
 
 @dataclass(frozen=True)
 class Run:
-    """What a run needs besides its recipe."""
+    """Options of a run besides its recipe."""
 
     preset: str
     """Recipe to start from, a file of examples/presets."""
@@ -30,7 +31,7 @@ class Run:
 
     @property
     def origin(self) -> str:
-        """Where the settings are from that the command line does not give."""
+        """The source of the settings that the command line does not give."""
         return f"preset {self.preset}" if self.resume is None else f"those of {self.resume}"
 
 
@@ -43,14 +44,13 @@ class _Arguments(Generic[AnyRecipe]):
 def parse_arguments(
     kind: type[AnyRecipe], arguments: list[str], preset: str, description: str | None, taken: Sequence[str] = ()
 ) -> tuple[AnyRecipe, Run]:
-    """The recipe of --preset with the sizes that --checkpoint states, or that of the run that --resume names; and what
-    the command line overrides.
+    """The recipe of --preset with the sizes of --checkpoint, or the recipe of the run to resume; options override it.
 
     Args:
         kind: the class of the recipe.
         arguments: the command line.
-        preset: name of the preset where none is given.
-        description: for --help.
+        preset: name of the default preset.
+        description: text of --help.
         taken: settings besides the sizes that are taken from the run that wrote --checkpoint.
 
     Raises:
@@ -77,38 +77,11 @@ def parse_arguments(
 
 
 def _newest(output: Path, kind: type[AnyRecipe]) -> Path | None:
-    """What --resume auto means; says which files were passed over, and that there is none."""
+    """The checkpoint of --resume auto. Prints the files that were passed over, or that there is no checkpoint."""
     newest, passed_over = Checkpoints(output / CHECKPOINTS).newest(kind.kind)
-    speaks = os.environ.get("RANK", "0") == "0"  # of torchrun's processes the first
+    speaks = os.environ.get("RANK", "0") == "0"  # the first of torchrun's processes
     for message in passed_over if speaks else ():
         print(f"passed over: {message}")
     if newest is None and speaks:
         print(f"--resume auto: no checkpoint in {output / CHECKPOINTS}, a new run begins")
     return newest
-
-
-Settings = TypeVar("Settings", bound=EncoderSettings)
-
-
-def checkpoint_of(arguments: list[str]) -> str:
-    """What follows --checkpoint on a command line, or nothing."""
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--checkpoint", default="")
-    found: str = first.parse_known_args(arguments)[0].checkpoint
-    return found
-
-
-def of_checkpoint(settings: Settings, arguments: list[str], taken: Sequence[str]) -> Settings:
-    """The settings with the sizes that the file or folder after --checkpoint states, if it does, and with what is
-    `taken` of the recipe that wrote it."""
-    checkpoint = checkpoint_of(arguments)
-    sizes, recipe = stated_sizes(checkpoint), stated_recipe(checkpoint)
-    found = {name: sizes[name] for name in SIZES if name in sizes}
-    return replace(settings, **found, **{name: recipe[name] for name in taken if name in recipe})
-
-
-def parse_settings(start: Settings, arguments: list[str], description: str | None) -> Settings:
-    """Settings without presets: those given, with sizes and sampling of frames that --checkpoint states, and the
-    command line's."""
-    default = of_checkpoint(start, arguments, ("sampling", "stride"))
-    return tyro.cli(type(start), args=arguments, default=default, description=description)
