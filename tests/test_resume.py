@@ -15,6 +15,7 @@ import pretrain as pretrain_script
 import pytest
 import safetensors.torch
 import torch
+import yaml
 from scripts import (
     EXAMPLES,
     TINY_PRETRAIN,
@@ -345,7 +346,26 @@ def test_the_recipe_of_an_earlier_version_is_understood(tmp_path):
         tree = json.loads(file.metadata()["state"])
     for then, now in ((True, "whole"), (False, None)):
         tree["recipe"] |= {"head_chunks": 8, "compile": then}
-        tree["recipe"].pop("graph", None)
+        for later in ("graph", "fast"):
+            tree["recipe"].pop(later, None)
         safetensors.torch.save_file(safetensors.torch.load_file(path), path, {"state": json.dumps(tree)})
         recipe = recipe_of_state(PretrainRecipe, path)
-        assert (recipe.compile, recipe.graph) == (now, False)
+        assert (recipe.compile, recipe.graph, recipe.fast) == (now, False, False)
+    printed = pretrain_here("--resume", path, "--steps", 2)
+    assert "from step 1" in printed
+
+
+def test_a_resumed_run_is_as_fast_as_before(tmp_path):
+    run = tmp_path / "run"
+    pretrain_here(*SPRITES, "--fast", "--steps", 1, "--output", run)
+    assert yaml.safe_load((run / "recipe.yaml").read_text())["fast"] is True
+    recipe = recipe_of_state(PretrainRecipe, newest_checkpoint(run))
+    assert (recipe.fast, recipe.score_network, recipe.sample_from, recipe.decode_ratio) == (
+        True,
+        "pooled",
+        "pixels",
+        0.5,
+    )
+    contradicted = refused(pretrain_script.main, "--resume", newest_checkpoint(run), "--score-network", "mlp")
+    assert "--score-network mlp contradicts --fast" in contradicted
+    assert "from step 1" in pretrain_here("--resume", newest_checkpoint(run), "--steps", 2)

@@ -60,14 +60,20 @@ def parse_arguments(
     first.add_argument("--preset", default=preset)
     first.add_argument("--resume", type=Path)
     first.add_argument("--output", type=Path)
+    for shortcut in kind.shortcuts:
+        first.add_argument(f"--{shortcut}", action="store_true")
     known = first.parse_known_args(arguments)[0]
     preset_recipe = load_preset(kind, known.preset)
     resume = known.resume
     if resume == Path("auto"):
         resume = _newest(known.output or preset_recipe.output, kind)
     start = recipe_of_state(kind, resume) if resume else of_checkpoint(preset_recipe, arguments, taken)
+    for shortcut, meant in kind.shortcuts.items():
+        if getattr(known, shortcut):  # a default, so that an option that contradicts it shows below
+            start = replace(start, **{shortcut: True, **meant})
     default = _Arguments(start, Run(known.preset))
     found = tyro.cli(_Arguments[kind], args=arguments, default=default, description=description)  # type: ignore[valid-type]
+    found.recipe.check_shortcuts()
     for given, wins in (("epochs", "steps"), ("warmup_epochs", "warmup_steps")):
         value = getattr(found.recipe, wins)
         if getattr(found.recipe, given) != getattr(start, given) and value is not None:

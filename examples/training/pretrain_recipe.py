@@ -18,6 +18,9 @@ class PretrainRecipe(Recipe):
 
     kind: ClassVar[str] = "pretrain"
     data_settings: ClassVar[tuple[str, ...]] = ("data",)
+    shortcuts: ClassVar[dict[str, dict[str, Any]]] = {
+        "fast": {"score_network": "pooled", "sample_from": "pixels", "decode_ratio": 0.5}
+    }
 
     data: str = ""
     """Folder of videos, list file (`path label` or `path start frames label`), shards (their folder, or the path or URL
@@ -35,6 +38,8 @@ class PretrainRecipe(Recipe):
     """The sampler's network: 'mha' is the paper's, 'pooled' attends to cells of tokens for far less."""
     sample_from: Literal["tokens", "pixels"] = "tokens"
     """What the sampler sees: tokens, or patches shrunk to 4 x 4 pixels; then the visible tokens alone are embedded."""
+    fast: bool = False
+    """Train in less time than the paper's method: score_network pooled, sample_from pixels and decode_ratio 0.5."""
     temperature: float = 1.0
     """p = softmax(scores / temperature)."""
     exploration: float = 0.0

@@ -19,6 +19,7 @@ class Recipe(EncoderSettings):
 
     kind: ClassVar[str]  # the folder of its presets
     data_settings: ClassVar[tuple[str, ...]] = ()  # those that name data
+    shortcuts: ClassVar[dict[str, dict[str, Any]]] = {}  # flags, and the values of other settings that each stands for
 
     output: Path
     """Folder for metrics, checkpoints and results."""
@@ -82,6 +83,19 @@ class Recipe(EncoderSettings):
             keep_checkpoints=1, stop_after_nonfinite=1, max_broken=0,
         )  # fmt: skip
 
+    def check_shortcuts(self) -> None:
+        """Raises ValueError if a shortcut is on and a setting that it stands for has another value.
+
+        `recipe_from` and the command line call this. Within `__post_init__` tyro would put a frame around the message.
+        """
+        for shortcut, meant in self.shortcuts.items():
+            for name, value in meant.items():
+                if getattr(self, shortcut) and getattr(self, name) != value:
+                    raise ValueError(
+                        f"--{name.replace('_', '-')} {getattr(self, name)} contradicts --{shortcut}, which stands for "
+                        f"{name}={value}; leave one of them out."
+                    )
+
     def accumulation(self, devices: int) -> int:
         """Forward passes of one optimiser step on each of so many devices."""
         videos = self.batch_size * devices
@@ -124,7 +138,15 @@ def load_preset(kind: type[AnyRecipe], name: str) -> AnyRecipe:
 
 
 def recipe_from(kind: type[AnyRecipe], plain: dict[str, Any]) -> AnyRecipe:
-    """The recipe whose settings a file has as numbers, strings and lists, the inverse of `Recipe.plain`."""
+    """The recipe whose settings a file has as numbers, strings and lists, the inverse of `Recipe.plain`.
+
+    Raises:
+        ValueError: settings that are out of range, or that contradict each other.
+    """
     values: dict[str, Any] = {k: tuple(value) if isinstance(value, list) else value for k, value in plain.items()}
+    for shortcut, meant in kind.shortcuts.items():
+        values = {**meant, **values} if values.get(shortcut) else values
     values["output"] = Path(values["output"])
-    return kind(**values)
+    recipe = kind(**values)
+    recipe.check_shortcuts()
+    return recipe
