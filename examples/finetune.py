@@ -212,11 +212,8 @@ def finish(job: FinetuneJob, validation: Validation, model: nn.Module) -> None:
     settings = {"val": recipe.val, "checkpoint": recipe.checkpoint, "views": views, "seed": recipe.seed}
     result = replace(result, left_out=[*validation.left_out, *result.left_out])
     write_results(recipe.output, result, validation.names, validation.data.describe, settings)
-    summary = result.summary()
-    print(
-        f"top-1 {summary['top1']:.2f}%, top-5 {summary['top5']:.2f}% of {summary['videos']} videos, views: {views}; "
-        f"wrote {', '.join(str(recipe.output / name) for name in ('results.json', 'per_class.csv', 'predictions.csv'))}"
-    )
+    files = ", ".join(str(recipe.output / name) for name in ("results.json", "per_class.csv", "predictions.csv"))
+    print(f"{result.headline()}, views: {views}; wrote {files}")
     left_out = [*validation.train_left_out, *result.left_out]
     report_left_out(recipe.output / "left_out.txt", left_out, "could not be used and were left out")
 

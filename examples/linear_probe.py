@@ -44,7 +44,7 @@ class Options(FeatureSettings):
     """'linear': batch norm without affine parameters and a linear layer on the mean of the tokens. 'attentive': a
     learned query attends to all tokens first."""
     probe: ProbeRecipe = field(default_factory=ProbeRecipe)
-    """How the probe is trained."""
+    """The training settings of the probe."""
 
 
 def main(arguments: list[str]) -> float | None:
@@ -57,7 +57,7 @@ def main(arguments: list[str]) -> float | None:
 
 
 def run(options: Options) -> float | None:
-    """Features, training, evaluation; raises ValueError, TypeError or FileNotFoundError for what cannot be run."""
+    """Features, training, evaluation; raises ValueError, TypeError, FileNotFoundError or VideoError."""
     check_output(options.output, "results.json")
     if not options.train or not options.val:
         raise ValueError("--train and --val are needed: lists of videos, or 'sprites:1000:1' and 'sprites:1000:2'.")
@@ -85,15 +85,11 @@ def run(options: Options) -> float | None:
     settings = {"kind": options.kind, "checkpoint": options.checkpoint, "train": options.train, "val": options.val}
     write_results(options.output, result, names, val.describe, {**settings, "seed": options.seed, "train_loss": loss})
     write_tensors(options.output / "probe.safetensors", probe.state_dict(), {"settings": json.dumps(options.plain())})
-    summary = result.summary()
-    print(
-        f"{options.kind} probe: top-1 {summary['top1']:.2f}%, top-5 {summary['top5']:.2f}% of {summary['videos']} "
-        f"videos, training loss {loss:.3f}; wrote {options.output}"
-    )
+    print(f"{options.kind} probe: {result.headline()}, training loss {loss:.3f}; wrote {options.output}")
     left_out += [*features.left_out, *result.left_out]
     again = f"could not be used and were left out (delete the folder in {options.cache} to try them again)"
     report_left_out(options.output / "left_out.txt", left_out, again)
-    return float(summary["top1"])
+    return 100 * result.top(1)
 
 
 if __name__ == "__main__":

@@ -53,11 +53,11 @@ class Options(EncoderSettings):
     decoder_num_heads: int | None = None
     """Attention heads of the decoder."""
     masking: Literal["adaptive", "random", "tube", "frame"] = "adaptive"
-    """How visible tokens are chosen."""
+    """Rule that chooses the visible tokens."""
     score_network: Literal["mha", "mlp", "pooled"] = "mha"
     """The sampler's network; for files that do not state it, as for the next three."""
     sample_from: Literal["tokens", "pixels"] = "tokens"
-    """What the sampler sees."""
+    """Input of the sampler."""
     temperature: float = 1.0
     """p = softmax(scores / temperature)."""
     exploration: float = 0.0

@@ -41,7 +41,7 @@ class EncoderSettings:
     workers: int = 4
     """Processes that read clips; 0 reads them in the main process."""
     seed: int = 0
-    """Of every random choice: weights, order of the data, augmentation, masks."""
+    """Seed of every random choice: weights, order of the data, augmentation, masks."""
 
     def __post_init__(self) -> None:
         self.check_least(num_frames=1, patch_size=1, tubelet_size=1, stride=1, workers=0)

@@ -24,7 +24,7 @@ from video_data.views import ViewSource, view_loader
 
 
 @dataclass(frozen=True)
-class Batch:
+class ViewValues:
     """The values of a function for some videos of a source."""
 
     index: Tensor  # [B] int64, places in the source
@@ -40,7 +40,7 @@ def map_views(
     accelerator: Accelerator,
     batch_size: int,
     workers: int,
-) -> Iterator[Batch]:
+) -> Iterator[ViewValues]:
     """Applies a function to the views of this process's share of a source.
 
     Args:
@@ -51,7 +51,7 @@ def map_views(
         workers: processes that read videos.
 
     Yields:
-        Batch: with the values of each video's views averaged in fp32, in the order of the views.
+        ViewValues: of each batch, the values of each video's views averaged in fp32, in the order of the views.
     """
     starts = range(0, len(source), batch_size)
     batches = [list(range(start, min(start + batch_size, len(source)))) for start in starts]
@@ -60,13 +60,39 @@ def map_views(
     for batch in view_loader(source, mine, workers):
         if "video" not in batch:
             none = torch.empty(0, dtype=torch.int64)
-            yield Batch(none, none, torch.empty(0), batch["left_out"])
+            yield ViewValues(none, none, torch.empty(0), batch["left_out"])
             continue
         video = batch["video"].to(accelerator.device, non_blocking=True)  # [B, V, C, T, H, W]
         with autocast(accelerator):
             values = function(normalise(video.flatten(0, 1)))
         merged = values.float().unflatten(0, video.shape[:2]).mean(1)
-        yield Batch(batch["index"], batch["label"], merged, batch["left_out"])
+        yield ViewValues(batch["index"], batch["label"], merged, batch["left_out"])
+
+
+def gather_views(
+    function: Callable[[Tensor], Tensor],
+    source: ViewSource,
+    accelerator: Accelerator,
+    batch_size: int,
+    workers: int,
+) -> ViewValues:
+    """Applies a function to the views of all videos (see `map_views`); every process gets all values.
+
+    Returns:
+        ViewValues: the readable videos in the order of the source, on the CPU.
+
+    Raises:
+        VideoError: no video could be read.
+    """
+    batches = map_views(function, source, accelerator, batch_size, workers)
+    parts = gather_object([(batch.index, batch.label, batch.value.cpu(), batch.left_out) for batch in batches])
+    left_out = sorted(message for part in parts for message in part[3])
+    read = [part for part in parts if len(part[0])]
+    if not read:
+        raise VideoError("no video could be read:\n  " + "\n  ".join(left_out[:8]))
+    index, label, value = (torch.cat([part[column] for part in read]) for column in range(3))
+    order = index.argsort()
+    return ViewValues(index[order], label[order], value[order], left_out)
 
 
 @dataclass(frozen=True)
@@ -87,7 +113,10 @@ class Evaluation:
 
     @property
     def rank(self) -> Tensor:
-        """[V]: how many classes stand before the right one, equal ones by their number; all, if any is not finite."""
+        """[V]: the number of classes ahead of the right one; ties go to the lower class.
+
+        A prediction that is not finite ranks last.
+        """
         classes = self.probabilities.shape[1]
         right = self.probabilities.gather(1, self.label[:, None])
         before = torch.arange(classes) < self.label[:, None]
@@ -99,11 +128,15 @@ class Evaluation:
         return float((self.rank < k).double().mean())
 
     def summary(self) -> dict[str, float | int]:
-        """Top-1 and top-5 in percent, how many videos they are of, how many could not be used, and how many of those
-        that could have predictions that are not finite."""
+        """Top-1 and top-5 in percent, and numbers of videos: evaluated, left out, and with predictions that are not
+        finite."""
         top = {f"top{k}": 100 * self.top(k) for k in (1, 5)}
         nonfinite = int((~self.probabilities.isfinite().all(1)).sum())
         return top | {"videos": len(self.label), "left_out": len(self.left_out), "nonfinite": nonfinite}
+
+    def headline(self) -> str:
+        """Top-1, top-5 and the number of videos, on one line."""
+        return f"top-1 {100 * self.top(1):.2f}%, top-5 {100 * self.top(5):.2f}% of {len(self.label)} videos"
 
 
 def evaluate(
@@ -120,19 +153,9 @@ def evaluate(
     """
     training = model.training
     model.eval()
-    parts = [
-        (batch.index, batch.label, batch.value.cpu(), batch.left_out)
-        for batch in map_views(lambda views: model(views).float().softmax(-1), source, accelerator, batch_size, workers)
-    ]
+    merged = gather_views(lambda views: model(views).float().softmax(-1), source, accelerator, batch_size, workers)
     model.train(training)
-    parts = gather_object(parts)
-    left_out = [message for part in parts for message in part[3]]
-    whole = [part for part in parts if len(part[0])]
-    if not whole:
-        raise VideoError("no video could be read:\n  " + "\n  ".join(left_out[:8]))
-    index, label, probabilities = (torch.cat([part[column] for part in whole]) for column in range(3))
-    order = index.argsort()
-    return Evaluation(index[order], label[order], probabilities[order], sorted(left_out))
+    return Evaluation(merged.index, merged.label, merged.value, merged.left_out)
 
 
 def write_results(

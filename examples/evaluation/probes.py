@@ -42,7 +42,7 @@ class Probe(nn.Module):
 
 @dataclass(frozen=True)
 class ProbeRecipe:
-    """How a probe is trained."""
+    """The training settings of a probe."""
 
     epochs: int = 100
     """Passes over the features."""

@@ -19,7 +19,7 @@ _WARM_UP = 3  # steps before the capture, in which libraries choose kernels and 
 
 
 def check_graph(recipe: Recipe, accelerator: Accelerator) -> None:
-    """Raises ValueError for what a graph cannot hold, or nobody has tried."""
+    """Raises ValueError for settings that a graph cannot hold, or that were never tried in one."""
     obstacles = {
         f"a CUDA device, and the device is {accelerator.device}": accelerator.device.type != "cuda",
         f"one process, and there are {accelerator.num_processes}": accelerator.num_processes > 1,
@@ -41,7 +41,7 @@ def set_learning_rates(optimizer: torch.optim.Optimizer, lr: float) -> None:
 
 
 def make_capturable(optimizer: torch.optim.Optimizer, device: torch.device, capturable: bool) -> None:
-    """Lets a graph hold the optimizer's step, or undoes that, whatever a checkpoint said."""
+    """Makes the optimizer's step capturable by a graph, or not, whatever a checkpoint set."""
     for group in optimizer.param_groups:
         group["lr"] = torch.tensor(float(group["lr"]), device=device) if capturable else float(group["lr"])
         group["capturable"] = capturable
@@ -50,11 +50,11 @@ def make_capturable(optimizer: torch.optim.Optimizer, device: torch.device, capt
 class GraphedUpdate:
     """An update that is captured after a few calls, and replayed from then on.
 
-    What it draws is drawn afresh in each replay, from the device's default generator. It must leave what it changes
-    in the same tensors, read nothing from the device, and get batches of the same shapes.
+    Random numbers are drawn afresh in each replay, from the device's default generator. The update must write its
+    results into the same tensors each time, read nothing from the device, and get batches of the same shapes.
 
     Args:
-        update: from the parts of a step to its end, optimizer included.
+        update: runs a step on its batches, optimizer included.
     """
 
     def __init__(self, update: Update) -> None:
@@ -100,7 +100,7 @@ def aside(update: Update, parts: list[Part]) -> None:
 
 
 def capture(update: Update, parts: list[Part]) -> Callable[[], None]:
-    """What replays the update on whatever is in the tensors of the parts by then; nothing has run yet."""
+    """Captures the update without running it; returns its replay, which reads the tensors of these parts."""
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # another thread pins the next batch
         update(parts)

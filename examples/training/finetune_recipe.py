@@ -60,7 +60,7 @@ class FinetuneRecipe(Recipe):
     base_lr: float = 5e-4
     """Learning rate for an effective batch of 256 videos; the one used is proportional."""
     min_base_lr: float = 1e-6
-    """What the cosine falls to, for an effective batch of 256."""
+    """Learning rate at the end of the cosine, for an effective batch of 256."""
     layer_decay: float = 0.75
     """Factor on the learning rate from each layer to the one below."""
     betas: tuple[float, float] = (0.9, 0.999)

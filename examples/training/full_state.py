@@ -109,12 +109,12 @@ def _set_zero_state(model: nn.Module, zero: Any, state: Mapping[str, Any]) -> No
 
 
 def _piece(parameter: nn.Parameter, whole: Tensor) -> Tensor:
-    """Of a flat parameter, what this process has."""
+    """The piece of a flat parameter that this process holds."""
     address = parameter._hp_mapping.lp_fragment_address  # type: ignore[attr-defined]
     return whole.narrow(0, address.start, address.numel)
 
 
 def _place(parameter: nn.Parameter, part: Tensor) -> Tensor:
-    """The same, in this process's part of the group."""
+    """The place of that piece in this process's part of the group."""
     address = parameter._hp_mapping.hp_fragment_address  # type: ignore[attr-defined]
     return part.narrow(0, address.start, address.numel)

@@ -31,13 +31,13 @@ class PretrainRecipe(Recipe):
     model: str = "pretrain_adamae_vit_base_patch16_224"
     """Model of timm's registry."""
     masking: Literal["adaptive", "random", "tube", "frame"] = "adaptive"
-    """How visible tokens are chosen."""
+    """Rule that chooses the visible tokens."""
     mask_ratio: float = 0.95
     """Share of tokens that is masked."""
     score_network: Literal["mha", "mlp", "pooled"] = "mha"
     """The sampler's network: 'mha' is the paper's, 'pooled' attends to cells of tokens for far less."""
     sample_from: Literal["tokens", "pixels"] = "tokens"
-    """What the sampler sees: tokens, or patches shrunk to 4 x 4 pixels; then the visible tokens alone are embedded."""
+    """Input of the sampler: tokens, or patches shrunk to 4 x 4 pixels; then only the visible tokens are embedded."""
     fast: bool = False
     """Train in less time than the paper's method: score_network pooled, sample_from pixels and decode_ratio 0.5."""
     temperature: float = 1.0
@@ -45,17 +45,17 @@ class PretrainRecipe(Recipe):
     exploration: float = 0.0
     """Share of p that is spread evenly over all tokens."""
     num_masks: int = 1
-    """Masks of each clip, from one tokenization and one p; batches are so many times as large from the encoder on."""
+    """Masks of each clip, from one tokenization and one p; they multiply the batch from the encoder on."""
     decode_ratio: float = 1.0
     """Share of the masked tokens that is decoded."""
     fused_head: bool = True
     """Compute the decoder's last layer and the loss as one, a part at a time; the prediction is never held."""
     estimator: Estimator = "categorical"
-    """Of the sampler's gradient: 'categorical' is the paper's, 'plackett_luce' the exact policy gradient that lowers
-    the expected error, 'plackett_luce_max' that which raises it."""
+    """Estimator of the sampler's gradient: 'categorical' is the paper's; 'plackett_luce' and 'plackett_luce_max' are
+    the exact policy gradients that lower and raise the expected error."""
     graph: bool = False
-    """Launch each step, optimizer included, as one CUDA graph: for steps so short that the host is what they wait for.
-    On one GPU, in bf16 or fp32."""
+    """Launch each step, optimizer included, as one CUDA graph, for small models whose steps wait for the host. On one
+    GPU, in bf16 or fp32."""
     decoder_embed_dim: int | None = None
     """Width of the decoder; the model's own if None, as for the next two."""
     decoder_depth: int | None = None
@@ -79,7 +79,7 @@ class PretrainRecipe(Recipe):
     base_lr: float = 1.5e-4
     """Learning rate for an effective batch of 256; the one used is proportional."""
     min_base_lr: float = 1e-5
-    """What the cosine falls to, for an effective batch of 256."""
+    """Learning rate at the end of the cosine, for an effective batch of 256."""
     betas: tuple[float, float] = (0.9, 0.95)
     """Betas of AdamW."""
     clip_grad: float = 1.0

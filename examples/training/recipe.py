@@ -49,7 +49,7 @@ class Recipe(EncoderSettings):
     base_lr: float
     """Learning rate for an effective batch of 256; the one used is proportional."""
     min_base_lr: float
-    """What the cosine falls to, for an effective batch of 256."""
+    """Learning rate at the end of the cosine, for an effective batch of 256."""
     betas: tuple[float, float]
     """Betas of AdamW."""
     weight_decay: float = 0.05
@@ -71,7 +71,7 @@ class Recipe(EncoderSettings):
     max_broken: float = 0.1
     """Largest share of the videos that may be broken; they are replaced by others, more end the run."""
     tracker: Literal["wandb", "trackio"] | None = None
-    """Where metrics are sent besides metrics.jsonl and TensorBoard's files."""
+    """Service that metrics are sent to, besides metrics.jsonl and TensorBoard's files."""
     profile: bool = False
     """Write a trace of a few steps to output/profile, for TensorBoard or Perfetto."""
 

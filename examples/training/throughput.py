@@ -1,4 +1,4 @@
-"""What a step costs: time, floating-point operations, memory, and how much of a device's peak is used."""
+"""Throughput of training: time and operations of a step, the share of the device's peak, and memory."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ class Clock:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """What happens within is no training: evaluations and checkpoints."""
+        """Leaves the time of evaluations and checkpoints out."""
         began = time.perf_counter()
         yield
         self._since += time.perf_counter() - began

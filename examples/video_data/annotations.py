@@ -15,7 +15,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Annotations:
-    """What a data set's annotations say.
+    """The classes and the videos of a data set.
 
     Attributes:
         classes: names, in the order of their labels.

@@ -1,4 +1,4 @@
-"""Which frames a clip takes. A video of any length gives a clip; the rules say which frames a short one repeats.
+"""The frames of a clip. A video of any length gives a clip; a short video repeats frames.
 
 Dense (I3D's, for Kinetics, UCF101 and HMDB51): frames at a fixed stride from one start. A video too short for that
 gives the frames at this stride that it has, then repeats its last frame.

@@ -25,7 +25,7 @@ from video_data.video_lists import VideoEntry
 
 @dataclass(frozen=True)
 class Packing:
-    """How videos are stored.
+    """The format of the stored videos.
 
     Attributes:
         short_side: pixels; a larger video is resized, a smaller one stays as it is, byte for byte.

@@ -99,7 +99,7 @@ def read_index(data: str) -> list[ShardVideo]:
 
 
 def index_shard(path: Path) -> dict[str, Any]:
-    """What the index says of a shard: its name, its size, and name, place, size and label of its videos.
+    """The entry of a shard in the index: its name and size; and name, offset, size and label of its videos.
 
     A sample is the members that share a name up to its first dot, as in WebDataset; its label is in a .cls member, or
     is "label" in a .json one, else -1.

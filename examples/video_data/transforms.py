@@ -1,4 +1,4 @@
-"""What is done to the frames of a clip: crops, flips and RandAugment for training, fixed crops for evaluation."""
+"""Transforms of the frames of a clip: crops, flips and RandAugment for training, fixed crops for evaluation."""
 
 from __future__ import annotations
 
