@@ -16,7 +16,7 @@ from __future__ import annotations
 import random
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import timm
@@ -42,30 +42,13 @@ from training.job import Job
 from training.loop import TrainingLoop
 from training.metrics import DeviceMetrics
 from training.throughput import forward_flops
-from video_data.datasets import VideoDataset, check_apart, describe_classes
+from video_data.datasets import LabelledData
 from video_data.transforms import FinetuneTransform, seed_libraries
 
 FinetuneJob = Job[FinetuneRecipe, VideoClassifier]
 
 
-@dataclass(frozen=True)
-class Validation:
-    """The data set that a classifier is evaluated on.
-
-    Attributes:
-        data: the videos.
-        names: names of the classes.
-        left_out: messages about videos of `data` whose labels are out of range.
-        train_left_out: the same, of the data set that is trained on.
-    """
-
-    data: VideoDataset
-    names: list[str]
-    left_out: list[str]
-    train_left_out: list[str]
-
-
-def build(recipe: FinetuneRecipe, run: Run) -> tuple[FinetuneJob, Validation]:
+def build(recipe: FinetuneRecipe, run: Run) -> tuple[FinetuneJob, LabelledData]:
     """Finds the data, makes the model and loads its weights; raises ValueError, TypeError or FileNotFoundError."""
     check_output(recipe.output, *(["results.json"] if recipe.eval_only else []))
     if not recipe.val and not run.dry_run:
@@ -81,24 +64,20 @@ def build(recipe: FinetuneRecipe, run: Run) -> tuple[FinetuneJob, Validation]:
         raise ValueError("--ema needs the whole weights on each device, which FSDP2 shards; use DDP or --ema None.")
     if recipe.eval_only:
         recipe = replace(recipe, train="", effective_batch=None)  # an evaluation ignores them
-    train_data, val = VideoDataset.find(recipe.train, recipe), VideoDataset.find(recipe.val, recipe)
-    check_apart(train_data, val)
     stated = stated_sizes(recipe.checkpoint).get("num_classes") if recipe.eval_only else None
-    num_classes = recipe.num_classes or stated or max(train_data.num_classes, val.num_classes, 2)
-    train_left_out, left_out = train_data.drop_labels(num_classes), val.drop_labels(num_classes)
-    validation = Validation(val, val.class_names(num_classes), left_out, train_left_out)
+    data = LabelledData.find(recipe.train, recipe.val, recipe, recipe.num_classes or stated)
     transform = FinetuneTransform(recipe.img_size, recipe.randaugment, recipe.flip)
-    source = train_data.clips(recipe, transform, recipe.repeats)
-    model_args = recipe.model_args(num_classes)
+    source = data.train.clips(recipe, transform, recipe.repeats)
+    model_args = recipe.model_args(len(data.names))
     job: FinetuneJob = Job.build(recipe, accelerator, source, run.resume, CLASSIFIERS, model_args)
     if accelerator.is_main_process:
-        print(describe(job, run.origin, train_data, val))
+        print(describe(job, run.origin, data))
     if recipe.checkpoint and job.resumed is None:
         report = load_checkpoint(job.model, recipe.checkpoint, only="" if recipe.eval_only else "encoder.")
         if accelerator.is_main_process:
             print(f"{'weights':>13}  {recipe.checkpoint}: {report}{size_note(recipe.checkpoint, recipe)}")
     job.model.to(accelerator.device)
-    return job, validation
+    return job, data
 
 
 class Criterion:
@@ -141,7 +120,7 @@ class Criterion:
         return images.view(video.shape), label
 
 
-def train(job: FinetuneJob, validation: Validation) -> VideoClassifier:
+def train(job: FinetuneJob, data: LabelledData) -> VideoClassifier:
     """Trains, with an evaluation of one view every few epochs; writes the weights and returns their model."""
     recipe, accelerator, schedule, model = job.recipe, job.accelerator, job.schedule, job.model
     groups = param_groups_layer_decay(
@@ -170,7 +149,7 @@ def train(job: FinetuneJob, validation: Validation) -> VideoClassifier:
             average.update(model)
         if not recipe.eval_every or done % steps_between or done == schedule.steps:
             return {}
-        result = run_evaluation(job, validation, evaluated_model(), clips=1, crops=1)
+        result = run_evaluation(job, data, evaluated_model(), clips=1, crops=1)
         return {"val_top1": 100 * result.top(1), "val_top5": 100 * result.top(5)}
 
     def extra() -> Mapping[str, Any]:
@@ -196,44 +175,44 @@ def unsharded(job: FinetuneJob, prepared: nn.Module) -> VideoClassifier:
     return model.to(job.accelerator.device)
 
 
-def run_evaluation(job: FinetuneJob, validation: Validation, model: nn.Module, clips: int, crops: int) -> Evaluation:
+def run_evaluation(job: FinetuneJob, data: LabelledData, model: nn.Module, clips: int, crops: int) -> Evaluation:
     """Evaluates a model with `clips` x `crops` views of each video."""
-    source = validation.data.views(job.recipe, clips, crops)
+    source = data.val.views(job.recipe, clips, crops)
     return evaluate(model, source, job.accelerator, job.recipe.eval_batch_size, job.recipe.workers)
 
 
-def finish(job: FinetuneJob, validation: Validation, model: nn.Module) -> None:
+def finish(job: FinetuneJob, data: LabelledData, model: nn.Module) -> None:
     """Evaluates a model with all views, and writes the results."""
     recipe = job.recipe
-    result = run_evaluation(job, validation, model, recipe.test_clips, recipe.test_crops)
+    result = run_evaluation(job, data, model, recipe.test_clips, recipe.test_crops)
     if not job.accelerator.is_main_process:
         return
-    views = f"{recipe.test_clips} clips x {recipe.test_crops} crops" if validation.data.sprites is None else "1"
+    views = f"{recipe.test_clips} clips x {recipe.test_crops} crops" if data.val.sprites is None else "1"
     settings = {"val": recipe.val, "checkpoint": recipe.checkpoint, "views": views, "seed": recipe.seed}
-    result = replace(result, left_out=[*validation.left_out, *result.left_out])
-    write_results(recipe.output, result, validation.names, validation.data.describe, settings)
+    result = replace(result, left_out=[*data.val_left_out, *result.left_out])
+    write_results(recipe.output, result, data.names, data.val.describe, settings)
     files = ", ".join(str(recipe.output / name) for name in ("results.json", "per_class.csv", "predictions.csv"))
     print(f"{result.headline()}, views: {views}; wrote {files}")
-    left_out = [*validation.train_left_out, *result.left_out]
+    left_out = [*data.train_left_out, *result.left_out]
     report_left_out(recipe.output / "left_out.txt", left_out, "could not be used and were left out")
 
 
-def describe(job: FinetuneJob, origin: str, train_data: VideoDataset, val: VideoDataset) -> str:
+def describe(job: FinetuneJob, origin: str, data: LabelledData) -> str:
     """The resolved recipe, for people."""
     recipe, model, accelerator = job.recipe, job.model, job.accelerator
     lines = {
         "settings": origin,
-        "train": f"{recipe.train or 'none given'}, {len(train_data)} videos",
-        "val": f"{recipe.val or 'none given'}, {len(val)} videos, {recipe.test_clips} clips x {recipe.test_crops} "
+        "train": f"{recipe.train or 'none given'}, {len(data.train)} videos",
+        "val": f"{recipe.val or 'none given'}, {len(data.val)} videos, {recipe.test_clips} clips x {recipe.test_crops} "
         "crops",
-        "classes": f"{model.num_classes}; " + describe_classes(train_data, val),
+        "classes": data.describe_classes(),
         "clips": describe_clips(recipe),
         "model": f"{describe_encoder(recipe.model, model)}, {recipe.checkpoint or 'from scratch'}",
     }
     if recipe.eval_only:
         return format_lines(lines | {"device": f"{accelerator.device}, {precision_of(accelerator)}"})
     pixels = f"{recipe.randaugment or 'no RandAugment'}, random crops, {'flip' if recipe.flip else 'no flip'}"
-    if train_data.sprites is not None:
+    if data.train.sprites is not None:
         pixels = "sprites as they are"
     lines["augmentation"] = (
         f"{pixels}, {recipe.repeats} clips of a video, erasing {recipe.erasing:g}, "
@@ -250,15 +229,15 @@ def main(arguments: list[str]) -> None:
     try:
         taken = ("sampling", "stride", "test_clips", "test_crops") if "--eval-only" in arguments else ()
         recipe, run = parse_arguments(FinetuneRecipe, arguments, "ucf101", __doc__, taken)
-        job, validation = build(recipe, run)
+        job, data = build(recipe, run)
     except (ValueError, TypeError, FileNotFoundError) as error:
         sys.exit(f"error: {error}")
     if run.dry_run:
         return
 
     def train_and_evaluate() -> None:
-        model = job.model if recipe.eval_only else train(job, validation)
-        finish(job, validation, model)
+        model = job.model if recipe.eval_only else train(job, data)
+        finish(job, data, model)
 
     run_to_the_end(train_and_evaluate)
     job.accelerator.end_training()

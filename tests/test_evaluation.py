@@ -1,4 +1,4 @@
-"""Multi-view evaluation: examples/common/evaluation.py."""
+"""Multi-view evaluation: examples/evaluation/multi_view.py."""
 
 import csv
 import json

@@ -91,6 +91,11 @@ def test_an_option_that_contradicts_fast_is_refused(option, value):
     )
 
 
+def test_fast_needs_adaptive_masking():
+    message = refused(pretrain.main, "--fast", "--masking", "tube", "--dry-run")
+    assert message == "error: --masking tube has no score network, which --fast sets; leave one of them out.\n"
+
+
 def test_learning_rate_follows_the_effective_batch_whatever_the_devices():
     recipe = load_preset(PretrainRecipe, "ssv2")
     for devices in (1, 8, 64):

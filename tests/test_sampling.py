@@ -1,4 +1,4 @@
-"""Which frames a clip takes, and how evaluation crops them: examples/common/sampling.py and transforms.py."""
+"""Which frames a clip takes, and how evaluation crops them: examples/video_data/frame_sampling.py, transforms.py."""
 
 import itertools
 import random

@@ -93,6 +93,14 @@ class PretrainRecipe(Recipe):
                 f"estimator={self.estimator}: masking={self.masking} learns nothing. Leave it out, or mask adaptively."
             )
 
+    def check_shortcuts(self) -> None:
+        """Raises ValueError if --fast meets a setting that contradicts it, or a masking without a score network."""
+        super().check_shortcuts()
+        if self.fast and self.masking != "adaptive":
+            raise ValueError(
+                f"--masking {self.masking} has no score network, which --fast sets; leave one of them out."
+            )
+
     def model_args(self) -> dict[str, Any]:
         """Keyword arguments for `timm.create_model`, which leaves out those that are None."""
         decoder = ("decoder_embed_dim", "decoder_depth", "decoder_num_heads", "decode_ratio", "fused_head")

@@ -118,17 +118,44 @@ class VideoDataset:
         )
 
 
-def describe_classes(train: VideoDataset, val: VideoDataset) -> str:
-    """The number of classes in each data set, and the classes of val that are never trained on, on one line."""
-    known, unknown = train.labels(), sorted(val.labels() - train.labels())
-    text = f"videos of {len(known)} to train on, of {len(val.labels())} to evaluate on"
-    if not unknown or not known:
-        return text
-    first = next((entry.where for entry in val.entries if entry.label == unknown[0]), val.name)
-    return f"{text}; WARNING: {len(unknown)} of val are never trained on, such as {unknown[0]} ({first})"
+@dataclass(frozen=True)
+class LabelledData:
+    """Data sets to train and to evaluate on, with the same classes.
 
+    Attributes:
+        train: the videos to train on.
+        val: the videos to evaluate on.
+        names: names of the classes.
+        train_left_out: messages about the videos of `train` whose labels are out of range; they are left out.
+        val_left_out: the same, of `val`.
+    """
 
-def check_apart(train: VideoDataset, val: VideoDataset) -> None:
-    """Raises ValueError if training and evaluation would have the same sprites."""
-    if train.sprites is not None and val.sprites is not None and train.sprites.seed == val.sprites.seed:
-        raise ValueError(f"--train {train.name} and --val {val.name} have the same clips; give one another seed.")
+    train: VideoDataset
+    val: VideoDataset
+    names: list[str]
+    train_left_out: list[str]
+    val_left_out: list[str]
+
+    @classmethod
+    def find(cls, train: str, val: str, settings: EncoderSettings, num_classes: int | None = None) -> LabelledData:
+        """The data sets of two names; `num_classes` is one more than the largest label, at least 2, if None.
+
+        Raises:
+            FileNotFoundError: there is no such data set.
+            ValueError: a malformed list, labels that are all out of range, or the same sprites in both.
+        """
+        found, other = VideoDataset.find(train, settings), VideoDataset.find(val, settings)
+        if found.sprites is not None and other.sprites is not None and found.sprites.seed == other.sprites.seed:
+            raise ValueError(f"--train {train} and --val {val} have the same clips; give one another seed.")
+        classes = num_classes or max(found.num_classes, other.num_classes, 2)
+        left_out, other_left_out = found.drop_labels(classes), other.drop_labels(classes)
+        return cls(found, other, other.class_names(classes), left_out, other_left_out)
+
+    def describe_classes(self) -> str:
+        """The number of classes in each data set, and the classes of val that are never trained on, on one line."""
+        known, unknown = self.train.labels(), sorted(self.val.labels() - self.train.labels())
+        text = f"{len(self.names)}; videos of {len(known)} to train on, of {len(self.val.labels())} to evaluate on"
+        if not unknown or not known:
+            return text
+        first = next((entry.where for entry in self.val.entries if entry.label == unknown[0]), self.val.name)
+        return f"{text}; WARNING: {len(unknown)} of val are never trained on, such as {unknown[0]} ({first})"
