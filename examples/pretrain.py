@@ -74,6 +74,8 @@ def train(job: PretrainJob) -> None:
     loop = TrainingLoop(job, optimizer, better=("reconstruction", -1))
     metrics = PretrainMetrics(model.sampler.num_tokens, accelerator.device)
 
+    # From a file to here: VideoClips.clips -> ClipStream -> clip_loader (video_data/clips.py) -> TrainingLoop.run ->
+    # _update (training/loop.py), which also calls the backward pass of the loss.
     def forward(batch: dict[str, Any], _: int) -> Tensor:
         video = batch["video"]  # [B, 3, T, H, W] uint8; the model and the loss normalise it
         prediction, sample = loop.model(video)

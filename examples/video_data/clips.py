@@ -25,9 +25,9 @@ from video_data.sprites import Sprites
 from video_data.video import Unreachable, VideoError
 from video_data.video_lists import VideoEntry
 
-_REPLACEMENTS = 20  # how many other clips stand in for one that cannot be read before the run gives up
-_PAUSES = (0.1, 0.4)  # seconds before trying a video once more, and again: file systems over a network have bad moments
-_OUTAGE = (1, 2, 4, 8, 16, 32, 60)  # seconds likewise, where it is the place of the videos that cannot be reached
+_REPLACEMENTS = 20  # other videos that are tried in the place of an unreadable one before the run ends
+_PAUSES = (0.1, 0.4)  # seconds before each new try of a video: network file systems fail now and then
+_OUTAGE = (1, 2, 4, 8, 16, 32, 60)  # seconds before each new try while the server of the videos cannot be reached
 _KEPT_BYTES = 2**29  # of sprites
 
 Transform = Callable[[Tensor, torch.Generator], Tensor]
@@ -58,9 +58,9 @@ class VideoClips:
         entries: the videos.
         num_frames: T, frames of a clip.
         stride: distance of two frames of a clip in frames of the video.
-        transform: what is done to the frames, [T, C, H, W] to the same of another size.
-        sampling: which frames a clip takes.
-        repeats: R, clips of one video, which differ in what the transform draws.
+        transform: crops and augments the frames [T, C, H, W], with random choices of the generator.
+        sampling: the rule that chooses the frames of a clip.
+        repeats: R, clips of one video, from the same frames by other random choices of the transform.
     """
 
     def __init__(

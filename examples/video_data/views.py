@@ -34,7 +34,7 @@ class VideoViews:
         num_frames: T, frames of a clip.
         stride: distance of two frames of a clip in frames of the video.
         img_size: height and width of a crop.
-        sampling: which frames a clip takes.
+        sampling: the rule that chooses the frames of a clip.
         clips: clips of a video.
         crops: crops of a clip.
     """
