@@ -28,7 +28,7 @@ from rows import device_name, read_texts, write_rows
 from studies import run_all, spread
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
-from common.sprites import DIRECTIONS
+from video_data.sprites import DIRECTIONS
 
 Start = Literal["adaptive", "random", "tube", "frame", "scratch"]
 

@@ -39,10 +39,10 @@ from timing import Times, take_turns
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
-from common.lists import VideoEntry, list_videos
-from common.packing import Packing, pack
-from common.sampling import random_clip
-from common.transforms import PretrainTransform
+from video_data.frame_sampling import random_clip
+from video_data.shard_packing import Packing, pack
+from video_data.transforms import PretrainTransform
+from video_data.video_lists import VideoEntry, list_videos
 
 _CLIP = Path(__file__).parent.parent / "examples" / "clips" / "bigbuckbunny.mp4"
 _FRAMES, _STRIDE, _SECONDS, _RATE = 16, 4, 10, 30

@@ -22,9 +22,10 @@ from rows import OURS, RESULTS, Row, read_rows, read_texts
 from scaling import PAPER, Pace, scaling_table
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
-from common.finetune_recipe import FinetuneRecipe
-from common.pretrain_recipe import PretrainRecipe
-from common.recipe import Recipe, Schedule, load_preset
+from training.finetune_recipe import FinetuneRecipe
+from training.pretrain_recipe import PretrainRecipe
+from training.recipe import Recipe, load_preset
+from training.schedule import Schedule
 
 PROJECTION = "<!-- projection: begin -->", "<!-- projection: end -->"
 SCALING = "<!-- scaling: begin -->", "<!-- scaling: end -->"

@@ -113,8 +113,8 @@ def arguments(options: Options, variant: str, seed: int) -> list[str]:
     if "--num-masks" not in settings:
         return settings
     # As many masks in a step as the others have, of fewer clips, at the same learning rate.
-    from common.cli import parse_arguments
-    from common.pretrain_recipe import PretrainRecipe
+    from training.command_line import parse_arguments
+    from training.pretrain_recipe import PretrainRecipe
 
     recipe, _ = parse_arguments(PretrainRecipe, settings, "sprites", None)
     fewer = {"--batch-size": recipe.batch_size // recipe.num_masks}
@@ -126,8 +126,8 @@ def relative_step_times(options: Options) -> dict[str, float]:
     """Seconds of a training step over those of random masking, in turns, on one thread or on the GPU."""
     import torch
 
-    from common.cli import parse_arguments
-    from common.pretrain_recipe import PretrainRecipe
+    from training.command_line import parse_arguments
+    from training.pretrain_recipe import PretrainRecipe
 
     torch.set_num_threads(1)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -172,8 +172,8 @@ def run(options: Options, variant: str, seed: int, relative: float, folder: str,
     import pretrain
     import torch
 
-    from common.cli import parse_arguments
-    from common.pretrain_recipe import PretrainRecipe
+    from training.command_line import parse_arguments
+    from training.pretrain_recipe import PretrainRecipe
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu":
@@ -218,12 +218,12 @@ def measure(recipe: Any, weights: Path, device: Any) -> Measured:
     """
     import timm
     import torch
+    from pretrain import clip_source
 
     from adamae_sampler import RandomTokenSampler, reconstruction_error
     from adamae_sampler.models import load_checkpoint
-    from common.datasets import ClipStream
-    from common.sources import pretrain_source
-    from common.sprites import Sprites
+    from video_data.clips import ClipStream
+    from video_data.sprites import Sprites
 
     model = timm.create_model(recipe.model, **recipe.model_args()).to(device)
     load_checkpoint(model, weights)
@@ -236,7 +236,7 @@ def measure(recipe: Any, weights: Path, device: Any) -> Measured:
         video = torch.stack([clip["video"] for clip in clips])
         moving = torch.stack([clip["moving"] for clip in clips]).to(device)
     else:
-        stream = ClipStream(pretrain_source(recipe), 0, 64, seed=4000)
+        stream = ClipStream(clip_source(recipe), 0, 64, seed=4000)
         video = torch.cat([stream[index]["video"] for index in range(64)])
     generator = torch.Generator(device).manual_seed(0)
     random_masks = RandomTokenSampler(model.sampler.grid_size, recipe.mask_ratio)

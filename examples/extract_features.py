@@ -16,16 +16,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from accelerate.utils import gather_object
 
-from common.cli import parse_settings
+from common.atomic_files import replacing, write_tensors
+from common.command_line import parse_settings
 from common.devices import make_accelerator
-from common.evaluation import map_views
-from common.features import FeatureSettings, Pool, frozen_encoder
-from common.files import replacing, write_tensors
 from common.report import report_left_out
-from common.sources import Labelled
+from evaluation.features import FeatureSettings, Pool, frozen_encoder
+from evaluation.multi_view import gather_views
+from video_data.datasets import VideoDataset
+from video_data.video import VideoError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,12 +43,12 @@ def main(arguments: list[str]) -> None:
     """Runs the command line."""
     try:
         run(parse_settings(Options(), arguments, __doc__))
-    except (ValueError, TypeError, FileNotFoundError) as error:
+    except (ValueError, TypeError, FileNotFoundError, VideoError) as error:
         sys.exit(f"error: {error}")
 
 
 def run(options: Options) -> None:
-    """Extracts and writes; raises ValueError, TypeError or FileNotFoundError for what cannot be run."""
+    """Extracts and writes; raises ValueError, TypeError, FileNotFoundError or VideoError."""
     if options.output.suffix not in (".safetensors", ".npz"):
         raise ValueError(f"--output {options.output}: name a .safetensors or .npz file.")
     if options.output.exists():
@@ -58,22 +57,15 @@ def run(options: Options) -> None:
         raise ValueError("--data is needed: a folder of videos or a list file.")
     if options.pool == "none" and options.clips * options.crops > 1:
         raise ValueError("tokens of several views have no common place; leave --clips and --crops at 1.")
-    data = Labelled.find(options.data, options)
+    data = VideoDataset.find(options.data, options)
     accelerator = make_accelerator(options.precision)
     encoder = frozen_encoder(options, options.pool, accelerator)
     source = data.views(options, options.clips, options.crops)
-    batches = map_views(encoder, source, accelerator, options.batch_size, options.workers)
-    parts = gather_object([(batch.index, batch.label, batch.value.cpu(), batch.left_out) for batch in batches])
+    found = gather_views(encoder, source, accelerator, options.batch_size, options.workers)
     if not accelerator.is_main_process:
         return
-    left_out = sorted(message for part in parts for message in part[3])
-    read = [part for part in parts if len(part[0])]
-    if not read:
-        raise ValueError("no video could be read:\n  " + "\n  ".join(left_out[:8]))
-    index, label, features = (torch.cat([part[column] for part in read]) for column in range(3))
-    order = index.argsort()
-    paths = [data.describe(number) for number in index[order].tolist()]
-    tensors, settings = {"features": features[order], "label": label[order]}, json.dumps(options.plain())
+    paths = [data.describe(number) for number in found.index.tolist()]
+    tensors, settings = {"features": found.value, "label": found.label}, json.dumps(options.plain())
     if options.output.suffix == ".npz":
         arrays: dict[str, Any] = {name: tensor.numpy() for name, tensor in tensors.items()}
         with replacing(options.output) as aside, aside.open("wb") as file:
@@ -81,11 +73,10 @@ def run(options: Options) -> None:
     else:
         about = {"path": json.dumps(paths, ensure_ascii=False), "settings": settings}
         write_tensors(options.output, tensors, about)
-    shape = " x ".join(map(str, features.shape))
+    shape = " x ".join(map(str, found.value.shape))
     print(f"wrote features {shape} of {len(paths)} videos to {options.output}")
-    report_left_out(
-        options.output.with_name(f"{options.output.name}.left_out.txt"), left_out, "could not be read and were left out"
-    )
+    report = options.output.with_name(f"{options.output.name}.left_out.txt")
+    report_left_out(report, found.left_out, "could not be read and were left out")
 
 
 if __name__ == "__main__":

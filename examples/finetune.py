@@ -16,13 +16,12 @@ from __future__ import annotations
 import random
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import timm
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
 from timm.data import Mixup
 from timm.data.random_erasing import RandomErasing
 from timm.optim import param_groups_layer_decay
@@ -31,47 +30,26 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from adamae_sampler.models import VideoClassifier, load_checkpoint
-from common.checkpoints import DECODER_SIZES, save_weights, size_note, stated_sizes
-from common.cli import Run, parse_arguments
-from common.costs import forward_flops
-from common.datasets import ClipSource
 from common.devices import Normalise, make_accelerator, precision_of
-from common.endings import run_to_the_end
-from common.engine import Loop, Resumed
-from common.evaluation import Evaluation, evaluate, write_results
-from common.finetune_recipe import FinetuneRecipe
-from common.metrics import DeviceMetrics
-from common.recipe import Schedule
-from common.report import (
-    check_output,
-    describe_clips,
-    describe_encoder,
-    describe_training,
-    format_lines,
-    report_left_out,
-)
-from common.sources import Labelled, check_apart, describe_classes
-from common.transforms import seed_libraries
-from common.whole import on_every_process
+from common.models import CLASSIFIERS, DECODER_SIZES, save_weights, size_note, stated_sizes
+from common.report import check_output, describe_clips, describe_encoder, format_lines, report_left_out
+from evaluation.multi_view import Evaluation, evaluate, write_results
+from training.command_line import Run, parse_arguments
+from training.finetune_recipe import FinetuneRecipe
+from training.full_state import full_weights_everywhere
+from training.interrupts import run_to_the_end
+from training.job import Job
+from training.loop import TrainingLoop
+from training.metrics import DeviceMetrics
+from training.throughput import forward_flops
+from video_data.datasets import LabelledData
+from video_data.transforms import FinetuneTransform, seed_libraries
+
+FinetuneJob = Job[FinetuneRecipe, VideoClassifier]
 
 
-@dataclass
-class Job:
-    """What a recipe and the command line come to."""
-
-    accelerator: Accelerator
-    model: VideoClassifier
-    val: Labelled
-    clips: ClipSource
-    schedule: Schedule
-    resumed: Resumed | None
-    names: list[str]  # of the classes
-    left_out: list[str]  # messages about videos of train
-    val_left_out: list[str]  # and of val, whose labels are out of range
-
-
-def build(recipe: FinetuneRecipe, run: Run) -> Job:
-    """Finds the data, makes the model and loads its weights; raises ValueError or FileNotFoundError."""
+def build(recipe: FinetuneRecipe, run: Run) -> tuple[FinetuneJob, LabelledData]:
+    """Finds the data, makes the model and loads its weights; raises ValueError, TypeError or FileNotFoundError."""
     check_output(recipe.output, *(["results.json"] if recipe.eval_only else []))
     if not recipe.val and not run.dry_run:
         raise ValueError("--val is needed: a list of videos to evaluate on, or 'sprites:1000:1'.")
@@ -84,33 +62,22 @@ def build(recipe: FinetuneRecipe, run: Run) -> Job:
     accelerator = make_accelerator(recipe.precision, recipe.compile == "whole", recipe.tracker)
     if recipe.ema and accelerator.distributed_type == "FSDP":
         raise ValueError("--ema needs the whole weights on each device, which FSDP2 shards; use DDP or --ema None.")
-    train = Labelled.find("" if recipe.eval_only else recipe.train, recipe)
-    val = Labelled.find(recipe.val, recipe)
-    check_apart(train, val)
+    if recipe.eval_only:
+        recipe = replace(recipe, train="", effective_batch=None)  # an evaluation ignores them
     stated = stated_sizes(recipe.checkpoint).get("num_classes") if recipe.eval_only else None
-    num_classes = recipe.num_classes or stated or max(train.num_classes, val.num_classes, 2)
-    left_out, val_left_out = train.drop_labels(num_classes), val.drop_labels(num_classes)
-    names, clips = val.class_names(num_classes), train.clips(recipe)
-
-    batch = replace(recipe, effective_batch=None) if recipe.eval_only else recipe  # which then is of no concern
-    schedule = Schedule.of(batch, len(train), accelerator.num_processes)
-    set_seed(recipe.seed)  # the same weights on every process
-    known = timm.list_models("adamae_vit*")
-    if recipe.model not in known:
-        raise ValueError(f"no model {recipe.model!r}; there are {', '.join(known)}.")
-    model: VideoClassifier = timm.create_model(recipe.model, **recipe.model_args(num_classes))
-    model.set_grad_checkpointing(recipe.checkpoint_activations)
-    resumed = Resumed.load(run.resume, recipe, schedule, clips)
+    data = LabelledData.find(recipe.train, recipe.val, recipe, recipe.num_classes or stated)
+    transform = FinetuneTransform(recipe.img_size, recipe.randaugment, recipe.flip)
+    source = data.train.clips(recipe, transform, recipe.repeats)
+    model_args = recipe.model_args(len(data.names))
+    job: FinetuneJob = Job.build(recipe, accelerator, source, run.resume, CLASSIFIERS, model_args)
     if accelerator.is_main_process:
-        print(describe(recipe, run.origin, schedule, model, accelerator, train, val))
-        if resumed:
-            print(resumed.describe(accelerator, recipe))
-    if recipe.checkpoint and resumed is None:
-        report = load_checkpoint(model, recipe.checkpoint, only="" if recipe.eval_only else "encoder.")
+        print(describe(job, run.origin, data))
+    if recipe.checkpoint and job.resumed is None:
+        report = load_checkpoint(job.model, recipe.checkpoint, only="" if recipe.eval_only else "encoder.")
         if accelerator.is_main_process:
             print(f"{'weights':>13}  {recipe.checkpoint}: {report}{size_note(recipe.checkpoint, recipe)}")
-    model.to(accelerator.device)
-    return Job(accelerator, model, val, clips, schedule, resumed, names, left_out, val_left_out)
+    job.model.to(accelerator.device)
+    return job, data
 
 
 class Criterion:
@@ -153,19 +120,18 @@ class Criterion:
         return images.view(video.shape), label
 
 
-def train(recipe: FinetuneRecipe, job: Job) -> None:
-    """Trains, with an evaluation by one view every few epochs; weights are written at the end."""
-    accelerator, schedule, model, resumed = job.accelerator, job.schedule, job.model, job.resumed
+def train(job: FinetuneJob, data: LabelledData) -> VideoClassifier:
+    """Trains, with an evaluation of one view every few epochs; writes the weights and returns their model."""
+    recipe, accelerator, schedule, model = job.recipe, job.accelerator, job.schedule, job.model
     groups = param_groups_layer_decay(
         model, recipe.weight_decay, model.no_weight_decay(), layer_decay=recipe.layer_decay
     )
     optimizer = torch.optim.AdamW(groups, lr=schedule.lr, betas=recipe.betas, fused=True)
     flops = forward_flops(model, 1, 3, recipe.num_frames, *recipe.img_size)
-    better = ("val_top1", 1)
-    loop = Loop.begin(recipe, schedule, accelerator, model, optimizer, job.clips, resumed, better)
+    loop = TrainingLoop(job, optimizer, better=("val_top1", 1))
     average = ModelEmaV3(model, decay=recipe.ema) if recipe.ema else None
-    if average is not None and resumed:
-        average.load_state_dict(resumed.state["extra"]["ema"])
+    if average is not None and job.resumed:
+        average.load_state_dict(job.resumed.state["extra"]["ema"])
     metrics = DeviceMetrics(accelerator.device)
     criterion = Criterion(recipe, loop.model, model.num_classes, accelerator)
     steps_between = round(recipe.eval_every * schedule.clips / schedule.effective_batch) or 1
@@ -175,108 +141,105 @@ def train(recipe: FinetuneRecipe, job: Job) -> None:
         metrics.add_loss("loss", loss)
         return loss
 
+    def evaluated_model() -> VideoClassifier:
+        return average.module if average else unsharded(job, loop.model)
+
     def evaluate_now(done: int) -> dict[str, float]:
         if average is not None:
             average.update(model)
         if not recipe.eval_every or done % steps_between or done == schedule.steps:
             return {}
-        now = average.module if average else unsharded(recipe, job, loop.model)
-        result = run_evaluation(recipe, job, now, clips=1, crops=1)
+        result = run_evaluation(job, data, evaluated_model(), clips=1, crops=1)
         return {"val_top1": 100 * result.top(1), "val_top5": 100 * result.top(5)}
 
     def extra() -> Mapping[str, Any]:
         return {"ema": average.state_dict()} if average is not None else {}
 
     loop.run(forward, metrics, flops, evaluate_now, extra)
-    job.model = average.module if average else unsharded(recipe, job, loop.model)
+    trained = evaluated_model()
     if accelerator.is_main_process:
-        save_weights(job.model, recipe.output / "model.safetensors", recipe)
-        loop.quarantine.report()
+        save_weights(trained, recipe.output / "model.safetensors", recipe)
+        loop.broken_videos.report()
+    return trained
 
 
-def unsharded(recipe: FinetuneRecipe, job: Job, prepared: nn.Module) -> VideoClassifier:
-    """The model for evaluation, in which each process has its own number of batches: without FSDP2's shards, for which
-    the processes would wait for each other."""
+def unsharded(job: FinetuneJob, prepared: nn.Module) -> VideoClassifier:
+    """The model for evaluation, with full weights on every process.
+
+    Each process evaluates its own number of batches. With FSDP2's shards the processes would wait for each other.
+    """
     if job.accelerator.distributed_type != "FSDP":
         return job.model
-    model: VideoClassifier = timm.create_model(recipe.model, **recipe.model_args(job.model.num_classes))
-    model.load_state_dict(on_every_process(prepared))
+    model: VideoClassifier = timm.create_model(job.recipe.model, **job.recipe.model_args(job.model.num_classes))
+    model.load_state_dict(full_weights_everywhere(prepared))
     return model.to(job.accelerator.device)
 
 
-def run_evaluation(recipe: FinetuneRecipe, job: Job, model: nn.Module, clips: int, crops: int) -> Evaluation:
-    """Evaluates on `val` with so many views."""
-    source = job.val.views(recipe, clips, crops)
-    return evaluate(model, source, job.accelerator, recipe.eval_batch_size, recipe.workers)
+def run_evaluation(job: FinetuneJob, data: LabelledData, model: nn.Module, clips: int, crops: int) -> Evaluation:
+    """Evaluates a model with `clips` x `crops` views of each video."""
+    source = data.val.views(job.recipe, clips, crops)
+    return evaluate(model, source, job.accelerator, job.recipe.eval_batch_size, job.recipe.workers)
 
 
-def finish(recipe: FinetuneRecipe, job: Job) -> None:
-    """The evaluation at the end, and its files."""
-    result = run_evaluation(recipe, job, job.model, recipe.test_clips, recipe.test_crops)
+def finish(job: FinetuneJob, data: LabelledData, model: nn.Module) -> None:
+    """Evaluates a model with all views, and writes the results."""
+    recipe = job.recipe
+    result = run_evaluation(job, data, model, recipe.test_clips, recipe.test_crops)
     if not job.accelerator.is_main_process:
         return
-    views = "1" if job.val.sprites is not None else f"{recipe.test_clips} clips x {recipe.test_crops} crops"
+    views = f"{recipe.test_clips} clips x {recipe.test_crops} crops" if data.val.sprites is None else "1"
     settings = {"val": recipe.val, "checkpoint": recipe.checkpoint, "views": views, "seed": recipe.seed}
-    result = replace(result, left_out=[*job.val_left_out, *result.left_out])
-    write_results(recipe.output, result, job.names, job.val.describe, settings)
-    summary = result.summary()
-    print(
-        f"top-1 {summary['top1']:.2f}%, top-5 {summary['top5']:.2f}% of {summary['videos']} videos, views: {views}; "
-        f"wrote {', '.join(str(recipe.output / name) for name in ('results.json', 'per_class.csv', 'predictions.csv'))}"
-    )
-    left_out = [*job.left_out, *result.left_out]
+    result = replace(result, left_out=[*data.val_left_out, *result.left_out])
+    write_results(recipe.output, result, data.names, data.val.describe, settings)
+    files = ", ".join(str(recipe.output / name) for name in ("results.json", "per_class.csv", "predictions.csv"))
+    print(f"{result.headline()}, views: {views}; wrote {files}")
+    left_out = [*data.train_left_out, *result.left_out]
     report_left_out(recipe.output / "left_out.txt", left_out, "could not be used and were left out")
 
 
-def describe(
-    recipe: FinetuneRecipe,
-    origin: str,
-    schedule: Schedule,
-    model: VideoClassifier,
-    accelerator: Accelerator,
-    train: Labelled,
-    val: Labelled,
-) -> str:
+def describe(job: FinetuneJob, origin: str, data: LabelledData) -> str:
     """The resolved recipe, for people."""
+    recipe, model, accelerator = job.recipe, job.model, job.accelerator
     lines = {
         "settings": origin,
-        "train": f"{recipe.train or 'none given'}, {len(train)} videos",
-        "val": f"{recipe.val or 'none given'}, {len(val)} videos, {recipe.test_clips} clips x {recipe.test_crops} "
+        "train": f"{recipe.train or 'none given'}, {len(data.train)} videos",
+        "val": f"{recipe.val or 'none given'}, {len(data.val)} videos, {recipe.test_clips} clips x {recipe.test_crops} "
         "crops",
-        "classes": f"{model.num_classes}; " + describe_classes(train, val),
+        "classes": data.describe_classes(),
         "clips": describe_clips(recipe),
         "model": f"{describe_encoder(recipe.model, model)}, {recipe.checkpoint or 'from scratch'}",
     }
     if recipe.eval_only:
         return format_lines(lines | {"device": f"{accelerator.device}, {precision_of(accelerator)}"})
     pixels = f"{recipe.randaugment or 'no RandAugment'}, random crops, {'flip' if recipe.flip else 'no flip'}"
+    if data.train.sprites is not None:
+        pixels = "sprites as they are"
     lines["augmentation"] = (
-        f"{pixels if train.sprites is None else 'sprites as they are'}, {recipe.repeats} clips of a video, erasing "
-        f"{recipe.erasing:g}, mixup {recipe.mixup:g}, cutmix {recipe.cutmix:g}, smoothing {recipe.smoothing:g}"
+        f"{pixels}, {recipe.repeats} clips of a video, erasing {recipe.erasing:g}, "
+        f"mixup {recipe.mixup:g}, cutmix {recipe.cutmix:g}, smoothing {recipe.smoothing:g}"
     )
     lines["regularised"] = f"layer decay {recipe.layer_decay:g}, drop path {recipe.drop_path:g}" + (
         f", moving average {recipe.ema:g}" if recipe.ema else ""
     )
-    return format_lines(lines | describe_training(recipe, schedule, model, accelerator, len(train)))
+    return format_lines(lines | job.describe())
 
 
 def main(arguments: list[str]) -> None:
-    """Runs the command line; a setting that cannot be is one line, without a traceback."""
+    """Runs the command line; an impossible setting is one line, without a traceback."""
     try:
         taken = ("sampling", "stride", "test_clips", "test_crops") if "--eval-only" in arguments else ()
         recipe, run = parse_arguments(FinetuneRecipe, arguments, "ucf101", __doc__, taken)
-        job = build(recipe, run)
+        job, data = build(recipe, run)
     except (ValueError, TypeError, FileNotFoundError) as error:
         sys.exit(f"error: {error}")
     if run.dry_run:
         return
 
-    def all_of_it() -> None:
-        if not recipe.eval_only:
-            train(recipe, job)
-        finish(recipe, job)
+    def train_and_evaluate() -> None:
+        model = job.model if recipe.eval_only else train(job, data)
+        finish(job, data, model)
 
-    run_to_the_end(all_of_it)
+    run_to_the_end(train_and_evaluate)
     job.accelerator.end_training()
 
 

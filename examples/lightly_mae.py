@@ -13,7 +13,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from adamae_sampler import AdaptiveTokenSampler, MaskSample
-from common.pictures import train_on_pictures
+from training.image_loop import train_on_images
 
 
 class AdaptiveLightlyMAE(nn.Module):
@@ -47,11 +47,11 @@ class AdaptiveLightlyMAE(nn.Module):
 
 
 def main(steps: int = 100) -> list[float]:
-    """Trains on still pictures of sprites; returns the reconstruction losses."""
+    """Trains on images of sprites; returns the reconstruction losses."""
     torch.manual_seed(0)
     vit = timm.create_model("vit_tiny_patch16_224", img_size=64, patch_size=8, depth=4)
     model = AdaptiveLightlyMAE(vit)
-    return train_on_pictures(model, patch_size=8, steps=steps)
+    return train_on_images(model, patch_size=8, steps=steps)
 
 
 if __name__ == "__main__":

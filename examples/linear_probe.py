@@ -14,18 +14,19 @@ import json
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from accelerate.utils import set_seed
 
-from common.cli import parse_settings
+from common.atomic_files import write_tensors
+from common.command_line import parse_settings
 from common.devices import make_accelerator
-from common.evaluation import Evaluation, write_results
-from common.features import FeatureSettings, Pool, cached_features
-from common.files import write_tensors
-from common.probes import Probe, ProbeKind, ProbeRecipe, predict, train_probe
 from common.report import check_output, report_left_out
-from common.sources import Labelled, check_apart, describe_classes
-from common.video import VideoError
+from evaluation.features import FeatureSettings, Pool, cached_features
+from evaluation.multi_view import Evaluation, write_results
+from evaluation.probes import Probe, ProbeKind, ProbeRecipe, predict, train_probe
+from video_data.datasets import LabelledData
+from video_data.video import VideoError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +45,7 @@ class Options(FeatureSettings):
     """'linear': batch norm without affine parameters and a linear layer on the mean of the tokens. 'attentive': a
     learned query attends to all tokens first."""
     probe: ProbeRecipe = field(default_factory=ProbeRecipe)
-    """How the probe is trained."""
+    """The training settings of the probe."""
 
 
 def main(arguments: list[str]) -> float | None:
@@ -57,43 +58,42 @@ def main(arguments: list[str]) -> float | None:
 
 
 def run(options: Options) -> float | None:
-    """Features, training, evaluation; raises ValueError, TypeError or FileNotFoundError for what cannot be run."""
+    """Features, training, evaluation; raises ValueError, TypeError, FileNotFoundError or VideoError."""
     check_output(options.output, "results.json")
     if not options.train or not options.val:
         raise ValueError("--train and --val are needed: lists of videos, or 'sprites:1000:1' and 'sprites:1000:2'.")
     if options.kind == "attentive" and options.clips * options.crops > 1:
         raise ValueError("an attentive probe attends to the tokens of one view; leave --clips and --crops at 1.")
-    train, val = (Labelled.find(name, options) for name in (options.train, options.val))
-    num_classes = max(train.num_classes, val.num_classes)
-    check_apart(train, val)
-    left_out, val_left_out = train.drop_labels(num_classes), val.drop_labels(num_classes)
-    names = val.class_names(num_classes)
+    data = LabelledData.find(options.train, options.val, options)
     accelerator = make_accelerator(options.precision)
     if accelerator.is_main_process:
-        print(f"{'classes':>13}  {num_classes}; {describe_classes(train, val)}")
+        print(f"{'classes':>13}  {data.describe_classes()}")
     pool: Pool = "mean" if options.kind == "linear" else "none"
-    features, test = (cached_features(options, data, pool, options.cache, accelerator) for data in (train, val))
+    features, test = (
+        cached_features(options, videos, pool, options.cache, accelerator) for videos in (data.train, data.val)
+    )
     if not accelerator.is_main_process:
         return None
 
     set_seed(options.seed)
-    probe = Probe(options.kind, features.values.shape[-1], num_classes)
+    probe = Probe(options.kind, features.values.shape[-1], len(data.names))
     loss = train_probe(probe, options.kind, features, options.probe, accelerator.device)
-    result = Evaluation(
-        test.index, test.label, predict(probe, test, accelerator.device), [*val_left_out, *test.left_out]
-    )
-    settings = {"kind": options.kind, "checkpoint": options.checkpoint, "train": options.train, "val": options.val}
-    write_results(options.output, result, names, val.describe, {**settings, "seed": options.seed, "train_loss": loss})
+    probabilities = predict(probe, test, accelerator.device)
+    result = Evaluation(test.index, test.label, probabilities, [*data.val_left_out, *test.left_out])
+    settings: dict[str, Any] = {
+        "kind": options.kind,
+        "checkpoint": options.checkpoint,
+        "train": options.train,
+        "val": options.val,
+    }
+    settings |= {"seed": options.seed, "train_loss": loss}
+    write_results(options.output, result, data.names, data.val.describe, settings)
     write_tensors(options.output / "probe.safetensors", probe.state_dict(), {"settings": json.dumps(options.plain())})
-    summary = result.summary()
-    print(
-        f"{options.kind} probe: top-1 {summary['top1']:.2f}%, top-5 {summary['top5']:.2f}% of {summary['videos']} "
-        f"videos, training loss {loss:.3f}; wrote {options.output}"
-    )
-    left_out += [*features.left_out, *result.left_out]
+    print(f"{options.kind} probe: {result.headline()}, training loss {loss:.3f}; wrote {options.output}")
+    left_out = [*data.train_left_out, *features.left_out, *result.left_out]
     again = f"could not be used and were left out (delete the folder in {options.cache} to try them again)"
     report_left_out(options.output / "left_out.txt", left_out, again)
-    return float(summary["top1"])
+    return 100 * result.top(1)
 
 
 if __name__ == "__main__":

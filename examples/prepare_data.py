@@ -23,12 +23,12 @@ from tqdm import tqdm
 from tyro.conf import OmitArgPrefixes
 from tyro.extras import SubcommandApp
 
-from common.annotations import Annotations, read_hmdb51, read_k400, read_ssv2, read_ucf101
-from common.lists import LABELS, VideoEntry, list_videos, write_list
-from common.packing import Packing
-from common.packing import pack as packed
-from common.shards import index_shard, write_index
-from common.video import VIDEO_SUFFIXES, VideoError
+from video_data.annotations import Annotations, read_hmdb51, read_k400, read_ssv2, read_ucf101
+from video_data.shard_packing import Packing
+from video_data.shard_packing import pack as packed
+from video_data.shards import index_shard, write_index
+from video_data.video import VIDEO_SUFFIXES, VideoError
+from video_data.video_lists import LABELS, VideoEntry, list_videos, write_list
 
 app = SubcommandApp()
 

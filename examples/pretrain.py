@@ -14,100 +14,90 @@ from __future__ import annotations
 
 import sys
 from dataclasses import fields
-from typing import Any, NamedTuple
+from typing import Any
 
 import timm
 import torch
-from accelerate import Accelerator
-from accelerate.utils import set_seed
 from timm.optim import param_groups_weight_decay
 from torch import Tensor
 
 from adamae_sampler import AdaMAELoss
 from adamae_sampler.models import AdaMAE
 from adamae_sampler.visualize import overview
-from common.checkpoints import save_weights
-from common.cli import Run, parse_arguments
-from common.costs import forward_flops
-from common.datasets import ClipSource, ClipStream
 from common.devices import make_accelerator
-from common.endings import run_to_the_end
-from common.engine import Loop, Resumed
-from common.graphs import check_graph
-from common.metrics import PretrainMetrics
-from common.pretrain_recipe import SAMPLER_SETTINGS, PretrainRecipe
-from common.recipe import Schedule
-from common.report import check_output, describe_clips, describe_encoder, describe_training, format_lines
-from common.sources import pretrain_source
-from common.whole import whole_weights
+from common.models import AUTOENCODERS, save_weights
+from common.report import check_output, describe_clips, describe_encoder, format_lines
+from training.command_line import Run, parse_arguments
+from training.cuda_graph import check_graph
+from training.full_state import full_weights
+from training.interrupts import run_to_the_end
+from training.job import Job
+from training.loop import TrainingLoop
+from training.metrics import PretrainMetrics
+from training.pretrain_recipe import SAMPLER_SETTINGS, PretrainRecipe
+from training.throughput import forward_flops
+from video_data.clips import ClipSource, ClipStream
+from video_data.datasets import VideoDataset
+from video_data.transforms import PretrainTransform
+
+PretrainJob = Job[PretrainRecipe, AdaMAE]
 
 
-class Job(NamedTuple):
-    """What a recipe and the command line come to."""
-
-    accelerator: Accelerator
-    source: ClipSource
-    schedule: Schedule
-    model: AdaMAE
-    resumed: Resumed | None
+def clip_source(recipe: PretrainRecipe) -> ClipSource:
+    """The clips of --data; no clips for an empty name. Raises ValueError or FileNotFoundError."""
+    transform = PretrainTransform(recipe.img_size, recipe.flip)
+    return VideoDataset.find(recipe.data, recipe).clips(recipe, transform, recipe.repeats)
 
 
-def build(recipe: PretrainRecipe, run: Run) -> Job:
-    """Finds the data and makes the model; raises ValueError or FileNotFoundError for what cannot be run."""
+def build(recipe: PretrainRecipe, run: Run) -> PretrainJob:
+    """Finds the data and makes the model; raises ValueError or FileNotFoundError if the run is not possible."""
     check_output(recipe.output)
     accelerator = make_accelerator(recipe.precision, recipe.compile == "whole", recipe.tracker)
     if recipe.graph:
         check_graph(recipe, accelerator)
     if not recipe.data and not run.dry_run:
         raise ValueError(f"preset {run.preset} needs --data: a folder of videos, or a list file.")
-    source = pretrain_source(recipe)
-    schedule = Schedule.of(recipe, len(source), accelerator.num_processes)
-    set_seed(recipe.seed)  # the same weights on every process
-    if recipe.model not in timm.list_models("pretrain_adamae*"):
-        raise ValueError(f"no model {recipe.model!r}; there are {', '.join(timm.list_models('pretrain_adamae*'))}.")
-    model: AdaMAE = timm.create_model(recipe.model, **recipe.model_args())
-    model.set_grad_checkpointing(recipe.checkpoint_activations)
-    resumed = Resumed.load(run.resume, recipe, schedule, source)
+    source = clip_source(recipe)
+    job: PretrainJob = Job.build(recipe, accelerator, source, run.resume, AUTOENCODERS, recipe.model_args())
     if accelerator.is_main_process:
-        print(describe(recipe, run.origin, schedule, model, accelerator, len(source)))
-        if resumed:
-            print(resumed.describe(accelerator, recipe))
-    return Job(accelerator, source, schedule, model, resumed)
+        print(describe(job, run.origin))
+    return job
 
 
-def train(recipe: PretrainRecipe, job: Job) -> None:
-    """Trains, and writes weights and pictures at the end."""
-    accelerator, source, schedule, model, resumed = job
+def train(job: PretrainJob) -> None:
+    """Trains, and writes weights and a picture at the end."""
+    recipe, accelerator, model = job.recipe, job.accelerator, job.model
     groups = param_groups_weight_decay(model, recipe.weight_decay, no_weight_decay_list=model.no_weight_decay())
-    optimizer = torch.optim.AdamW(groups, lr=schedule.lr, betas=recipe.betas, fused=True)
+    optimizer = torch.optim.AdamW(groups, lr=job.schedule.lr, betas=recipe.betas, fused=True)
     criterion = AdaMAELoss(**recipe.loss_args())
     flops = forward_flops(model, 1, 3, recipe.num_frames, *recipe.img_size)
-    better = ("reconstruction", -1)
-    loop = Loop.begin(recipe, schedule, accelerator, model, optimizer, source, resumed, better)
+    loop = TrainingLoop(job, optimizer, better=("reconstruction", -1))
     metrics = PretrainMetrics(model.sampler.num_tokens, accelerator.device)
 
+    # From a file to here: VideoClips.clips -> ClipStream -> clip_loader (video_data/clips.py) -> TrainingLoop.run ->
+    # _update (training/loop.py), which also calls the backward pass of the loss.
     def forward(batch: dict[str, Any], _: int) -> Tensor:
-        prediction, sample = loop.model(batch["video"])
-        out = criterion(prediction, batch["video"], sample)
+        video = batch["video"]  # [B, 3, T, H, W] uint8; the model and the loss normalise it
+        prediction, sample = loop.model(video)
+        out = criterion(prediction, video, sample)
         metrics.add_forward(out, sample)
         return out.loss
 
     loop.run(forward, metrics, flops, graph=recipe.graph)
-    weights = whole_weights(accelerator, loop.model)
+    weights = full_weights(accelerator, loop.model)
     if accelerator.is_main_process:
-        finish(recipe, weights, criterion, source, accelerator.device)
-        loop.quarantine.report()
+        finish(job, weights, criterion)
+        loop.broken_videos.report()
     accelerator.end_training()
 
 
-def describe(
-    recipe: PretrainRecipe, origin: str, schedule: Schedule, model: AdaMAE, accelerator: Accelerator, clips: int
-) -> str:
+def describe(job: PretrainJob, origin: str) -> str:
     """The resolved recipe, for people."""
+    recipe, model = job.recipe, job.model
     visible, tokens = model.sampler.num_visible, model.sampler.num_tokens
     lines = {
         "settings": origin,
-        "data": f"{recipe.data or 'none given'}, {clips} videos",
+        "data": f"{recipe.data or 'none given'}, {len(job.source)} videos",
         "clips": f"{describe_clips(recipe)}, {'flip' if recipe.flip else 'no flip'}",
         "model": describe_encoder(recipe.model, model),
         "masking": f"{recipe.masking}, {visible} of {tokens} tokens visible ({1 - visible / tokens:.1%} masked)"
@@ -115,13 +105,13 @@ def describe(
         "target": f"{'normalised' if recipe.normalize_target else 'raw'} pixels, {recipe.loss}, sampling weight "
         f"{recipe.sampling_weight:g}",
     }
-    lines |= describe_training(recipe, schedule, model, accelerator, clips)
+    lines |= job.describe()
     lines["device"] += ", CUDA graph" if recipe.graph else ""
     return format_lines(lines)
 
 
 def describe_options(recipe: PretrainRecipe) -> str:
-    """What differs from the paper's method."""
+    """The settings that differ from the paper's method."""
     names = (*SAMPLER_SETTINGS, "num_masks", "decode_ratio", "fused_head", "estimator")
     usual = {each.name: each.default for each in fields(recipe)}
     changed = {name: value for name in names if (value := getattr(recipe, name)) != usual[name]}
@@ -129,14 +119,13 @@ def describe_options(recipe: PretrainRecipe) -> str:
 
 
 @torch.no_grad()
-def finish(
-    recipe: PretrainRecipe, weights: dict[str, Tensor], criterion: AdaMAELoss, source: ClipSource, device: torch.device
-) -> None:
-    """Writes the weights, and a picture of the first clip that can be read."""
-    model = timm.create_model(recipe.model, **recipe.model_args()).to(device)  # free of what wraps it
+def finish(job: PretrainJob, weights: dict[str, Tensor], criterion: AdaMAELoss) -> None:
+    """Writes the weights, and a picture of the first readable clip."""
+    recipe, device = job.recipe, job.accelerator.device
+    model = timm.create_model(recipe.model, **recipe.model_args()).to(device)  # without DDP or shards around it
     model.load_state_dict(weights)
     save_weights(model, recipe.output / "model.safetensors", recipe)
-    video = ClipStream(source, 0, 1, recipe.seed)[0]["video"][:1].to(device)
+    video = ClipStream(job.source, 0, 1, recipe.seed)[0]["video"][:1].to(device)
     model.sampler.num_masks = criterion.num_masks = 1  # one for the picture
     generator = torch.Generator(video.device).manual_seed(recipe.seed)
     prediction, sample = model.eval()(video, generator=generator)
@@ -155,14 +144,14 @@ def finish(
 
 
 def main(arguments: list[str]) -> None:
-    """Runs the command line; a setting that cannot be is one line, without a traceback."""
+    """Runs the command line; an impossible setting is one line, without a traceback."""
     try:
         recipe, run = parse_arguments(PretrainRecipe, arguments, "demo", __doc__)
         job = build(recipe, run)
     except (ValueError, FileNotFoundError) as error:
         sys.exit(f"error: {error}")
     if not run.dry_run:
-        run_to_the_end(lambda: train(recipe, job))
+        run_to_the_end(lambda: train(job))
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 from transformers import VideoMAEConfig, VideoMAEForPreTraining
 
 from adamae_sampler import patch
-from common.sprites import Sprites
+from video_data.sprites import Sprites
 
 
 def main(steps: int = 200) -> float:

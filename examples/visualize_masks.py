@@ -15,7 +15,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-import timm
 import torch
 from torch import Tensor
 
@@ -23,16 +22,16 @@ from adamae_sampler import AdaMAELoss, MaskSample
 from adamae_sampler.mask import check_mask_ratio
 from adamae_sampler.models import AdaMAE, load_checkpoint
 from adamae_sampler.visualize import animation, mask_overview, overview, save_animation
-from common.checkpoints import DECODER_SIZES, stated_recipe, stated_sizes
-from common.cli import checkpoint_of, parse_settings
-from common.datasets import VideoViews
+from common.command_line import checkpoint_of, parse_settings
 from common.devices import autocast, make_accelerator
-from common.lists import VideoEntry
-from common.pretrain_recipe import SAMPLER_SETTINGS
-from common.recipe import EncoderSettings
+from common.models import AUTOENCODERS, DECODER_SIZES, create_model, stated_recipe, stated_sizes
 from common.report import check_output
-from common.sources import find_sprites
-from common.video import VideoError
+from common.settings import EncoderSettings
+from training.pretrain_recipe import SAMPLER_SETTINGS
+from video_data.datasets import find_sprites
+from video_data.video import VideoError
+from video_data.video_lists import VideoEntry
+from video_data.views import VideoViews
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,11 +53,11 @@ class Options(EncoderSettings):
     decoder_num_heads: int | None = None
     """Attention heads of the decoder."""
     masking: Literal["adaptive", "random", "tube", "frame"] = "adaptive"
-    """How visible tokens are chosen."""
+    """Rule that chooses the visible tokens."""
     score_network: Literal["mha", "mlp", "pooled"] = "mha"
     """The sampler's network; for files that do not state it, as for the next three."""
     sample_from: Literal["tokens", "pixels"] = "tokens"
-    """What the sampler sees."""
+    """Input of the sampler."""
     temperature: float = 1.0
     """p = softmax(scores / temperature)."""
     exploration: float = 0.0
@@ -146,15 +145,11 @@ def read_clip(options: Options) -> Tensor:
 
 def build(options: Options, ratio: float, report: bool) -> AdaMAE:
     """The model at a mask ratio, with its weights."""
-    known = timm.list_models("pretrain_adamae*")
-    if options.model not in known:
-        raise ValueError(f"no model {options.model!r}; there are {', '.join(known)}.")
     decoder = {name: getattr(options, name) for name in DECODER_SIZES}
     settings = SAMPLER_SETTINGS if options.masking == "adaptive" else ("sample_from",)
     sampler = {name: getattr(options, name) for name in settings}
-    model: AdaMAE = timm.create_model(
-        options.model, masking=options.masking, mask_ratio=ratio, **options.sizes(), **decoder, **sampler
-    )
+    masking: dict[str, Any] = {"masking": options.masking, "mask_ratio": ratio, **sampler}
+    model: AdaMAE = create_model(options.model, AUTOENCODERS, **options.sizes(), **decoder, **masking)
     found = load_checkpoint(model, options.checkpoint)
     if any(name.startswith("sampler.") for name in found.missing):
         raise ValueError(

@@ -10,7 +10,7 @@ from torch import Tensor
 from vit_pytorch import MAE, ViT
 
 from adamae_sampler import AdaptiveTokenSampler, MaskSample, ops
-from common.pictures import train_on_pictures
+from training.image_loop import train_on_images
 
 
 class AdaptiveMAE(MAE):
@@ -45,11 +45,11 @@ class AdaptiveMAE(MAE):
 
 
 def main(steps: int = 100) -> list[float]:
-    """Trains on still pictures of sprites; returns the reconstruction losses."""
+    """Trains on images of sprites; returns the reconstruction losses."""
     torch.manual_seed(0)
     vit = ViT(image_size=64, patch_size=8, num_classes=20, dim=192, depth=4, heads=3, mlp_dim=768)
     model = AdaptiveMAE(encoder=vit, decoder_dim=64, decoder_heads=4, decoder_dim_head=16)
-    return train_on_pictures(model, model.patch_size, steps=steps)
+    return train_on_images(model, model.patch_size, steps=steps)
 
 
 if __name__ == "__main__":

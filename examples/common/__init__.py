@@ -1,1 +1,1 @@
-"""What the example scripts share: recipe, data, transforms, logging, training state."""
+"""The base of the scripts: settings, command lines, devices, models and files. It imports no other folder."""

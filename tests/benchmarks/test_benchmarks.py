@@ -30,9 +30,9 @@ from op_cases import DrawMask, GatherTokens, ReconstructionError
 from rows import read_rows, read_texts, write_rows
 
 from adamae_sampler import AdaMAELoss, ops
-from common.cli import parse_arguments
-from common.lists import VideoEntry
-from common.pretrain_recipe import PretrainRecipe
+from training.command_line import parse_arguments
+from training.pretrain_recipe import PretrainRecipe
+from video_data.video_lists import VideoEntry
 
 ROOT = Path(__file__).parents[2]
 

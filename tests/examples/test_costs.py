@@ -5,7 +5,7 @@ import timm
 import torch
 
 import adamae_sampler.models  # noqa: F401 - registers them with timm
-from common.costs import forward_flops, memory_gib, peak_of, utilisation
+from training.throughput import forward_flops, memory_gib, peak_of, utilisation
 
 CPU = torch.device("cpu")
 

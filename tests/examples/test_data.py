@@ -1,4 +1,4 @@
-"""Reading videos, lists, clips and sprites: examples/common."""
+"""Reading videos, lists, clips and sprites: examples/video_data."""
 
 import itertools
 from fractions import Fraction
@@ -10,11 +10,11 @@ import torch
 from torch.utils.data import DataLoader
 from videos import FRAMES, generator, seen_indices, write_video
 
-from common.datasets import ClipStream, VideoClips, collate_clips
-from common.lists import VideoEntry, list_videos
-from common.sprites import Sprites
-from common.transforms import SCALES, PretrainTransform, multi_scale_crop, random_flip
-from common.video import Unreachable, Video, VideoError
+from video_data.clips import ClipStream, VideoClips, collate_clips
+from video_data.sprites import Sprites
+from video_data.transforms import SCALES, PretrainTransform, multi_scale_crop, random_flip
+from video_data.video import Unreachable, Video, VideoError
+from video_data.video_lists import VideoEntry, list_videos
 
 # With B-frames (bf) the order of packets is not that of frames, and AVI and MPEG-PS state no presentation times.
 CONTAINERS = [
@@ -93,7 +93,7 @@ def test_multi_scale_crop(height, width, size):
 def test_multi_scale_crop_uses_the_scales(monkeypatch):
     seen = set()
     monkeypatch.setattr(
-        "common.transforms.tvf.resized_crop",
+        "video_data.transforms.tvf.resized_crop",
         lambda frames, top, left, h, w, size, antialias: seen.add((h, w)) or frames,
     )
     for seed in range(400):
@@ -219,7 +219,7 @@ class Flaky:
 
 @pytest.fixture
 def no_pauses(monkeypatch):
-    monkeypatch.setattr("common.datasets._PAUSES", (0, 0))
+    monkeypatch.setattr("video_data.clips._PAUSES", (0, 0))
 
 
 @pytest.mark.usefixtures("no_pauses")

@@ -1,4 +1,4 @@
-"""Multi-view evaluation: examples/common/evaluation.py."""
+"""Multi-view evaluation: examples/evaluation/multi_view.py."""
 
 import csv
 import json
@@ -12,12 +12,13 @@ from scripts import TWO_PROCESSES
 from test_classifier import tiny_classifier
 from videos import write_video
 
-from common.datasets import SpriteClips, VideoViews
 from common.devices import Normalise, make_accelerator
-from common.evaluation import Evaluation, evaluate, write_results
-from common.lists import list_videos
-from common.sprites import Sprites
-from common.video import VideoError
+from evaluation.multi_view import Evaluation, evaluate, write_results
+from video_data.clips import SpriteClips
+from video_data.sprites import Sprites
+from video_data.video import VideoError
+from video_data.video_lists import list_videos
+from video_data.views import VideoViews
 
 TESTS = Path(__file__).parents[1]
 
@@ -131,8 +132,8 @@ from scripts import TWO_PROCESSES
 from test_classifier import tiny_classifier
 from test_evaluation import views_of
 from common.devices import make_accelerator
-from common.evaluation import evaluate
-from common.lists import list_videos
+from evaluation.multi_view import evaluate
+from video_data.video_lists import list_videos
 torch.manual_seed(0)
 accelerator = make_accelerator("fp32")
 model = tiny_classifier().to(accelerator.device)

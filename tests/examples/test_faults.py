@@ -27,12 +27,13 @@ from scripts import (
 )
 from videos import write_video
 
-from common.datasets import VideoClips
-from common.engine import Loop, TrainingError
-from common.interrupts import Interrupts, Request
-from common.lists import VideoEntry
-from common.metrics import RunLog
-from common.quarantine import Quarantine, read_quarantine
+from training.broken_videos import BrokenVideos, read_broken_videos
+from training.interrupts import Interrupts, Request, TrainingError
+from training.job import Job
+from training.loop import TrainingLoop
+from training.run_log import RunLog
+from video_data.clips import VideoClips
+from video_data.video_lists import VideoEntry
 
 pretrain = partial(run_script, "pretrain.py")
 pretrain_here = partial(run_here, pretrain_script.main)
@@ -63,7 +64,7 @@ def test_a_folder_with_broken_videos_trains_to_the_end_and_lists_exactly_those(l
     assert len(list((tmp_path / "videos").iterdir())) == 100
     arguments = [*TINY_PRETRAIN, "--data", tmp_path / "videos", "--steps", 52, "--workers", 1, "--stride", 1]
     printed = succeeded(pretrain(*arguments, "--output", tmp_path / "run", launcher=launcher))
-    listed = read_quarantine(
+    listed = read_broken_videos(
         tmp_path / "run" / "quarantine.txt"
     )  # after two epochs of 25 steps or one of two processes
     assert set(listed) == {str(tmp_path / "videos" / name) for name in broken}
@@ -101,16 +102,19 @@ def test_more_broken_videos_than_allowed_end_a_run(tmp_path):
 def test_the_quarantine_file(tmp_path):
     path = tmp_path / "run" / "quarantine.txt"
     source = VideoClips([VideoEntry(Path(name)) for name in ("a ü.mp4", "b.mp4", "d.mp4", *"efghijk")], 4, 2, None)
-    quarantine = Quarantine(path, source, 0.25, writes=True)
-    assert quarantine.add({"a ü.mp4": "broken\nin two lines"}) is None
-    assert quarantine.add({"a ü.mp4": "again", "b.mp4": "gone"}) is None
+    broken = BrokenVideos(path, source, 0.25, writes=True)
+    broken.add({"a ü.mp4": "broken\nin two lines"})
+    assert broken.exchange() is None
+    broken.add({"a ü.mp4": "again", "b.mp4": "gone"})
+    assert broken.exchange() is None
     assert path.read_text(encoding="utf-8") == "a ü.mp4\tbroken in two lines\nb.mp4\tgone\n"
     with path.open("a") as file:
         file.write("elsewhere.mp4\tgone\nc.mp")  # a video of other data; half a line, as a kill may leave it
-    again = Quarantine(path, source, 0.25, writes=True)
+    again = BrokenVideos(path, source, 0.25, writes=True)
     assert set(again.known) == {"a ü.mp4", "b.mp4"}
-    assert "3 of 10 videos cannot be used, more than max_broken=0.25" in again.add({"d.mp4": "gone"})
-    assert read_quarantine(path).keys() == {"a ü.mp4", "b.mp4", "elsewhere.mp4", "d.mp4"}
+    again.add({"d.mp4": "gone"})
+    assert "3 of 10 videos cannot be used, more than max_broken=0.25" in again.exchange()
+    assert read_broken_videos(path).keys() == {"a ü.mp4", "b.mp4", "elsewhere.mp4", "d.mp4"}
 
 
 def nonfinite_run(first, last, *arguments):
@@ -183,7 +187,7 @@ def test_metrics_that_a_full_disk_refuses_are_written_with_the_next_line(tmp_pat
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as disk:
-        disk.setattr("common.metrics.append_whole", full)
+        disk.setattr("training.run_log.append_whole", full)
         log.write(2, {"loss": 2.0})
     assert "metrics of step 2 could not be written" in capsys.readouterr().out
     log.write(3, {"loss": 3.0})
@@ -192,9 +196,9 @@ def test_metrics_that_a_full_disk_refuses_are_written_with_the_next_line(tmp_pat
 
 def test_processes_that_would_go_on_from_different_checkpoints_are_told(monkeypatch):
     """As where --output is a folder of each machine."""
-    monkeypatch.setattr("common.engine.gather_object", lambda mine: [*mine, ("step_00000040.safetensors", 40)])
+    monkeypatch.setattr("training.loop.gather_object", lambda mine: [*mine, ("step_00000040.safetensors", 40)])
     with pytest.raises(TrainingError, match=r"different checkpoints, .*'none'.*; --output must be a shared folder"):
-        Loop.begin(None, None, None, None, None, None, None, ("loss", -1))
+        TrainingLoop(Job(None, None, None, None, None, None), None, ("loss", -1))
 
 
 def test_a_signal_before_the_first_step_and_one_during_a_save_count():

@@ -28,12 +28,12 @@ from test_classifier import tiny_classifier
 from torch.nn.functional import cross_entropy, log_softmax
 from videos import write_video
 
-from common.checkpoints import save_weights
 from common.devices import Normalise, make_accelerator
-from common.finetune_recipe import FinetuneRecipe
-from common.pretrain_recipe import PretrainRecipe
-from common.recipe import load_preset
-from common.transforms import seed_libraries
+from common.models import save_weights
+from training.finetune_recipe import FinetuneRecipe
+from training.pretrain_recipe import PretrainRecipe
+from training.recipe import load_preset
+from video_data.transforms import seed_libraries
 
 TINY = "--batch-size 4 --warmup-steps 1 --workers 0 --log-every 1 --stride 2 --test-clips 2".split()  # noqa: SIM905
 TINY += ["--effective-batch", "4"]
@@ -131,7 +131,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(data, pretrained, tmp_path):
     succeeded(run_finetune(*common, "--steps", 4, "--output", tmp_path / "whole"))
     script = f"""
 import sys; sys.path.insert(0, {str(EXAMPLES)!r})
-import finetune, common.metrics as m
+import finetune, training.run_log as m
 real = m.RunLog.write
 def write(self, step, values):
     real(self, step, values)

@@ -11,10 +11,10 @@ from test_resume import same_numbers, same_weights
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import common.graphs as graphs
-from common.graphs import GraphedUpdate
-from common.recipe import Schedule
-from common.state import Checkpoints
+import training.cuda_graph as graphs
+from training.checkpoints import Checkpoints
+from training.cuda_graph import GraphedUpdate
+from training.schedule import Schedule
 
 pretrain = partial(run_here, pretrain_script.main)
 COMMON = [*TINY_PRETRAIN, "--data", "sprites:64", "--steps", 8, "--save-every", 4]

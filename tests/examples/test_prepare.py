@@ -9,7 +9,7 @@ import prepare_data
 import pytest
 from videos import write_video
 
-from common.lists import VideoEntry, class_names, list_videos, write_list
+from video_data.video_lists import VideoEntry, class_names, list_videos, write_list
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "prepare_data.py"
 

@@ -16,15 +16,15 @@ from timm.layers import AttentionPoolLatent
 from videos import write_video
 
 from adamae_sampler.models import VideoClassifier
-from common.checkpoints import save_weights, stated_recipe, stated_sizes
-from common.cli import parse_settings
-from common.datasets import VideoViews
+from common.command_line import parse_settings
 from common.devices import Normalise
-from common.features import Features
-from common.finetune_recipe import FinetuneRecipe
-from common.lists import VideoEntry, list_videos
-from common.pretrain_recipe import PretrainRecipe
-from common.probes import Probe, ProbeRecipe, predict, train_probe
+from common.models import save_weights, stated_recipe, stated_sizes
+from evaluation.features import Features
+from evaluation.probes import Probe, ProbeRecipe, predict, train_probe
+from training.finetune_recipe import FinetuneRecipe
+from training.pretrain_recipe import PretrainRecipe
+from video_data.video_lists import VideoEntry, list_videos
+from video_data.views import VideoViews
 
 CPU = torch.device("cpu")
 
@@ -129,7 +129,7 @@ def test_probing_twice_computes_features_once(kind, pretrained, videos, tmp_path
     with pytest.raises(SystemExit, match=r"probe has results.json already; name another folder"):
         linear_probe.main(arguments)
     again = [*arguments, "--output", str(tmp_path / "again")]
-    monkeypatch.setattr("common.features.frozen_encoder", None)  # would be called for features that are not cached
+    monkeypatch.setattr("evaluation.features.frozen_encoder", None)  # would be called for features that are not cached
     assert linear_probe.main(again) == first
     assert "from " in capsys.readouterr().out
     assert (tmp_path / "again" / "predictions.csv").read_text() == predictions

@@ -3,11 +3,15 @@ import inspect
 import itertools
 import math
 
+import pretrain
 import pytest
+from scripts import refused
 
-from common.finetune_recipe import FinetuneRecipe
-from common.pretrain_recipe import PretrainRecipe
-from common.recipe import PRESETS, Schedule, load_preset, recipe_from
+from training.command_line import parse_arguments
+from training.finetune_recipe import FinetuneRecipe
+from training.pretrain_recipe import PretrainRecipe
+from training.recipe import PRESETS, load_preset, recipe_from
+from training.schedule import Schedule
 
 
 def test_presets_follow_the_paper():
@@ -43,7 +47,7 @@ def test_every_preset_loads_and_unknown_ones_are_named():
 def test_a_preset_with_a_stray_setting_is_refused(tmp_path, monkeypatch):
     (tmp_path / "pretrain").mkdir()
     (tmp_path / "pretrain" / "bad.yaml").write_text("learning_rate: 1\nepochs: 2\noutput: x\n")
-    monkeypatch.setattr("common.recipe.PRESETS", tmp_path)
+    monkeypatch.setattr("training.recipe.PRESETS", tmp_path)
     with pytest.raises(ValueError, match="sets learning_rate, which a recipe does not have"):
         load_preset(PretrainRecipe, "bad")
 
@@ -51,6 +55,45 @@ def test_a_preset_with_a_stray_setting_is_refused(tmp_path, monkeypatch):
 def test_an_estimator_without_a_sampler_is_refused():
     with pytest.raises(ValueError, match="estimator=plackett_luce: masking=tube learns nothing"):
         PretrainRecipe(masking="tube", estimator="plackett_luce")
+
+
+FAST = {"score_network": "pooled", "sample_from": "pixels", "decode_ratio": 0.5}
+
+
+def settings_of(*arguments):
+    recipe = parse_arguments(PretrainRecipe, list(arguments), "demo", None)[0]
+    return recipe.fast, {name: getattr(recipe, name) for name in FAST}
+
+
+def test_fast_stands_for_three_settings():
+    paper = {"score_network": "mha", "sample_from": "tokens", "decode_ratio": 1.0}
+    assert settings_of() == (False, paper)
+    assert settings_of("--fast") == (True, FAST)
+    assert settings_of("--decode-ratio", "0.5", "--fast") == (True, FAST)  # the same, said twice
+    preset = load_preset(PretrainRecipe, "demo").plain()
+    assert recipe_from(PretrainRecipe, {**preset, **FAST, "fast": True}).fast  # as recipe.yaml says it
+    for name in (*FAST, "fast"):
+        del preset[name]
+    short = recipe_from(PretrainRecipe, {**preset, "fast": True})  # as a preset may say it
+    assert {name: getattr(short, name) for name in FAST} == FAST
+    assert not recipe_from(PretrainRecipe, preset).fast  # as the file of an earlier version says it
+
+
+@pytest.mark.parametrize(
+    ("option", "value"), [("score-network", "mha"), ("sample-from", "tokens"), ("decode-ratio", 1.0)]
+)
+def test_an_option_that_contradicts_fast_is_refused(option, value):
+    """Also where its value is the usual one, and in one line."""
+    message = refused(pretrain.main, "--fast", f"--{option}", value, "--dry-run")
+    name = option.replace("-", "_")
+    assert message == (
+        f"error: --{option} {value} contradicts --fast, which stands for {name}={FAST[name]}; leave one of them out.\n"
+    )
+
+
+def test_fast_needs_adaptive_masking():
+    message = refused(pretrain.main, "--fast", "--masking", "tube", "--dry-run")
+    assert message == "error: --masking tube has no score network, which --fast sets; leave one of them out.\n"
 
 
 def test_learning_rate_follows_the_effective_batch_whatever_the_devices():

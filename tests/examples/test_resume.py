@@ -15,6 +15,7 @@ import pretrain as pretrain_script
 import pytest
 import safetensors.torch
 import torch
+import yaml
 from scripts import (
     EXAMPLES,
     TINY_PRETRAIN,
@@ -32,8 +33,9 @@ from scripts import (
 )
 from videos import write_video
 
-from common.pretrain_recipe import PretrainRecipe
-from common.state import BEST, Checkpoints, _put_tensors, _take_tensors, recipe_of_state
+from training.checkpoints import BEST, Checkpoints, _put_tensors, _take_tensors
+from training.pretrain_recipe import PretrainRecipe
+from training.resume import recipe_of_state
 
 pretrain = partial(run_script, "pretrain.py")
 pretrain_here = partial(run_here, pretrain_script.main)
@@ -59,7 +61,7 @@ def run_until(folder, steps, *arguments):
     script = f"""
 import os, sys
 sys.path.insert(0, {str(EXAMPLES)!r})
-import pretrain, common.metrics as m
+import pretrain, training.run_log as m
 real = m.RunLog.write
 def write(self, step, values):
     real(self, step, values)
@@ -255,7 +257,7 @@ def test_killed_in_the_middle_of_writing(tmp_path):
     script = f"""
 import os, signal, sys
 sys.path.insert(0, {str(EXAMPLES)!r})
-import pretrain, safetensors.torch, common.files
+import pretrain, safetensors.torch, common.atomic_files
 real, calls = safetensors.torch.save_file, []
 def save_file(tensors, path, metadata):
     real(tensors, path, metadata)
@@ -313,7 +315,7 @@ def test_a_full_disk_keeps_the_previous_checkpoint(tmp_path):
     script = f"""
 import resource, signal, sys
 sys.path.insert(0, {str(EXAMPLES)!r})
-import pretrain, common.metrics as m
+import pretrain, training.run_log as m
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 real = m.RunLog.write
 def write(self, step, values):
@@ -344,7 +346,26 @@ def test_the_recipe_of_an_earlier_version_is_understood(tmp_path):
         tree = json.loads(file.metadata()["state"])
     for then, now in ((True, "whole"), (False, None)):
         tree["recipe"] |= {"head_chunks": 8, "compile": then}
-        tree["recipe"].pop("graph", None)
+        for later in ("graph", "fast"):
+            tree["recipe"].pop(later, None)
         safetensors.torch.save_file(safetensors.torch.load_file(path), path, {"state": json.dumps(tree)})
         recipe = recipe_of_state(PretrainRecipe, path)
-        assert (recipe.compile, recipe.graph) == (now, False)
+        assert (recipe.compile, recipe.graph, recipe.fast) == (now, False, False)
+    printed = pretrain_here("--resume", path, "--steps", 2)
+    assert "from step 1" in printed
+
+
+def test_a_resumed_run_is_as_fast_as_before(tmp_path):
+    run = tmp_path / "run"
+    pretrain_here(*SPRITES, "--fast", "--steps", 1, "--output", run)
+    assert yaml.safe_load((run / "recipe.yaml").read_text())["fast"] is True
+    recipe = recipe_of_state(PretrainRecipe, newest_checkpoint(run))
+    assert (recipe.fast, recipe.score_network, recipe.sample_from, recipe.decode_ratio) == (
+        True,
+        "pooled",
+        "pixels",
+        0.5,
+    )
+    contradicted = refused(pretrain_script.main, "--resume", newest_checkpoint(run), "--score-network", "mlp")
+    assert "--score-network mlp contradicts --fast" in contradicted
+    assert "from step 1" in pretrain_here("--resume", newest_checkpoint(run), "--steps", 2)

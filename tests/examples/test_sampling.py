@@ -1,4 +1,4 @@
-"""Which frames a clip takes, and how evaluation crops them: examples/common/sampling.py and transforms.py."""
+"""Which frames a clip takes, and how evaluation crops them: examples/video_data/frame_sampling.py, transforms.py."""
 
 import itertools
 import random
@@ -8,11 +8,12 @@ import pytest
 import torch
 from videos import generator, seen_indices, write_video
 
-from common.datasets import VideoClips, VideoViews
-from common.lists import VideoEntry
-from common.sampling import fixed_clips, random_clip
-from common.transforms import FinetuneTransform, fixed_crops, seeded
-from common.video import VideoError
+from video_data.clips import VideoClips
+from video_data.frame_sampling import fixed_clips, random_clip
+from video_data.transforms import FinetuneTransform, fixed_crops, seeded
+from video_data.video import VideoError
+from video_data.video_lists import VideoEntry
+from video_data.views import VideoViews
 
 
 def test_dense_clips_start_anywhere_that_fits():
@@ -154,7 +155,7 @@ def test_repeats_are_augmented_apart_from_one_decoding(tmp_path, monkeypatch):
     entry = VideoEntry(write_video(tmp_path / "a.mp4"), 6)
     reads = []
     monkeypatch.setattr(
-        "common.datasets.Video.read", lambda self, indices: reads.append(1) or frames_of_noise(len(indices))
+        "video_data.video.Video.read", lambda self, indices: reads.append(1) or frames_of_noise(len(indices))
     )
     source = VideoClips([entry], 4, 2, FinetuneTransform((16, 16), "", flip=True), repeats=3)
     item = source.clips(0, generator())

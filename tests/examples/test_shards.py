@@ -16,12 +16,12 @@ from scripts import TINY_PRETRAIN, metrics, refused, run_here, run_script, succe
 from torch.utils.data import DataLoader
 from videos import generator, seen_indices, write_video
 
-from common.datasets import ClipStream, VideoClips, collate_clips
-from common.lists import VideoEntry, list_videos, write_list
-from common.packing import Packing, pack
-from common.shards import read_index
-from common.transforms import PretrainTransform
-from common.video import Video, VideoError
+from video_data.clips import ClipStream, VideoClips, collate_clips
+from video_data.shard_packing import Packing, pack
+from video_data.shards import read_index
+from video_data.transforms import PretrainTransform
+from video_data.video import Video, VideoError
+from video_data.video_lists import VideoEntry, list_videos, write_list
 
 prepare = partial(run_here, prepare_data.main)
 

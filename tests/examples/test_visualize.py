@@ -16,9 +16,9 @@ from videos import write_video
 from adamae_sampler import AdaMAELoss
 from adamae_sampler.ops import patchify
 from adamae_sampler.visualize import animation, mask_overview, overview, predicted_video, save_animation
-from common.checkpoints import save_weights
-from common.finetune_recipe import FinetuneRecipe
-from common.pretrain_recipe import PretrainRecipe
+from common.models import save_weights
+from training.finetune_recipe import FinetuneRecipe
+from training.pretrain_recipe import PretrainRecipe
 
 SIZES = {"patch_size": 8, "tubelet_size": 2}
 

@@ -1,0 +1,43 @@
+"""Command lines: the file after --checkpoint states sizes and settings, options override them."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TypeVar
+
+import tyro
+
+from common.models import SIZES, stated_recipe, stated_sizes
+from common.settings import EncoderSettings
+
+Settings = TypeVar("Settings", bound=EncoderSettings)
+
+
+def checkpoint_of(arguments: list[str]) -> str:
+    """The value of --checkpoint on a command line, or an empty string."""
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--checkpoint", default="")
+    found: str = first.parse_known_args(arguments)[0].checkpoint
+    return found
+
+
+def of_checkpoint(settings: Settings, arguments: list[str], taken: Sequence[str]) -> Settings:
+    """The settings with the sizes that the file or folder after --checkpoint states.
+
+    Args:
+        settings: the settings to start from.
+        arguments: the command line.
+        taken: further settings to take from the recipe that wrote the checkpoint, where it states them.
+    """
+    checkpoint = checkpoint_of(arguments)
+    sizes, recipe = stated_sizes(checkpoint), stated_recipe(checkpoint)
+    found = {name: sizes[name] for name in SIZES if name in sizes}
+    return replace(settings, **found, **{name: recipe[name] for name in taken if name in recipe})
+
+
+def parse_settings(start: Settings, arguments: list[str], description: str | None) -> Settings:
+    """Settings of a script without presets: `start`, then what --checkpoint states (sizes, sampling), then options."""
+    default = of_checkpoint(start, arguments, ("sampling", "stride"))
+    return tyro.cli(type(start), args=arguments, default=default, description=description)

@@ -1,0 +1,71 @@
+"""The settings of every script that runs an encoder."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+FrameSampling = Literal["dense", "segments"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncoderSettings:
+    """Sizes of the encoder and of clips, and the frames of a video that a clip takes."""
+
+    model: str
+    """Model of timm's registry."""
+    img_size: tuple[int, int] = (224, 224)
+    """Height and width of a clip in pixels."""
+    num_frames: int = 16
+    """Frames of a clip."""
+    patch_size: int = 16
+    """Side of a patch in pixels."""
+    tubelet_size: int = 2
+    """Frames of a patch."""
+    embed_dim: int | None = None
+    """Width of the encoder; the model's own if None, as for the next two."""
+    depth: int | None = None
+    """Blocks of the encoder."""
+    num_heads: int | None = None
+    """Attention heads of the encoder."""
+
+    sampling: FrameSampling = "dense"
+    """Frames of a clip: 'dense', at the stride from one place (Kinetics), or 'segments', one of each of num_frames
+    equal parts of the video, whatever the stride (Something-Something)."""
+    stride: int = 4
+    """Distance of two frames of a clip in frames of the video."""
+
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Autocast; 'auto' is bf16 on devices made for it, fp32 elsewhere (CPUs). fp16, on GPUs, scales the losses."""
+    workers: int = 4
+    """Processes that read clips; 0 reads them in the main process."""
+    seed: int = 0
+    """Seed of every random choice: weights, order of the data, augmentation, masks."""
+
+    def __post_init__(self) -> None:
+        self.check_least(num_frames=1, patch_size=1, tubelet_size=1, stride=1, workers=0)
+
+    def check_least(self, **least: float) -> None:
+        """Raises ValueError for a setting below its least value; None is not checked."""
+        for name, bound in least.items():
+            value = getattr(self, name)
+            if value is not None and not value >= bound:
+                raise ValueError(f"{name}={value}, expected {bound} or more.")
+
+    def check_most(self, **most: float) -> None:
+        """Raises ValueError for a setting above its largest value; None is not checked."""
+        for name, bound in most.items():
+            value = getattr(self, name)
+            if value is not None and not value <= bound:
+                raise ValueError(f"{name}={value}, expected {bound} or less.")
+
+    def sizes(self) -> dict[str, Any]:
+        """Keyword arguments of `timm.create_model` for the sizes of clips and encoder; None keeps the model's own."""
+        names = ("img_size", "num_frames", "patch_size", "tubelet_size", "embed_dim", "depth", "num_heads")
+        return {name: getattr(self, name) for name in names}
+
+    def plain(self) -> dict[str, Any]:
+        """The settings as numbers, strings and lists, for files."""
+        plain = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
+        return {name: str(value) if isinstance(value, Path) else value for name, value in plain.items()}

@@ -1,0 +1,1 @@
+"""Evaluation: classification with several views of a video, features of a frozen encoder, probes."""

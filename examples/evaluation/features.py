@@ -1,0 +1,199 @@
+"""Features of a frozen encoder, and a cache of them on disk."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch import Tensor
+
+from adamae_sampler.models import VideoClassifier, load_checkpoint
+from common.models import CLASSIFIERS, create_model, ends_with_norm, size_note, stated_sizes
+from common.report import describe_clips
+from common.settings import EncoderSettings
+from evaluation.multi_view import map_views
+from video_data.datasets import VideoDataset
+from video_data.video import VideoError
+
+Pool = Literal["mean", "none"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeatureSettings(EncoderSettings):
+    """Settings of everything that uses a frozen encoder."""
+
+    checkpoint: str = ""
+    """Weights: official AdaMAE, VideoMAE, Hugging Face VideoMAE, a file of pretrain.py or finetune.py."""
+    model: str = "adamae_vit_base_patch16_224"
+    """Model of timm's registry."""
+    clips: int = 1
+    """Clips of a video whose features are averaged."""
+    crops: int = 1
+    """Crops of each of them."""
+    batch_size: int = 16
+    """Videos of one forward pass, each with all its views."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_least(clips=1, crops=1, batch_size=1)
+
+    def need_checkpoint(self) -> str:
+        """The checkpoint; raises ValueError if there is none."""
+        if not self.checkpoint:
+            raise ValueError("--checkpoint is needed: the weights of an encoder.")
+        return self.checkpoint
+
+
+def frozen_encoder(settings: FeatureSettings, pool: Pool, accelerator: Accelerator) -> Callable[[Tensor], Tensor]:
+    """A function from normalised clips [B, C, T, H, W] to features [B, D], or [B, N, D] for `pool` "none".
+
+    Of pre-trained weights: the encoder's tokens after its last norm, if it has one, and their mean. Of a classifier:
+    the tokens, and what its head gets.
+
+    Raises:
+        FileNotFoundError, TypeError, ValueError: as `load_checkpoint`.
+    """
+    fine_tuned = "num_classes" in stated_sizes(settings.need_checkpoint())
+    norm = ends_with_norm(settings.checkpoint)
+    sizes = settings.sizes()
+    model: VideoClassifier = create_model(settings.model, CLASSIFIERS, num_classes=0, encoder_norm=norm, **sizes)
+    report = load_checkpoint(model, settings.checkpoint, only="" if fine_tuned else "encoder.")
+    if accelerator.is_main_process:
+        views = f"{settings.clips} clips x {settings.crops} crops of a video"
+        print(f"{'clips':>13}  {describe_clips(settings)}, {views}")
+        print(f"{'weights':>13}  {settings.checkpoint}: {report}{size_note(settings.checkpoint, settings)}")
+    model.to(accelerator.device).eval()
+
+    def features(views: Tensor) -> Tensor:
+        tokens = model.forward_features(views)
+        if pool == "none":
+            return tokens
+        return model.forward_head(tokens, pre_logits=True) if fine_tuned else tokens.mean(1)
+
+    return features
+
+
+@dataclass(frozen=True)
+class Features:
+    """Features of the videos that could be read, in the order of the data set.
+
+    Attributes:
+        index: [V] their places in the data set.
+        label: [V].
+        values: features of the whole data set, [videos, D] or [videos, N, D], fp32 or fp16, perhaps a view of a file.
+        left_out: messages about the others.
+    """
+
+    index: Tensor
+    label: Tensor
+    values: Tensor
+    left_out: list[str]
+
+    def take(self, rows: Tensor) -> Tensor:
+        """The features of some of the V videos."""
+        return self.values[self.index[rows]]
+
+
+def cached_features(
+    settings: FeatureSettings, data: VideoDataset, pool: Pool, folder: Path, accelerator: Accelerator
+) -> Features:
+    """The features of a data set from `folder`, computed and written there first if they are not in it.
+
+    What they depend on (weights, videos, settings) is in their name, so that stale ones are never taken. Every process
+    writes its own rows of the file, so that features larger than the memory can be cached.
+
+    Raises:
+        VideoError: no video could be read.
+    """
+    name, nature = _name(settings, data, pool)
+    place = folder / name
+    if not place.is_dir():
+        encoder = frozen_encoder(settings, pool, accelerator)
+        aside = folder / f"{name}.partial"
+        if accelerator.is_main_process:
+            shutil.rmtree(aside, ignore_errors=True)
+            aside.mkdir(parents=True)
+        accelerator.wait_for_everyone()
+        left_out = _write(aside, encoder, settings, data, pool, accelerator)
+        if len(left_out) == len(data):
+            raise VideoError("no video could be read:\n  " + "\n  ".join(left_out[:8]))
+        if accelerator.is_main_process:
+            text = json.dumps({**nature, "left_out": left_out}, indent=2, ensure_ascii=False)
+            (aside / "about.json").write_text(text + "\n", encoding="utf-8")
+            os.replace(aside, place)
+        accelerator.wait_for_everyone()
+    elif accelerator.is_main_process:
+        print(f"{'features':>13}  {data.name}: from {place}")
+    label = torch.from_numpy(np.load(place / "label.npy"))
+    # Mapped, not read: copy-on-write, because torch wants memory that it may write to.
+    values = torch.from_numpy(np.load(place / "values.npy", mmap_mode="c"))
+    index = (label >= 0).nonzero()[:, 0]
+    left_out = json.loads((place / "about.json").read_text(encoding="utf-8"))["left_out"]
+    return Features(index, label[index], values, left_out)
+
+
+def _name(settings: FeatureSettings, data: VideoDataset, pool: Pool) -> tuple[str, dict[str, object]]:
+    """Name of the cache, and what it is derived from."""
+    names = {each.name for each in fields(FeatureSettings)} - {"batch_size", "workers", "checkpoint", "seed"}
+    nature: dict[str, object] = {name: value for name, value in settings.plain().items() if name in names}
+    nature |= {
+        "data": data.name,
+        "pool": pool,
+        "videos": data.fingerprint(),
+        "weights": _hash_file(settings.need_checkpoint()),
+    }
+    digest = hashlib.sha256(json.dumps(nature, sort_keys=True).encode()).hexdigest()
+    return f"{Path(data.name).stem.replace(':', '-')}-{digest[:16]}", nature
+
+
+def _hash_file(checkpoint: str) -> str:
+    path = Path(checkpoint)
+    path = path / "model.safetensors" if path.is_dir() else path
+    if not path.is_file():
+        raise FileNotFoundError(f"no checkpoint at {path}.")
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _write(
+    folder: Path,
+    encoder: Callable[[Tensor], Tensor],
+    settings: FeatureSettings,
+    data: VideoDataset,
+    pool: Pool,
+    accelerator: Accelerator,
+) -> list[str]:
+    """Writes values.npy and label.npy (-1 where a video could not be read); returns what was left out."""
+    with torch.no_grad():
+        probe = encoder(torch.zeros(1, 3, settings.num_frames, *settings.img_size, device=accelerator.device))
+    dtype = np.float16 if pool == "none" else np.float32
+    if accelerator.is_main_process:
+        size = len(data) * probe[0].numel() * np.dtype(dtype).itemsize
+        print(f"{'features':>13}  {data.name}: {len(data)} videos, {size / 2**20:.1f} MiB into {folder.parent}")
+        np.lib.format.open_memmap(folder / "values.npy", "w+", dtype, (len(data), *probe.shape[1:])).flush()
+        np.lib.format.open_memmap(folder / "label.npy", "w+", np.int64, (len(data),))[:] = -1
+    accelerator.wait_for_everyone()
+    values, label = (np.load(folder / f"{name}.npy", mmap_mode="r+") for name in ("values", "label"))
+    left_out: list[str] = []
+    source = data.views(settings, settings.clips, settings.crops)
+    for batch in map_views(encoder, source, accelerator, settings.batch_size, settings.workers):
+        left_out += batch.left_out
+        if len(batch.index):
+            values[batch.index.numpy()] = batch.value.cpu().numpy().astype(dtype)
+            label[batch.index.numpy()] = batch.label.numpy()
+    values.flush()
+    label.flush()
+    return sorted(gather_object(left_out))

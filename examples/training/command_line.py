@@ -1,0 +1,93 @@
+"""Command lines of the training scripts: a preset or a saved run gives the settings, options override them."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Generic
+
+import tyro
+
+from common.command_line import of_checkpoint
+from training.checkpoints import CHECKPOINTS, Checkpoints
+from training.recipe import AnyRecipe, load_preset
+from training.resume import recipe_of_state
+
+
+@dataclass(frozen=True)
+class Run:
+    """Options of a run besides its recipe."""
+
+    preset: str
+    """Recipe to start from, a file of examples/presets."""
+    resume: Path | None = None
+    """A checkpoint to go on from, with the settings and in the folder of its run; 'auto': the newest whole one in
+    --output, if there is one."""
+    dry_run: bool = False
+    """Print the resolved recipe and exit."""
+
+    @property
+    def origin(self) -> str:
+        """The source of the settings that the command line does not give."""
+        return f"preset {self.preset}" if self.resume is None else f"those of {self.resume}"
+
+
+@dataclass(frozen=True)
+class _Arguments(Generic[AnyRecipe]):
+    recipe: tyro.conf.OmitArgPrefixes[AnyRecipe]
+    run: tyro.conf.OmitArgPrefixes[Run]
+
+
+def parse_arguments(
+    kind: type[AnyRecipe], arguments: list[str], preset: str, description: str | None, taken: Sequence[str] = ()
+) -> tuple[AnyRecipe, Run]:
+    """The recipe of --preset with the sizes of --checkpoint, or the recipe of the run to resume; options override it.
+
+    Args:
+        kind: the class of the recipe.
+        arguments: the command line.
+        preset: name of the default preset.
+        description: text of --help.
+        taken: settings besides the sizes that are taken from the run that wrote --checkpoint.
+
+    Raises:
+        ValueError, FileNotFoundError: no such preset or state, or settings that contradict each other.
+    """
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--preset", default=preset)
+    first.add_argument("--resume", type=Path)
+    first.add_argument("--output", type=Path)
+    for shortcut in kind.shortcuts:
+        first.add_argument(f"--{shortcut}", action="store_true")
+    known = first.parse_known_args(arguments)[0]
+    preset_recipe = load_preset(kind, known.preset)
+    resume = known.resume
+    if resume == Path("auto"):
+        resume = _newest(known.output or preset_recipe.output, kind)
+    start = recipe_of_state(kind, resume) if resume else of_checkpoint(preset_recipe, arguments, taken)
+    for shortcut, meant in kind.shortcuts.items():
+        if getattr(known, shortcut):  # a default, so that an option that contradicts it shows below
+            start = replace(start, **{shortcut: True, **meant})
+    default = _Arguments(start, Run(known.preset))
+    found = tyro.cli(_Arguments[kind], args=arguments, default=default, description=description)  # type: ignore[valid-type]
+    found.recipe.check_shortcuts()
+    for given, wins in (("epochs", "steps"), ("warmup_epochs", "warmup_steps")):
+        value = getattr(found.recipe, wins)
+        if getattr(found.recipe, given) != getattr(start, given) and value is not None:
+            option = "--" + wins.replace("_", "-")
+            raise ValueError(f"{given} has no effect while {wins} is {value}; add {option} None to go by epochs.")
+    return found.recipe, replace(found.run, resume=resume)
+
+
+def _newest(output: Path, kind: type[AnyRecipe]) -> Path | None:
+    """The checkpoint of --resume auto. Prints the files that were passed over, or that there is no checkpoint."""
+    newest, passed_over = Checkpoints(output / CHECKPOINTS).newest(kind.kind)
+    speaks = os.environ.get("RANK", "0") == "0"  # the first of torchrun's processes
+    for message in passed_over if speaks else ():
+        print(f"passed over: {message}")
+    if newest is None and speaks:
+        print(f"--resume auto: no checkpoint in {output / CHECKPOINTS}, a new run begins")
+    return newest

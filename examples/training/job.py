@@ -1,0 +1,106 @@
+"""A training run that is about to begin: its parts, made from a recipe, and the lines that describe it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+
+from adamae_sampler.attention import attention_kernels
+from adamae_sampler.models import AdaMAE, VideoClassifier
+from common.devices import dtype_of, precision_of
+from common.models import create_model
+from training.recipe import AnyRecipe, Recipe
+from training.resume import Resumed
+from training.schedule import Schedule
+from video_data.clips import ClipSource
+
+AnyModel = TypeVar("AnyModel", bound=AdaMAE | VideoClassifier)
+
+
+@dataclass(frozen=True)
+class Job(Generic[AnyRecipe, AnyModel]):
+    """The parts of a run.
+
+    Attributes:
+        recipe: the settings.
+        accelerator: devices and processes.
+        schedule: batches, steps and learning rates.
+        source: the clips to train on.
+        model: the model, on the CPU, not yet prepared; the same weights on every process.
+        resumed: the checkpoint to go on from, or None.
+    """
+
+    recipe: AnyRecipe
+    accelerator: Accelerator
+    schedule: Schedule
+    source: ClipSource
+    model: AnyModel
+    resumed: Resumed | None
+
+    @classmethod
+    def build(
+        cls,
+        recipe: AnyRecipe,
+        accelerator: Accelerator,
+        source: ClipSource,
+        resume: Path | None,
+        family: str,
+        model_args: dict[str, Any],
+    ) -> Job[AnyRecipe, AnyModel]:
+        """Makes the model and reads the checkpoint.
+
+        Args:
+            recipe: the settings.
+            accelerator: devices and processes.
+            source: the clips to train on.
+            resume: a checkpoint to go on from.
+            family: pattern of the names of models that the script trains, as of `timm.list_models`.
+            model_args: keyword arguments of the model.
+
+        Raises:
+            FileNotFoundError: there is no such checkpoint.
+            ValueError: the recipe is not possible on these devices, the model is unknown, or the run cannot go on from
+                the checkpoint.
+        """
+        schedule = Schedule.of(recipe, len(source), accelerator.num_processes)
+        set_seed(recipe.seed)  # the same weights on every process
+        model = create_model(recipe.model, family, **model_args)
+        model.set_grad_checkpointing(recipe.checkpoint_activations)
+        return cls(recipe, accelerator, schedule, source, model, Resumed.load(resume, recipe, schedule, source))
+
+    def describe(self) -> dict[str, str]:
+        """The lines of the resolved recipe that pre-training and fine-tuning share, by name."""
+        recipe, accelerator, schedule, model = self.recipe, self.accelerator, self.schedule, self.model
+        videos = len(self.source)
+        attention = attention_kernels(model, model.size.num_tokens, accelerator.device, dtype_of(accelerator))
+        warmup = f"{schedule.warmup_steps} of warm-up" + (" (shortened to half the run)" if schedule.shortened else "")
+        steps = f"{schedule.steps}, {warmup}, {schedule.steps * schedule.effective_batch / max(videos, 1):.1f} epochs"
+        if not videos:
+            steps = f"{recipe.epochs:g} epochs, {recipe.warmup_epochs:g} of warm-up; steps follow from the data"
+        clip = f"clip {recipe.clip_grad:g}" if recipe.clip_grad else "no clipping"
+        return {
+            "batch": f"{recipe.batch_size} videos x {accelerator.num_processes} devices x {schedule.accumulation} "
+            f"accumulated = {schedule.effective_batch}, {recipe.repeats} clips of each",
+            "steps": steps,
+            "learning rate": f"{recipe.base_lr:g} x {schedule.effective_batch} / 256 = {schedule.lr:.3g}, cosine to "
+            f"{schedule.min_lr:.3g}",
+            "optimizer": f"AdamW, betas {recipe.betas}, weight decay {recipe.weight_decay:g}, {clip}",
+            "device": ", ".join([str(accelerator.device), precision_of(accelerator), *_parallel(recipe, accelerator)]),
+            "attention": " and ".join(attention),
+            "reading": f"{recipe.workers} processes for each device",
+            "output": str(recipe.output),
+            **({"resumes": self.resumed.describe(accelerator, recipe)} if self.resumed else {}),
+        }
+
+
+def _parallel(recipe: Recipe, accelerator: Accelerator) -> list[str]:
+    """The wrapper of several processes, and the options that save memory or time."""
+    wrappers = {"FSDP": "FSDP2", "DEEPSPEED": "DeepSpeed"}
+    words = [wrappers.get(accelerator.distributed_type, "DDP" if accelerator.num_processes > 1 else "")]
+    words += ["activations recomputed"] if recipe.checkpoint_activations else []
+    words += [{"blocks": "blocks compiled", "whole": "compiled"}[recipe.compile]] if recipe.compile else []
+    return [word for word in words if word]

@@ -1,0 +1,63 @@
+"""Batches, steps and learning rates that follow from a recipe, the number of videos and the number of devices."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from training.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Batches, steps and learning rates of a run.
+
+    Attributes:
+        clips: videos of the data set.
+        effective_batch: videos of one optimiser step.
+        accumulation: forward passes of one optimiser step on one device.
+        steps: optimiser steps of the run.
+        warmup_steps: steps over which the learning rate rises, at most half of them.
+        shortened: whether the recipe asked for more warm-up than that.
+        lr: highest learning rate, base_lr * effective_batch / 256.
+        min_lr: last learning rate.
+    """
+
+    clips: int
+    effective_batch: int
+    accumulation: int
+    steps: int
+    warmup_steps: int
+    shortened: bool
+    lr: float
+    min_lr: float
+
+    @classmethod
+    def of(cls, recipe: Recipe, clips: int, devices: int) -> Schedule:
+        """The schedule of a recipe for a data set of so many videos on so many devices."""
+        accumulation = recipe.accumulation(devices)
+        effective = recipe.batch_size * devices * accumulation
+
+        def in_steps(epochs: float) -> int:
+            return math.floor(epochs * clips / effective)
+
+        steps = recipe.steps if recipe.steps is not None else max(1, in_steps(recipe.epochs))
+        warmup = recipe.warmup_steps if recipe.warmup_steps is not None else in_steps(recipe.warmup_epochs)
+        scale = effective / 256
+        return cls(
+            clips=clips,
+            effective_batch=effective,
+            accumulation=accumulation,
+            steps=steps,
+            warmup_steps=min(warmup, steps // 2),
+            shortened=warmup > steps // 2,
+            lr=recipe.base_lr * scale,
+            min_lr=recipe.min_base_lr * scale,
+        )
+
+    def lr_at(self, step: int) -> float:
+        """Learning rate of step 0, 1, ...: a linear rise to `lr`, then half a cosine down to `min_lr`."""
+        if step < self.warmup_steps:
+            return self.lr * (step + 1) / self.warmup_steps
+        progress = (step - self.warmup_steps) / max(1, self.steps - 1 - self.warmup_steps)
+        return self.min_lr + (self.lr - self.min_lr) * (1 + math.cos(math.pi * min(progress, 1.0))) / 2

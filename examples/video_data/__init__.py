@@ -1,0 +1,1 @@
+"""Videos: lists and shards of them, decoding, clips for training and views for evaluation."""

@@ -1,0 +1,161 @@
+"""Data sets by name: from --data, --train or --val to a source of clips or views."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+from common.settings import EncoderSettings
+from video_data.clips import ClipSource, SpriteClips, Transform, VideoClips
+from video_data.sprites import DIRECTIONS, SHAPES, Sprites
+from video_data.video_lists import VideoEntry, class_names, list_videos, split_by_label
+from video_data.views import VideoViews, ViewSource
+
+
+def find_sprites(data: str, settings: EncoderSettings) -> Sprites | None:
+    """The sprites that 'sprites', 'sprites:LENGTH' or 'sprites:LENGTH:SEED' names, or None for another name.
+
+    Clips of different seeds are different: give training and evaluation one each. Without one it is the run's.
+
+    Raises:
+        ValueError: a malformed name, or clips that are not square.
+    """
+    name, *numbers = data.split(":")
+    if name != "sprites":
+        return None
+    if len(numbers) > 2 or not all(number.isdecimal() for number in numbers):
+        raise ValueError(f"{data!r}, expected 'sprites', 'sprites:LENGTH' or 'sprites:LENGTH:SEED'.")
+    height, width = settings.img_size
+    if height != width:
+        raise ValueError(f"sprites are square, img_size is {settings.img_size}; use --img-size 64 64, for example.")
+    length = int(numbers[0]) if numbers else 10_000
+    seed = int(numbers[1]) if len(numbers) == 2 else settings.seed
+    return Sprites(length, settings.num_frames, height, settings.patch_size, settings.tubelet_size, seed)
+
+
+@dataclass
+class VideoDataset:
+    """A data set: sprites, or the videos of a folder, a list or shards.
+
+    Attributes:
+        name: its name on the command line.
+        sprites: the generated clips; None for videos.
+        entries: the videos; empty for sprites.
+    """
+
+    name: str
+    sprites: Sprites | None
+    entries: list[VideoEntry]
+
+    @classmethod
+    def find(cls, name: str, settings: EncoderSettings) -> VideoDataset:
+        """The data set of a name; an empty one for an empty name. Raises ValueError or FileNotFoundError."""
+        sprites = find_sprites(name, settings)
+        return cls(name, sprites, list_videos(name) if name and sprites is None else [])
+
+    def __len__(self) -> int:
+        return len(self.entries) if self.sprites is None else len(self.sprites)
+
+    @property
+    def num_classes(self) -> int:
+        """One more than the largest label."""
+        return Sprites.num_classes if self.sprites is not None else max((e.label for e in self.entries), default=-1) + 1
+
+    def labels(self) -> set[int]:
+        """The labels that occur."""
+        return set(range(Sprites.num_classes)) if self.sprites is not None else {entry.label for entry in self.entries}
+
+    def drop_labels(self, num_classes: int) -> list[str]:
+        """Leaves out the videos whose label is not in 0 .. num_classes - 1, and returns a message for each.
+
+        Raises:
+            ValueError: nothing would be left, or there are sprites of more classes.
+        """
+        if self.sprites is not None:
+            if num_classes < Sprites.num_classes:
+                raise ValueError(f"sprites have {Sprites.num_classes} classes, num_classes is {num_classes}.")
+            return []
+        good, messages = split_by_label(self.entries, num_classes)
+        if self.entries and not good:
+            raise ValueError(f"{self.name}: no label is in 0..{num_classes - 1}; the first: {messages[0]}.")
+        self.entries = good
+        return messages
+
+    def class_names(self, num_classes: int) -> list[str]:
+        """Names for reports."""
+        if self.sprites is not None:
+            directions = ("right", "down", "left", "up")
+            names = [f"{shape} {direction}" for shape in SHAPES for direction in directions[:DIRECTIONS]]
+            return names + [str(label) for label in range(len(names), num_classes)]
+        return class_names(Path(self.name), num_classes)
+
+    def describe(self, index: int) -> str:
+        """The video's path, for reports."""
+        return str(self.entries[index].path) if self.sprites is None else f"{self.name}[{index}]"
+
+    def fingerprint(self) -> str:
+        """A hash of the paths, parts, labels, sizes and times of the files."""
+        if self.sprites is not None:
+            return repr(sorted(vars(self.sprites).items()))
+        digest = hashlib.sha256()
+        for entry in self.entries:
+            digest.update(entry.fingerprint().encode())
+        return digest.hexdigest()
+
+    def clips(self, settings: EncoderSettings, transform: Transform, repeats: int) -> ClipSource:
+        """Clips for training, `repeats` of each video; `transform` crops and augments videos, not sprites."""
+        if self.sprites is not None:
+            return SpriteClips(self.sprites, repeats)
+        return VideoClips(self.entries, settings.num_frames, settings.stride, transform, settings.sampling, repeats)
+
+    def views(self, settings: EncoderSettings, clips: int, crops: int) -> ViewSource:
+        """Fixed views for evaluation; a sprite has one."""
+        if self.sprites is not None:
+            return SpriteClips(self.sprites)
+        return VideoViews(
+            self.entries, settings.num_frames, settings.stride, settings.img_size, settings.sampling, clips, crops
+        )
+
+
+@dataclass(frozen=True)
+class LabelledData:
+    """Data sets to train and to evaluate on, with the same classes.
+
+    Attributes:
+        train: the videos to train on.
+        val: the videos to evaluate on.
+        names: names of the classes.
+        train_left_out: messages about the videos of `train` whose labels are out of range; they are left out.
+        val_left_out: the same, of `val`.
+    """
+
+    train: VideoDataset
+    val: VideoDataset
+    names: list[str]
+    train_left_out: list[str]
+    val_left_out: list[str]
+
+    @classmethod
+    def find(cls, train: str, val: str, settings: EncoderSettings, num_classes: int | None = None) -> LabelledData:
+        """The data sets of two names; `num_classes` is one more than the largest label, at least 2, if None.
+
+        Raises:
+            FileNotFoundError: there is no such data set.
+            ValueError: a malformed list, labels that are all out of range, or the same sprites in both.
+        """
+        found, other = VideoDataset.find(train, settings), VideoDataset.find(val, settings)
+        if found.sprites is not None and other.sprites is not None and found.sprites.seed == other.sprites.seed:
+            raise ValueError(f"--train {train} and --val {val} have the same clips; give one another seed.")
+        classes = num_classes or max(found.num_classes, other.num_classes, 2)
+        left_out, other_left_out = found.drop_labels(classes), other.drop_labels(classes)
+        return cls(found, other, other.class_names(classes), left_out, other_left_out)
+
+    def describe_classes(self) -> str:
+        """The number of classes in each data set, and the classes of val that are never trained on, on one line."""
+        known, unknown = self.train.labels(), sorted(self.val.labels() - self.train.labels())
+        text = f"{len(self.names)}; videos of {len(known)} to train on, of {len(self.val.labels())} to evaluate on"
+        if not unknown or not known:
+            return text
+        first = next((entry.where for entry in self.val.entries if entry.label == unknown[0]), self.val.name)
+        return f"{text}; WARNING: {len(unknown)} of val are never trained on, such as {unknown[0]} ({first})"

@@ -1,0 +1,65 @@
+"""The frames of a clip. A video of any length gives a clip; a short video repeats frames.
+
+Dense (I3D's, for Kinetics, UCF101 and HMDB51): frames at a fixed stride from one start. A video too short for that
+gives the frames at this stride that it has, then repeats its last frame.
+
+Segments (TSN's, for Something-Something): the video is cut into as many equal segments as a clip has frames, and each
+gives one frame, whatever the stride. A video with fewer frames than segments repeats each of them about equally often.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from common.settings import FrameSampling
+from video_data.video import VideoError
+
+
+def random_clip(
+    sampling: FrameSampling, available: int, num_frames: int, stride: int, generator: torch.Generator
+) -> list[int]:
+    """The frames of one training clip, ascending, of a video with `available` frames.
+
+    Dense: every start that fits is equally likely. Segments: every frame of a segment is equally likely.
+    """
+    _check(available)
+    if sampling == "dense":
+        start = int(torch.randint(_last_start(available, num_frames, stride) + 1, (), generator=generator))
+        return _dense(start, available, num_frames, stride)
+    places = torch.rand(num_frames, generator=generator, dtype=torch.float64).tolist()
+    return _segments(places, available, num_frames)
+
+
+def fixed_clips(sampling: FrameSampling, available: int, num_frames: int, stride: int, clips: int) -> list[list[int]]:
+    """The frames of each of `clips` fixed clips of a video, for evaluation.
+
+    Dense: starts from the first to the last one possible, evenly; the middle one for a single clip. Segments: each clip
+    takes its frames from another part of the segments (their beginning and middle for two clips); the middle for one.
+    """
+    _check(available)
+    if sampling == "dense":
+        last = _last_start(available, num_frames, stride)
+        starts = [last // 2] if clips == 1 else [last * clip // (clips - 1) for clip in range(clips)]
+        return [_dense(start, available, num_frames, stride) for start in starts]
+    places = [0.5] if clips == 1 else [clip / clips for clip in range(clips)]
+    return [_segments([place] * num_frames, available, num_frames) for place in places]
+
+
+def _check(available: int) -> None:
+    if available < 1:
+        raise VideoError("it has no frames")
+
+
+def _last_start(available: int, num_frames: int, stride: int) -> int:
+    return max(available - (num_frames - 1) * stride - 1, 0)
+
+
+def _dense(start: int, available: int, num_frames: int, stride: int) -> list[int]:
+    return [min(start + step * stride, available - 1) for step in range(num_frames)]
+
+
+def _segments(places: list[float], available: int, num_frames: int) -> list[int]:
+    """One frame of each segment; `places` in [0, 1) say where in it."""
+    return [math.floor((segment + place) * available / num_frames) for segment, place in enumerate(places)]

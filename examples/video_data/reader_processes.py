@@ -1,0 +1,70 @@
+"""DataLoaders of videos, whose reader processes leave signals to the main process."""
+
+from __future__ import annotations
+
+import atexit
+import multiprocessing
+import os
+import signal
+from collections.abc import Callable
+from types import FrameType
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+SIGNALS = [signal.SIGTERM]
+if hasattr(signal, "SIGUSR1"):  # not on Windows
+    SIGNALS.append(signal.SIGUSR1)
+
+
+class ReaderSignals:
+    """The signal handlers of a reader process. The main process still needs its readers after SIGTERM and SIGUSR1.
+
+    A scheduler signals every process of a job. A reader ignores SIGTERM until the main process is about to exit, when
+    multiprocessing sends it to the readers that are left.
+    """
+
+    def __init__(self) -> None:
+        self._ending = multiprocessing.RawValue("b", 0)
+        atexit.register(self._end)  # before multiprocessing's own, which was registered when it was imported
+
+    def _end(self) -> None:
+        self._ending.value = 1
+
+    def __call__(self, _: int) -> None:
+        """Sets the handlers. A DataLoader passes the number of the reader, which is not used."""
+        for number in SIGNALS:
+            signal.signal(number, self._exit if number == signal.SIGTERM else signal.SIG_IGN)
+
+    def _exit(self, _: int, __: FrameType | None) -> None:
+        if self._ending.value:
+            os._exit(0)
+
+
+_READER_SIGNALS = ReaderSignals()
+
+
+def video_loader(
+    dataset: Dataset[dict[str, Any]],
+    collate: Callable[[list[dict[str, Any]]], dict[str, Any]],
+    workers: int,
+    **batching: Any,
+) -> DataLoader:
+    """A DataLoader over videos.
+
+    Args:
+        dataset: the videos.
+        collate: joins the items of a batch.
+        workers: reader processes; 0 reads in the main process.
+        batching: `batch_size` or `batch_sampler`, as of a DataLoader.
+    """
+    return DataLoader(
+        dataset,
+        num_workers=workers,
+        collate_fn=collate,
+        pin_memory=torch.cuda.is_available(),
+        worker_init_fn=_READER_SIGNALS,
+        generator=torch.Generator(),  # its own, so that reading spends none of the randomness of masks and dropout
+        **batching,
+    )

@@ -1,0 +1,166 @@
+"""List files: the videos of a data set, and their labels."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from video_data.shards import Span, is_index, read_index
+from video_data.video import VIDEO_SUFFIXES, Video, VideoError
+
+LABELS = "labels.txt"  # the names of the classes, one a line, beside the lists
+
+
+@dataclass(frozen=True)
+class VideoEntry:
+    """One video of a list.
+
+    Attributes:
+        path: its file; for a video in a shard only its name.
+        label: its class, -1 where there is none.
+        start: first frame of the part that is used.
+        frames: number of frames of that part; None is all frames from `start` on.
+        where: its name in messages.
+        span: its bytes in a shard; None for a file.
+    """
+
+    path: Path
+    label: int = -1
+    start: int = 0
+    frames: int | None = None
+    where: str = ""
+    span: Span | None = None
+
+    @property
+    def name(self) -> str:
+        """Its path, and its part if it has one."""
+        part = "" if not self.start and self.frames is None else f" from {self.start}, {self.frames or 'all'} frames"
+        return f"{self.path}{part}"
+
+    def open(self) -> Video:
+        """The video, open for reading; raises VideoError."""
+        return Video(self.path if self.span is None else self.span.read())
+
+    def count_frames(self, video: Video) -> int:
+        """The number of frames of the part that is used; `video` is this entry, opened. Raises VideoError."""
+        available = video.count() - self.start
+        return available if self.frames is None else min(available, self.frames)
+
+    def read(self) -> bytes:
+        """The bytes of its file; raises VideoError."""
+        if self.span is not None:
+            return self.span.read()
+        try:
+            return self.path.read_bytes()
+        except OSError as error:
+            raise VideoError(f"it cannot be read ({error})") from error
+
+    def fingerprint(self) -> str:
+        """Tells this video and this state of its file from others, by path, part, label, size and time."""
+        stat = self.path.stat() if self.span is None and self.path.exists() else None
+        file = self.span or (stat and (stat.st_size, stat.st_mtime_ns))
+        return repr(((str(self.path), self.label, self.start, self.frames), file))
+
+
+def list_videos(data: str | Path) -> list[VideoEntry]:
+    """The videos of a folder (searched through, sorted), of a list file, or of shards: a folder with an index.json, or
+    an index.json, also by its URL.
+
+    A line of a list is `path label` or `path start frames label`, as VideoMAE's; `frames` below 1 means to the end. A
+    relative path is relative to the list's folder. Empty lines and lines that start with # are passed over.
+
+    Raises:
+        FileNotFoundError: there is nothing at the path.
+        ValueError: a line of another form, named with its number; an index that cannot be; or no video at all.
+    """
+    if is_index(str(data)):
+        shards = read_index(str(data))
+        entries = [VideoEntry(Path(each.name), each.label, where=each.name, span=each.span) for each in shards]
+        if not entries:
+            raise ValueError(f"{data} names no video.")
+        return entries
+    data = Path(data)
+    if data.is_dir():
+        found = sorted(path for path in data.rglob("*") if path.suffix.lower() in VIDEO_SUFFIXES)
+        entries = [VideoEntry(path, where=str(path)) for path in found]
+    elif data.is_file():
+        lines = enumerate(data.read_text(encoding="utf-8").splitlines(), start=1)
+        entries = [
+            _parse_line(data, n, line) for n, line in lines if line.strip() and not line.lstrip().startswith("#")
+        ]
+    else:
+        raise FileNotFoundError(f"{data}: no such folder or list file. 'sprites' needs no data at all.")
+    if not entries:
+        raise ValueError(f"{data} has no video; looked for {', '.join(VIDEO_SUFFIXES)} or lines of a list.")
+    return entries
+
+
+def _parse_line(data: Path, number: int, line: str) -> VideoEntry:
+    # From the right, since paths may have spaces.
+    long = re.fullmatch(r"\s*(\S.*?)\s+(\d+)\s+(-?\d+)\s+(-?\d+)\s*", line)
+    short = re.fullmatch(r"\s*(\S.*?)\s+(-?\d+)\s*", line)
+    if long:
+        path, (start, frames, label) = long[1], map(int, long.groups()[1:])
+    elif short and not re.search(r"\s-?\d+$", short[1]):  # two numbers: a line that lacks one
+        path, start, frames, label = short[1], 0, 0, int(short[2])
+    else:
+        raise ValueError(f"{data}:{number}: {line!r}, expected 'path label' or 'path start frames label'.")
+    video = Path(path)
+    return VideoEntry(
+        path=video if video.is_absolute() else data.parent / video,
+        label=label,
+        start=start,
+        frames=frames if frames > 0 else None,
+        where=f"{data}:{number} ({video})",
+    )
+
+
+def write_list(path: Path, entries: Iterable[VideoEntry]) -> None:
+    """Writes a list; paths within the list's folder are written relative to it.
+
+    Raises:
+        ValueError: a path that no line can hold (a line break, a space or # at its beginning), or a video in a shard.
+    """
+    folder = path.parent.resolve()
+    lines = []
+    for entry in entries:
+        if entry.span is not None:
+            raise ValueError(f"{entry.path} is in a shard; a list names files.")
+        video = entry.path.resolve()
+        name = str(video.relative_to(folder) if video.is_relative_to(folder) else video)
+        if name != name.strip() or name.startswith("#") or len(name.splitlines()) != 1:
+            raise ValueError(f"{name!r} cannot stand in a list; rename the file.")
+        # The long form also where the end of a name would be taken for a number.
+        long = entry.start or entry.frames is not None or re.search(r"\s-?\d+$", name)
+        middle = f" {entry.start} {-1 if entry.frames is None else entry.frames}" if long else ""
+        lines.append(f"{name}{middle} {entry.label}\n")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(lines), encoding="utf-8")
+
+
+def class_names(data: Path, num_classes: int) -> list[str]:
+    """The names in labels.txt, beside a list or in a folder of shards, or numbers where there is none.
+
+    Raises:
+        ValueError: the file has fewer names than there are classes.
+    """
+    path = (data if data.is_dir() else data.parent) / LABELS
+    if not path.is_file():
+        return [str(label) for label in range(num_classes)]
+    names = path.read_text(encoding="utf-8").splitlines()
+    if len(names) < num_classes:
+        raise ValueError(f"{path} names {len(names)} classes, and there are {num_classes}.")
+    return names[:num_classes]
+
+
+def split_by_label(entries: Sequence[VideoEntry], num_classes: int) -> tuple[list[VideoEntry], list[str]]:
+    """The entries whose labels are in 0 .. num_classes - 1, and a message for each other one."""
+    good = [entry for entry in entries if 0 <= entry.label < num_classes]
+    bad = [
+        f"{entry.where}: label {entry.label} is not in 0..{num_classes - 1}"
+        for entry in entries
+        if not 0 <= entry.label < num_classes
+    ]
+    return good, bad

@@ -1,0 +1,114 @@
+"""Evaluation views: fixed clips and crops of each video, in batches."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+from torch.utils.data import DataLoader, Dataset, default_collate
+
+from common.settings import FrameSampling
+from video_data.frame_sampling import fixed_clips
+from video_data.reader_processes import video_loader
+from video_data.transforms import fixed_crops
+from video_data.video import VideoError
+from video_data.video_lists import VideoEntry
+
+
+class ViewSource(Protocol):
+    """A finite set of videos that gives fixed views for evaluation."""
+
+    def __len__(self) -> int: ...
+
+    def views(self, index: int) -> dict[str, Any]:
+        """{"video": [V, C, T, H, W] uint8, "label": int}; raises VideoError if it cannot be read."""
+        ...
+
+
+class VideoViews:
+    """Fixed clips and crops of videos, for evaluation; a video is decoded once for all of them.
+
+    Args:
+        entries: the videos.
+        num_frames: T, frames of a clip.
+        stride: distance of two frames of a clip in frames of the video.
+        img_size: height and width of a crop.
+        sampling: the rule that chooses the frames of a clip.
+        clips: clips of a video.
+        crops: crops of a clip.
+    """
+
+    def __init__(
+        self,
+        entries: Sequence[VideoEntry],
+        num_frames: int,
+        stride: int,
+        img_size: tuple[int, int],
+        sampling: FrameSampling = "dense",
+        clips: int = 1,
+        crops: int = 1,
+    ) -> None:
+        self.entries = entries
+        self.num_frames = num_frames
+        self.stride = stride
+        self.img_size = img_size
+        self.sampling = sampling
+        self.num_clips = clips
+        self.num_crops = crops
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def views(self, index: int) -> dict[str, Any]:
+        """All views of video `index`, clip by clip: {"video": [V, C, T, H, W] uint8, "label": int}."""
+        entry = self.entries[index]
+        try:
+            with entry.open() as video:
+                available = entry.count_frames(video)
+                clips = fixed_clips(self.sampling, available, self.num_frames, self.stride, self.num_clips)
+                wanted = sorted({place for clip in clips for place in clip})
+                frames = video.read([entry.start + place for place in wanted])  # [distinct, C, H, W]
+        except VideoError as error:
+            raise VideoError(f"{entry.where}: {error}") from error
+        crops = fixed_crops(frames, self.img_size, self.num_crops)
+        at = {place: number for number, place in enumerate(wanted)}
+        views = [crop[[at[place] for place in clip]] for clip in clips for crop in crops]
+        return {"video": torch.stack(views).transpose(1, 2), "label": entry.label}
+
+
+class ViewSet(Dataset[dict[str, Any]]):
+    """The views of a source as a dataset of torch. A video that cannot be read is a message in `left_out`."""
+
+    def __init__(self, source: ViewSource) -> None:
+        self.source = source
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        try:
+            return {**self.source.views(index), "index": index, "left_out": []}
+        except VideoError as error:
+            return {"left_out": [str(error)]}
+
+
+def collate_views(items: list[dict[str, Any]]) -> dict[str, Any]:
+    """Stacks the readable videos: {"video": [B, V, C, T, H, W], "label": [B], "index": [B], "left_out": messages}.
+
+    If no video of the batch is readable, "left_out" is the only key.
+    """
+    left_out = [message for item in items for message in item["left_out"]]
+    read = [{name: item[name] for name in ("video", "label", "index")} for item in items if "video" in item]
+    return {**(default_collate(read) if read else {}), "left_out": left_out}
+
+
+def view_loader(source: ViewSource, batches: Sequence[Sequence[int]], workers: int) -> DataLoader:
+    """Batches of all views of videos (see `collate_views`).
+
+    Args:
+        source: the videos.
+        batches: for each batch the indices of its videos.
+        workers: processes that read videos.
+    """
+    return video_loader(ViewSet(source), collate_views, workers, batch_sampler=batches)
