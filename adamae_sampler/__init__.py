@@ -10,6 +10,7 @@
     integrations/  patch and unpatch, one file for each host
     models/        the reference encoder-decoder on timm's blocks, checkpoint formats
     visualize.py   pictures of masks, probabilities and errors (needs matplotlib; imported by name)
+    env.py         versions and devices for a bug report: python -m adamae_sampler.env
 
 Data flows one way: models, integrations -> sampler, losses -> ops -> mask.
 """
@@ -25,7 +26,7 @@ from adamae_sampler.sampler import (
     TubeTokenSampler,
 )
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "AdaMAELoss",

@@ -10,7 +10,8 @@ from timm.models.eva import EvaAttention
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-_NAMES = {
+# In the order that `prefer_cudnn` asks for.
+KERNEL_NAMES = {
     SDPBackend.CUDNN_ATTENTION: "cuDNN",
     SDPBackend.FLASH_ATTENTION: "flash",
     SDPBackend.EFFICIENT_ATTENTION: "memory-efficient",
@@ -34,7 +35,7 @@ class Attention(EvaAttention):
 def prefer_cudnn() -> AbstractContextManager[object]:
     """Within it `F.scaled_dot_product_attention` takes cuDNN's kernels where they run, then FlashAttention's, the
     memory-efficient ones and plain products, in that order. torch's own order changes with its version."""
-    context: AbstractContextManager[object] = sdpa_kernel(list(_NAMES), set_priority=True)
+    context: AbstractContextManager[object] = sdpa_kernel(list(KERNEL_NAMES), set_priority=True)
     return context
 
 
@@ -54,5 +55,5 @@ def attention_kernels(model: nn.Module, num_tokens: int, device: torch.device, d
             width = module.qkv.weight.shape[0] // 3 // module.num_heads
             query = torch.empty(1, module.num_heads, num_tokens, width, device=device, dtype=dtype, requires_grad=True)
             with prefer_cudnn():
-                found[_NAMES[SDPBackend(torch._fused_sdp_choice(query, query, query))]] = None
+                found[KERNEL_NAMES[SDPBackend(torch._fused_sdp_choice(query, query, query))]] = None
     return list(found)

@@ -4,6 +4,7 @@ python examples/quickstart.py     # three minutes on two CPU cores
 
 Trains a small VideoMAE on clips of a sprite that moves over a still background, and prints how the sampler learns to
 show what moves: p on moving tokens over p on still ones, and the share of visible tokens that move beside that of all.
+`tour.ipynb` does the same with pictures.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import Any
 
 import torch
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import VideoMAEConfig, VideoMAEForPreTraining
 
@@ -22,7 +24,13 @@ from video_data.sprites import Sprites
 def main(steps: int = 200) -> float:
     """Returns how much likelier the sampler shows a token that moves than a still one."""
     torch.manual_seed(0)
-    config = VideoMAEConfig(
+    model: Any = patch(VideoMAEForPreTraining(small_config()), mask_ratio=0.95)
+    return train(model, steps)[-1]
+
+
+def small_config() -> VideoMAEConfig:
+    """A VideoMAE for clips of 16 frames of 64 x 64 pixels, in 8 x 8 x 8 tokens."""
+    return VideoMAEConfig(
         image_size=64,
         patch_size=8,
         hidden_size=128,
@@ -35,13 +43,14 @@ def main(steps: int = 200) -> float:
         decoder_intermediate_size=256,
         norm_pix_loss=False,
     )
-    model: Any = patch(VideoMAEForPreTraining(config), mask_ratio=0.95)
+
+
+def train(model: Any, steps: int, batch_size: int = 16) -> list[float]:
+    """Trains a patched model on generated clips; returns p(moving) / p(still) of each step."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    mean, std = (torch.tensor(each).view(3, 1, 1, 1) for each in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD))
-    ratio = 1.0
-    for step, batch in enumerate(DataLoader(Sprites(length=16 * steps), batch_size=16)):
-        pixel_values = ((batch["video"] / 255 - mean) / std).transpose(1, 2)  # [B, T, C, H, W], as Hugging Face has it
-        output = model(pixel_values)
+    ratios = []
+    for step, batch in enumerate(DataLoader(Sprites(length=batch_size * steps), batch_size=batch_size)):
+        output = model(pixel_values(batch["video"]))
         optimizer.zero_grad()
         output.loss.backward()
         optimizer.step()
@@ -49,12 +58,18 @@ def main(steps: int = 200) -> float:
         sample, reconstruction, sampling = model.last_step
         moving = batch["moving"]
         p = sample.log_probs.exp()
-        ratio = (p[moving].mean() / p[~moving].mean()).item()
+        ratios.append((p[moving].mean() / p[~moving].mean()).item())
         if step % 20 == 0 or step == steps - 1:
             shown, share = moving[~sample.mask].float().mean(), moving.float().mean()
             print(f"step {step}: reconstruction {reconstruction:.4f}, sampling {sampling:.4f};", end=" ")
-            print(f"{shown:.0%} of the visible tokens move, {share:.0%} of all; p {ratio:.1f} times as large")
-    return ratio
+            print(f"{shown:.0%} of the visible tokens move, {share:.0%} of all; p {ratios[-1]:.1f} times as large")
+    return ratios
+
+
+def pixel_values(video: Tensor) -> Tensor:
+    """[B, C, T, H, W] uint8 -> [B, T, C, H, W] normalised, as Hugging Face has it."""
+    mean, std = (torch.tensor(each).view(3, 1, 1, 1) for each in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD))
+    return ((video / 255 - mean) / std).transpose(1, 2)
 
 
 if __name__ == "__main__":

@@ -23,6 +23,11 @@ torch.backends.cudnn.allow_tf32 = (
     False  # of an fp32 convolution: tests of fp32 compare what other code rounds otherwise
 )
 
+needs_torch_2_11 = pytest.mark.skipif(
+    tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 11),
+    reason="torch.compile before torch 2.11 breaks the graph at a property of a MaskSample",
+)
+
 DATA = Path(__file__).parent / "data"
 
 # Timings on a shared machine vary; a slow example is not a failure.

@@ -1,18 +1,32 @@
-"""Lets the interpreter of Triton 3.6 and older count loops under NumPy 2.4 and newer.
+"""Lets the interpreter of Triton 3.6 and older count loops under NumPy 2.4 and newer, and that of 3.2 negate booleans.
 
 That NumPy refuses `int(array)` for an array with one axis, which is how the interpreter reads a loop's bound. Newer
-Tritons squeeze the array first.
+Tritons squeeze the array first. The interpreter of Triton 3.2 lacks the type int1, and the value that negates it.
 """
 
 from typing import Any
+
+import numpy as np
 
 
 def mend() -> None:
     """Replaces the interpreter's `tensor.__index__`, whichever Triton is installed; nothing without Triton."""
     try:
+        import triton.language as tl
         from triton.runtime import interpreter
     except ImportError:
         return
+    builder = interpreter.InterpreterBuilder
+    if not hasattr(builder, "get_int1_ty"):
+        all_ones = builder.get_all_ones_value
+
+        def all_ones_or_true(self: Any, kind: Any) -> Any:
+            if kind.scalar != tl.int1:
+                return all_ones(self, kind)
+            return interpreter.TensorHandle(np.full(1, True), kind.scalar)
+
+        builder.get_int1_ty = lambda self: tl.int1
+        builder.get_all_ones_value = all_ones_or_true
     patch_tensor = interpreter._patch_lang_tensor
 
     def patch_and_mend(tensor: Any, *scope: Any) -> None:

@@ -48,12 +48,12 @@ assert not {"matplotlib", "av", "accelerate", "tensorboard", "tyro", "common", "
 
 
 def test_data_flows_one_way():
-    """mask <- ops, estimators <- attention, transformer, networks, sampler, losses <- models, integrations, visualize; none imports upwards."""
+    """mask <- ops, estimators <- attention, transformer, networks, sampler, losses <- models, integrations, visualize, env; none imports upwards."""
     layers = [
         ["mask"],
         ["ops", "estimators"],
         ["attention", "transformer", "networks", "sampler", "losses"],
-        ["models", "integrations", "visualize"],
+        ["models", "integrations", "visualize", "env"],
     ]
     level = {name: height for height, names in enumerate(layers) for name in names}
     for path in (ROOT / "adamae_sampler").rglob("*.py"):

@@ -22,7 +22,17 @@ try:
 except ImportError:  # Triton has no wheels for this platform: the reference is what runs
     triton = tl = None
 
-__all__ = ["backend_for", "get_backend", "jit", "launch", "next_power_of_2", "set_backend", "tl", "use_backend"]
+__all__ = [
+    "backend_for",
+    "device_obstacle",
+    "get_backend",
+    "jit",
+    "launch",
+    "next_power_of_2",
+    "set_backend",
+    "tl",
+    "use_backend",
+]
 
 Backend = Literal["auto", "triton", "torch"]
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.uint8)
@@ -90,14 +100,14 @@ def backend_for(x: Tensor, *others: Tensor, obstacle: str = "") -> Literal["trit
     device, tensors = x.device, (x, *others)
     if _backend == "auto":
         takes = device.type == "cuda" and not obstacle and all(each.dtype in KERNEL_DTYPES for each in tensors)
-        return "triton" if takes and not _device_obstacle(device) else "torch"
+        return "triton" if takes and not device_obstacle(device) else "torch"
     for each in tensors:
         if each.dtype not in KERNEL_DTYPES:
             raise TypeError(
                 f"the Triton kernels take float32, float16, bfloat16 and uint8, got {each.dtype}. Cast it, or "
                 'use set_backend("auto"), which takes plain PyTorch for other dtypes.'
             )
-    obstacle = obstacle or _device_obstacle(device)
+    obstacle = obstacle or device_obstacle(device)
     if obstacle:
         raise ValueError(
             f'backend "triton" was asked for, but {obstacle}. Use set_backend("auto"), which takes plain PyTorch '
@@ -107,7 +117,7 @@ def backend_for(x: Tensor, *others: Tensor, obstacle: str = "") -> Literal["trit
 
 
 @torch.compiler.assume_constant_result
-def _device_obstacle(device: torch.device) -> str:
+def device_obstacle(device: torch.device) -> str:
     """Why kernels do not run on a device; empty if they do."""
     return _find_obstacle(device)
 

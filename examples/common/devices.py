@@ -73,7 +73,8 @@ def make_accelerator(precision: str, compiled: bool = False, tracker: str | None
 
 def compile_blocks(model: nn.Module) -> None:
     """Compiles the transformers' blocks, each for itself; equal ones share their code."""
-    torch._dynamo.config.recompile_limit = 64  # blocks of a stochastic depth of their own count as different
+    # Blocks with a stochastic depth of their own count as different. Since torch 2.7 this is `recompile_limit` too.
+    torch._dynamo.config.cache_size_limit = 64
     for block in model.modules():
         if isinstance(block, Block):
             block.compile(fullgraph=True)

@@ -6,7 +6,7 @@ import math
 import pytest
 import timm
 import torch
-from conftest import tiny_model
+from conftest import needs_torch_2_11, tiny_model
 from torch.nn.functional import avg_pool3d
 
 from adamae_sampler import (
@@ -307,6 +307,7 @@ def test_the_defaults_are_the_exact_method():
     assert MaskSample._fields[:4] == ("visible_idx", "masked_idx", "mask", "log_probs")
 
 
+@needs_torch_2_11
 @pytest.mark.parametrize(
     ("options", "estimator"),
     [

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import tiny_model
+from conftest import needs_torch_2_11, tiny_model
 from kernel_inputs import DEVICE, OPS, assert_same, make_sample
 
 from adamae_sampler import AdaMAELoss, MaskSample, ops
@@ -97,6 +97,7 @@ def test_autocast_leaves_the_ops_as_they_are(tiny):
     assert all(each.grad.isfinite().all() for each in model.parameters())
 
 
+@needs_torch_2_11
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_a_training_step_compiles_as_one_graph(tiny, backend):
     model, video = tiny

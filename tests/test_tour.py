@@ -1,0 +1,44 @@
+"""The notebook: it runs from top to bottom, and what it shows is so."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+nbformat = pytest.importorskip("nbformat")
+nbclient = pytest.importorskip("nbclient")
+
+ROOT = next(folder for folder in Path(__file__).parents if (folder / "pyproject.toml").exists())
+NOTEBOOK = ROOT / "examples" / "tour.ipynb"
+
+
+def assert_the_sampler_beats_the_control(notebook):
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    printed = "".join(output.text for output in outputs if output.output_type == "stream")
+    found = dict(re.findall(r"^(\w+): p\(moving\) / p\(still\) = ([\d.]+)", printed, re.MULTILINE))
+    assert set(found) == {"adaptive", "control"}
+    assert float(found["adaptive"]) > 2 * float(found["control"])
+    assert sum("image/png" in output.get("data", {}) for output in outputs) == 2  # the curves; p and the mask
+    assert any("data:image/gif;base64," in output.get("data", {}).get("text/html", "") for output in outputs)
+
+
+def test_the_committed_outputs_are_whole_small_and_private():
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    nbformat.validate(notebook)
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
+    assert_the_sampler_beats_the_control(notebook)
+    assert NOTEBOOK.stat().st_size < 1.5e6
+    assert not re.search(r"/(?:root|home|Users|tmp)/", NOTEBOOK.read_text())
+    assert [cell for cell in code if "from common" in cell.source] == code[:1]
+
+
+@pytest.mark.slow
+def test_the_tour_runs_from_top_to_bottom():
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            cell.outputs = []
+    resources = {"metadata": {"path": str(NOTEBOOK.parent)}}
+    nbclient.NotebookClient(notebook, timeout=1800, kernel_name="python3", resources=resources).execute()
+    assert_the_sampler_beats_the_control(notebook)
