@@ -1,6 +1,6 @@
 """Compiles every kernel ahead of time, without a GPU, and reads registers and spills from the binaries.
 
-    python benchmarks/kernel_resources.py [FILE.csv]    # ViT-B's sizes, for sm_80, sm_90 and sm_100
+    python -m benchmarks.kernel_resources [FILE.csv]    # ViT-B's sizes, for sm_80, sm_90 and sm_100
 
 The ops run on CPU tensors with Triton's launch replaced by its compilation, so what is compiled is exactly what a
 GPU would launch: the same arguments, constants, warps and specialisations. Rows go to the file given, else to
@@ -26,15 +26,14 @@ from unittest import mock
 
 import torch
 import triton
-from rows import RowWriter, kept_rows
 from triton.backends import nvidia
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 import adamae_sampler.ops  # noqa: F401  # registers the operators
+from benchmarks.core.rows import RESULTS, kept_rows, write_rows
 
-RESULTS = Path(__file__).parent / "results" / "kernel_resources.csv"
 _VERSION = tuple(int(part) for part in triton.__version__.split(".")[:2])
 ARCHITECTURES = (80, 90, 100) if _VERSION >= (3, 3) else (80, 90)  # what this Triton's assembler knows
 CUOBJDUMP, NVDISASM = (Path(next(iter(nvidia.__path__))) / "bin" / name for name in ("cuobjdump", "nvdisasm"))
@@ -257,10 +256,9 @@ def main() -> None:
             f"{row.spilled_bytes:5d} B spilled {row.shared_bytes:6d} B shared, {row.threads} threads, "
             f"{row.instructions} instructions, loads {row.loads}, stores {row.stores}"
         )
-    output = Path(sys.argv[1]) if len(sys.argv) > 1 else RESULTS
+    output = Path(sys.argv[1]) if len(sys.argv) > 1 else RESULTS / "kernel_resources.csv"
     others = [row for row in kept_rows(output, Resources) if row.triton != triton.__version__]
-    with RowWriter(output, Resources, [*others, *rows]):
-        pass  # all of them are there
+    write_rows(output, Resources, [*others, *rows])
     print(f"{len(rows)} compiled kernels, {sum(row.spilled_bytes > 0 for row in rows)} that spill; rows in {output}")
 
 

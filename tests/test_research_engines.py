@@ -20,7 +20,7 @@ import torch
 for name in ("torch._six", "torch.fb", "torch.fb.rendezvous", "torch.fb.rendezvous.zeus", "tensorboardX"):
     sys.modules.setdefault(name, mock.MagicMock(inf=float("inf")))
 torch.cuda.synchronize = lambda: None
-sys.path[:0] = [{str(TESTS)!r}, {str(TESTS.parent / "benchmarks")!r}]
+sys.path[:0] = [{str(TESTS)!r}, {str(TESTS.parent)!r}]
 import hosts
 from adamae_sampler import patch
 

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from rows import RowWriter, device_slug, kept_rows
+
+from benchmarks.core.rows import RowWriter, device_slug, kept_rows
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """A pytest plugin that writes each test's outcome as a row when it comes, and passes over what has passed before.
 
-    python -m pytest -p stages.outcomes --outcomes runs/gpu tests/test_kernels.py
+    python -m pytest -p benchmarks.stages.outcomes --outcomes runs/gpu tests/test_kernels.py
 
 A run that was cut short goes on with what is left; tests that failed run again.
 """
@@ -14,7 +14,8 @@ from typing import Any
 
 import pytest
 import torch
-from rows import RowWriter, device_slug, kept_rows
+
+from benchmarks.core.rows import RowWriter, device_slug, kept_rows
 
 
 @dataclass(frozen=True)
