@@ -37,7 +37,7 @@ class Options:
     """Size of the measurement."""
 
     trials: int = 50
-    """Random scores and errors."""
+    """Number of random scores and errors."""
     spread: float = 1.0
     """Standard deviation of the scores."""
     output: Path = RESULTS / "estimator_bias.csv"
@@ -57,7 +57,7 @@ class Row:
 
 
 def any_errors(draw: torch.Generator) -> dict[tuple[int, ...], Tensor]:
-    """Of the masked tokens of each mask, in order."""
+    """The errors of the masked tokens of each mask, in order."""
     return {chosen: torch.rand(_TOKENS - _VISIBLE, generator=draw, dtype=torch.float64) for chosen in _SETS}
 
 

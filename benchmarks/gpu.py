@@ -68,7 +68,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class Options:
-    """What is run; `parse` says what each is."""
+    """The settings; `parse` explains each."""
 
     minutes: float
     output: Path
@@ -78,7 +78,7 @@ class Options:
 
 
 def stages(options: Options) -> list[Stage]:
-    """What runs, the most worth knowing first."""
+    """The stages, the most informative first."""
 
     def module(name: str, *arguments: str) -> tuple[str, ...]:
         return "-m", f"benchmarks.stages.{name}", *arguments, *told(options)
@@ -108,7 +108,7 @@ def stages(options: Options) -> list[Stage]:
 
 
 def told(options: Options) -> list[str]:
-    """What every stage is told."""
+    """The arguments that every stage gets."""
     quick = ["--quick"] if options.quick else []
     return ["--output", str(options.output), "--commit", options.commit, *quick]
 
@@ -119,7 +119,7 @@ def summary_command(options: Options) -> list[str]:
 
 
 def parse(arguments: Sequence[str] | None = None) -> Options:
-    """The command line's."""
+    """Reads the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--minutes", type=float, default=30.0, help="from the start to the end of the table (30)")
@@ -196,7 +196,7 @@ def stages_with_missing_rows(options: Options, statuses: Statuses) -> list[str]:
 
 
 def sees_a_gpu() -> bool:
-    """Whether torch does; says so if not."""
+    """Whether torch sees a GPU; prints a line if not."""
     code = "import sys, torch; sys.exit(not torch.cuda.is_available())"
     found = subprocess.run([sys.executable, "-c", code], env=environment()).returncode == 0
     if not found:
@@ -243,12 +243,12 @@ class Statuses:
                 self._known = {row["stage"]: (row["status"], float(row["seconds"])) for row in csv.DictReader(file)}
 
     def of(self, stage: str) -> str:
-        """How it ended; empty if it has not run."""
+        """How a stage ended; empty if it has not run."""
         return self._known.get(stage, ("", 0.0))[0]
 
     @property
     def any(self) -> bool:
-        """Whether there is one."""
+        """Whether any stage has run."""
         return bool(self._known)
 
     def reopen(self, stages: Iterable[str]) -> None:
@@ -259,11 +259,11 @@ class Statuses:
 
     @property
     def failed(self) -> list[str]:
-        """The stages that did."""
+        """The stages that failed."""
         return [name for name, (status, _) in self._known.items() if status == "failed"]
 
     def set(self, stage: str, status: str, seconds: float) -> None:
-        """Writes how it ended, and what it took in all."""
+        """Writes how a stage ended, and its seconds in all."""
         self._known[stage] = (status, seconds + self._known.get(stage, ("", 0.0))[1])
         partial = self._path.with_name("stages.csv.partial")
         with partial.open("w", newline="", encoding="utf-8") as file:
@@ -289,7 +289,7 @@ def run_all(wanted: Sequence[Stage], deadline: float, statuses: Statuses, log: I
 
 
 def run(stage: Stage, limit_s: float, log: IO[str]) -> str:
-    """Runs a stage; how it ended."""
+    """Runs a stage and returns how it ended."""
     process = subprocess.Popen(
         [sys.executable, *stage.command],
         cwd=ROOT,

@@ -99,7 +99,7 @@ def _not_free_to_read(_: object) -> bool:
 
 
 def microseconds(call: Callable[[], object], repeats: int = 200) -> float:
-    """The least of several means."""
+    """The least of several mean times of a call."""
     call()
     best = float("inf")
     for _ in range(15):
@@ -111,7 +111,7 @@ def microseconds(call: Callable[[], object], repeats: int = 200) -> float:
 
 
 def main() -> None:
-    """Measures and prints."""
+    """Measures every op and prints the table."""
     torch.set_num_threads(1)
     ready = calls()
     rows: list[tuple[str, str, str]] = []

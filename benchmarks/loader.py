@@ -57,11 +57,11 @@ class Options:
     """Size of the measurement."""
 
     videos: int = 8
-    """Videos that are read in a turn."""
+    """Number of videos read in a turn."""
     size: tuple[int, int] = (720, 1280)
     """Height and width of the files."""
     seconds: float = 240
-    """No turn begins later."""
+    """Seconds after which no turn begins."""
     rounds: tuple[int, int] = (5, 15)
     """The fewest turns of each, and the most."""
     step: bool = True
@@ -94,12 +94,12 @@ Reader = Callable[[VideoEntry, torch.Generator], Tensor]  # [T, C, H, W] uint8
 
 
 def places(count: int, generator: torch.Generator) -> list[int]:
-    """The frames of a clip."""
+    """The indices of a clip's frames."""
     return random_clip("dense", count, _FRAMES, _STRIDE, generator)
 
 
 def read_pyav(entry: VideoEntry, generator: torch.Generator) -> Tensor:
-    """As the training scripts do."""
+    """Reads a clip as the training scripts do."""
     with entry.open() as video:
         return video.read(places(video.count(), generator))
 
@@ -185,7 +185,7 @@ def one_core() -> Iterator[None]:
 
 
 def seconds_of(call: Callable[[torch.Generator], object]) -> float:
-    """Of a call on one core."""
+    """The seconds of a call on one core."""
     generator = torch.Generator().manual_seed(torch.initial_seed())
     with one_core():
         began = time.perf_counter()
@@ -229,7 +229,7 @@ def main(options: Options) -> None:
 
 
 def row_of(name: Any, times: Times, options: Options, sizes: Mapping[str, float], commit: str) -> Row:
-    """A measurement by the clip."""
+    """The row of a measurement, for one clip."""
     q1, q3 = times.quartiles
     if isinstance(name, StepCase):
         what, kind, decoder, clips, threads = name.name, "", "", name.clips, torch.get_num_threads()

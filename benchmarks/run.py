@@ -15,7 +15,6 @@ loses milliseconds to any other program. The share of the CPU that other program
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 import tempfile
@@ -26,8 +25,10 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import torch
+import tyro
 
 from benchmarks.core.commit import current_commit
 from benchmarks.core.rows import OURS, PRODUCTS, RESULTS, Facts, Row, RowWriter, facts_of, format_seconds
@@ -47,7 +48,7 @@ from benchmarks.suites.measure import (
 )
 
 SUITES = ("ops", "sweep", "steps", "finetune")  # of "all"
-BY_NAME = ("options", "hosts")  # run only when they are asked for
+Suite = Literal["ops", "sweep", "steps", "finetune", "options", "hosts", "all"]
 CPU = torch.device("cpu")
 
 _OP_S, _STEP_S, _HOST_STEP_S = 4.0, 80.0, 45.0  # for all implementations of a case, which take turns
@@ -56,42 +57,27 @@ _ROUNDS, _QUICK_ROUNDS = (5, 9), (2, 3)  # of steps, the fewest and the most
 
 @dataclass(frozen=True)
 class Options:
-    """What is run; `parse` says what each is."""
+    """Size of the run."""
 
-    suite: tuple[str, ...] = ("all",)
+    suite: tuple[Suite, ...] = ("all",)
+    """Which to run; "all" is without "options" and "hosts"."""
     official: tuple[Path, ...] = ()
+    """Checkouts of github.com/wgcban/adamae or github.com/MCG-NJU/VideoMAE, whose steps are timed too."""
     checkouts: Path | None = None
+    """Folder with mae, mae_st, VideoMAE and VideoMAEv2, for the suite "hosts"."""
     quick: bool = False
+    """Tiny sizes, to see that it works."""
     threads: int = 2
+    """Threads of PyTorch; --quick takes one."""
     commit: str = ""
+    """What the rows name as the commit; git is asked if it is empty."""
     output: Path | None = None
-
-
-def parse(arguments: Sequence[str] | None = None) -> Options:
-    """The command line's."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    suites = (*SUITES, *BY_NAME, "all")
-    add("--suite", nargs="+", default=("all",), choices=suites, help=f'"all" is without {" and ".join(BY_NAME)}')
-    add(
-        "--official",
-        nargs="+",
-        type=Path,
-        default=(),
-        help="checkouts of github.com/wgcban/adamae or github.com/MCG-NJU/VideoMAE, whose steps are timed too",
-    )
-    add("--checkouts", type=Path, help='folder with mae, mae_st, VideoMAE and VideoMAEv2, for the suite "hosts"')
-    add("--quick", action="store_true", help="tiny sizes: does it work?")
-    add("--threads", type=int, default=2, help="of PyTorch; --quick takes one")
-    add("--commit", default="", help="what the rows name as the commit; git is asked if it is empty")
-    add("--output", type=Path, help="folder for the rows; benchmarks/results, or a temporary one with --quick")
-    given = vars(parser.parse_args(arguments))
-    return Options(**{**given, "suite": tuple(given["suite"]), "official": tuple(given["official"])})
+    """Folder for the rows; benchmarks/results, or a temporary one with --quick."""
 
 
 @dataclass(frozen=True)
 class Task:
-    """Something to measure."""
+    """One thing to measure."""
 
     name: str
     suite: str
@@ -99,15 +85,15 @@ class Task:
 
 
 def main(options: Options) -> None:
-    """Checks, measures, and prints a table."""
+    """Checks, measures and prints each task's times."""
     start, others = time.perf_counter(), cpu_seconds_of_others()
     commit = options.commit or current_commit()  # before the rows of the last run are replaced
     for path in options.official:
         repository_name(path)  # raises, before anything has been waited for
     # One thread for the smoke test, which has to be quick where other programs run too.
     torch.set_num_threads(1 if options.quick else options.threads)
-    suites: list[str] = [suite for suite in SUITES if suite in options.suite or "all" in options.suite]
-    suites += [suite for suite in BY_NAME if suite in options.suite]
+    suites = [*(SUITES if "all" in options.suite else ()), *(suite for suite in options.suite if suite != "all")]
+    suites = list(dict.fromkeys(suites))
     facts = facts_of(CPU, commit)
     print(f"{facts.device}, torch {facts.torch}", flush=True)
     count = check_all(options, suites)  # tests/test_host_identity.py checks the hosts
@@ -148,7 +134,7 @@ def check_all(options: Options, suites: Sequence[str]) -> int:
 
 
 def make_tasks(suite: str, options: Options, facts: Facts) -> Iterator[Task]:
-    """What there is to measure in a suite."""
+    """The tasks of a suite."""
     quick = options.quick
     op_cases = {"ops": cpu.op_cases, "sweep": cpu.sweep_op_cases}
     for op in op_cases[suite](quick) if suite in op_cases else ():
@@ -170,7 +156,7 @@ def make_tasks(suite: str, options: Options, facts: Facts) -> Iterator[Task]:
 
 
 def run_all(tasks: Sequence[Task], writers: Mapping[str, RowWriter[Row]], start: float) -> list[str]:
-    """Runs the tasks; what failed."""
+    """Runs the tasks and returns the failures."""
     problems = []
     for task in tasks:
         found: list[Row] = []
@@ -198,4 +184,4 @@ def cpu_seconds_of_others() -> float:
 
 
 if __name__ == "__main__":
-    main(parse())
+    main(tyro.cli(Options, description=__doc__))

@@ -177,7 +177,7 @@ def backward(loss: Tensor) -> int:
 
 
 def measure(setting: str, case: StepCase, commit: str) -> Bytes:
-    """The row of a setting."""
+    """Counts a setting and returns its row."""
     count, kept, _ = count_step(case)
     unit = 2**30 * case.clips
     moved: Counter[str] = Counter()

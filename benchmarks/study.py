@@ -36,11 +36,11 @@ class Options:
     """Size of the study."""
 
     variants: tuple[str, ...] = ("random", "tube", "frame", "exact", "fast")
-    """Which to compare, see above."""
+    """The variants to compare, see above."""
     seeds: tuple[int, ...] = (0, 1, 2)
-    """Of weights, masks and clips."""
+    """Seeds of weights, masks and clips."""
     size: Size = "small"
-    """Of clips and model, see above."""
+    """Size of clips and model, see above."""
     steps: int = 4000
     """Optimiser steps of random masking."""
     budget: Literal["steps", "time"] = "steps"
@@ -52,11 +52,11 @@ class Options:
     probe: bool = True
     """Train a linear probe."""
     probe_labels: int = 4000
-    """Labelled clips for it."""
+    """Number of labelled clips for it."""
     finetune_steps: int = 0
     """Optimiser steps of fine-tuning, 16 clips each; 0 fine-tunes nothing."""
     finetune_labels: int = 1000
-    """Labelled clips for it."""
+    """Number of labelled clips for it."""
     test_clips: int = 2000
     """Clips for the accuracies, of a seed of their own."""
     jobs: int = 2

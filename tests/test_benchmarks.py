@@ -70,7 +70,7 @@ def test_pages_are_made_of_rows_alone(results, tmp_path):
     report.main([results])
     text = (results / "cpu.md").read_text()
     assert "draw_mask 2 x 128" in text
-    assert f"torch {torch.__version__}, 1 threads, commit " in text.splitlines()[2]
+    assert f"torch {torch.__version__}, 1 thread, commit " in text.splitlines()[2]
     assert sorted(path.name for path in results.glob("*.md")) == ["cpu.md"]
     with pytest.raises(ValueError, match="has no rows"):
         report.main([tmp_path / "nowhere"])
@@ -116,16 +116,15 @@ def test_bytes_are_the_fewest_that_must_move():
     assert fp16.bytes == 256 * 1490 * (1536 * 3 + 8 + 4)
 
 
-def test_the_study_pre_trains_probes_and_fine_tunes_every_variant(tmp_path):
-    printed = command(
-        "study", "--variants", "exact", "scratch", "--seeds", "3", "--steps", "2", "--finetune-steps", "2",
-        "--finetune-labels", "40", "--probe-labels", "40", "--test-clips", "30", "--output", str(tmp_path / "rows.csv"),
-    )  # fmt: skip
+def test_the_study_pre_trains_probes_and_fine_tunes_every_variant(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(study, "relative_step_times", lambda plan, variants: dict.fromkeys(variants, 1.0))
+    few = {"probe_labels": 40, "finetune_labels": 40, "test_clips": 30, "steps": 2, "finetune_steps": 2}
+    study.main(study.Options(("exact", "scratch"), seeds=(3,), output=tmp_path / "rows.csv", **few))
     rows = read_rows(tmp_path / "rows.csv", runs.Row)
     assert [(row.variant, row.seed, row.steps) for row in rows] == [("exact", 3, 2), ("scratch", 3, 0)]
     assert all(0 <= row.finetune_top1 <= 100 and 0 <= row.probe_top1 <= 100 for row in rows)
     assert all((row.finetune_steps, row.finetune_labels) == (2, 40) for row in rows)
-    assert "| scratch | 0 |" in printed
+    assert "| scratch | 0 |" in capsys.readouterr().out
 
 
 def test_accuracies_of_class_direction_and_shape(tmp_path):

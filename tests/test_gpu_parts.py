@@ -97,7 +97,6 @@ def test_official_code_is_not_captured_and_ours_is():
     assert timings == {
         COPY: ("graph",),
         OURS: ("events", "graph"),
-        "torch backend": ("events", "graph"),
         OFFICIAL: ("events",),
         "official compiled": ("events",),
         f"{OURS}, blocks compiled": ("events", "graph"),

@@ -19,76 +19,28 @@ from benchmarks.core.timing import Times
 
 RESULTS = Path(__file__).parent.parent / "results"
 T = TypeVar("T")
-OURS, TORCH_BACKEND = "adamae_sampler", "torch backend"
+OURS = "adamae_sampler"
 OFFICIAL, COMPILED = "official", "official compiled"
 COPY, PRODUCTS = "device copy", "matrix products alone"  # what bounds an op, and a step
 
 
 @dataclass(frozen=True)
-class Row:
-    """One measurement. An empty field does not apply.
+class Subject:
+    """The case of a measurement: the fields of a row that all implementations of a case share.
 
     Attributes:
         suite: "ops", "steps", "sweep" and so on.
-        case: what is timed, the same for all its implementations.
+        case: what is timed.
         op: the op, or "training step".
-        implementation: "adamae_sampler", "torch backend", "official", "official compiled", "device copy", ...
         direction: "forward", "backward", "forward+backward", or "step".
-        timing: "graph", "events", "alternated" or "wall", see timing.py.
         clips: B.
         tokens: N.
         visible: K.
+        dtype: of the inputs, or what a step computes in.
         width: D, or P for predictions.
         shape: of the tokens or scores, B x N x D; of a step's video, frames x height x width.
-        dtype: of the inputs, or what a step computes in.
-        median_s: seconds of one call; the next four are of the same repeats.
-        repeats: how many.
         bytes: the fewest that must move, read and written.
-        fraction_of_copy: seconds of a device copy that moves as many bytes, over median_s, where both took turns;
-            `of_copy` tells it for any row.
-        of_official: median_s over that of "official", by round, where both took turns; `of_official` tells it for any.
-        of_first: median_s over that of the first step of its group, by round, where the steps of a group took turns.
-        peak_bytes: device memory at its peak: of an op, beyond its inputs; of a step, in all.
-        clips_per_s: clips over median_s.
-        device: its name.
-        threads: of PyTorch on the CPU.
-        commit: of this repository.
     """
-
-    suite: str
-    case: str
-    op: str
-    implementation: str
-    direction: str
-    timing: str
-    clips: int
-    tokens: int
-    visible: int
-    width: int | None
-    shape: str
-    dtype: str
-    median_s: float
-    min_s: float | None
-    q1_s: float
-    q3_s: float
-    max_s: float | None
-    repeats: int
-    bytes: int | None
-    fraction_of_copy: float | None
-    of_official: float | None
-    of_first: float | None
-    peak_bytes: int | None
-    clips_per_s: float | None
-    device: str
-    threads: int
-    torch: str
-    triton: str
-    commit: str
-
-
-@dataclass(frozen=True)
-class Subject:
-    """What is measured: the part of a row that all implementations of a case share. See `Row`."""
 
     suite: str
     case: str
@@ -105,7 +57,15 @@ class Subject:
 
 @dataclass(frozen=True)
 class Facts:
-    """What all rows of a run share. See `Row`."""
+    """The machine and the versions of a run.
+
+    Attributes:
+        device: its name.
+        threads: of PyTorch on the CPU.
+        torch: its version.
+        triton: its version.
+        commit: of this repository.
+    """
 
     device: str
     threads: int
@@ -114,8 +74,40 @@ class Facts:
     commit: str
 
 
+@dataclass(frozen=True, kw_only=True)
+class Row(Subject, Facts):
+    """One measurement. An empty field does not apply.
+
+    Attributes:
+        implementation: "adamae_sampler", "official", "official compiled", "device copy", ...
+        timing: "graph", "events", "alternated" or "wall", see timing.py.
+        median_s: seconds of one call; the next four are of the same repeats.
+        repeats: how many.
+        fraction_of_copy: seconds of a device copy that moves as many bytes, over median_s, where both took turns;
+            `of_copy` tells it for any row.
+        of_official: median_s over that of "official", by round, where both took turns; `of_official` tells it for any.
+        of_first: median_s over that of the first step of its group, by round, where the steps of a group took turns.
+        peak_bytes: device memory at its peak: of an op, beyond its inputs; of a step, in all.
+        clips_per_s: clips over median_s.
+    """
+
+    implementation: str
+    timing: str
+    median_s: float
+    min_s: float | None
+    q1_s: float
+    q3_s: float
+    max_s: float | None
+    repeats: int
+    fraction_of_copy: float | None
+    of_official: float | None
+    of_first: float | None
+    peak_bytes: int | None
+    clips_per_s: float | None
+
+
 def facts_of(device: torch.device, commit: str) -> Facts:
-    """Those of this process."""
+    """The facts of this process."""
     return Facts(device_name(device), torch.get_num_threads(), torch.__version__, _triton_version(), commit)
 
 

@@ -41,7 +41,7 @@ def source(rows: Sequence[Row] | Sequence[Mapping[str, str]]) -> str:
         ", ".join(dict.fromkeys(str(text[name]) for text in texts if text.get(name)))
         for name in ("device", "torch", "threads", "commit")
     )
-    counted = f", {threads} threads" if threads else ""
+    counted = f", {threads} thread{'s' * (threads != '1')}" if threads else ""
     return f"{devices}, torch {versions}{counted}, commit {commits}"
 
 
@@ -53,17 +53,17 @@ def by_case(rows: Sequence[Row]) -> list[Case]:
 
 
 def seconds(row: Row | None) -> str:
-    """The median."""
+    """The median, with a unit; empty without a row."""
     return format_seconds(row.median_s) if row else ""
 
 
 def memory(row: Row | None) -> str:
-    """The peak."""
+    """The peak memory; empty without one."""
     return f"{row.peak_bytes / 1e9:.3g} GB" if row and row.peak_bytes is not None else ""
 
 
 def rate(row: Row | None) -> str:
-    """Clips a second."""
+    """The clips a second; empty without them."""
     if row is None or row.clips_per_s is None:
         return ""
     return f"{row.clips_per_s:,.0f}" if row.clips_per_s >= 100 else f"{row.clips_per_s:.3g}"

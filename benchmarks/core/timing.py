@@ -41,12 +41,12 @@ class Times:
 
     @property
     def median(self) -> float:
-        """The middle one."""
+        """The median of the seconds."""
         return statistics.median(self.seconds)
 
     @property
     def quartiles(self) -> tuple[float, float]:
-        """The first and the third."""
+        """The first and the third quartile."""
         q1, _, q3 = statistics.quantiles(self.seconds, n=4, method="inclusive")
         return q1, q3
 

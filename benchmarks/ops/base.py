@@ -11,8 +11,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from adamae_sampler import ops
-from benchmarks.core.rows import COMPILED, OFFICIAL, OURS, TORCH_BACKEND, Subject
+from benchmarks.core.rows import COMPILED, OFFICIAL, OURS, Subject
 from benchmarks.core.timing import Call
 
 Direction = Literal["forward", "backward", "forward+backward"]
@@ -48,7 +47,7 @@ class OpCase(ABC):
 
     @property
     def masked(self) -> int:
-        """M."""
+        """M, the number of masked tokens."""
         return self.tokens - self.visible
 
     @property
@@ -68,7 +67,7 @@ class OpCase(ABC):
 
     @property
     def out_dtype(self) -> torch.dtype:
-        """Of the output."""
+        """The dtype of the output."""
         return self.dtype
 
     @property
@@ -78,13 +77,13 @@ class OpCase(ABC):
 
     @property
     def name(self) -> str:
-        """For people; the same for all implementations."""
+        """The name that people read, the same for all implementations."""
         width = f" x {self.columns}" if self.columns else ""
         size = f"{self.clips} x {self.tokens}{width}, {self.visible} visible"
         return ", ".join(filter(None, (size, self.detail, self.dtypes, self.direction)))
 
     def subject(self, suite: str) -> Subject:
-        """The case as rows know it."""
+        """The case's fields in rows."""
         return Subject(
             suite,
             case=f"{self.op} {self.name}",
@@ -117,12 +116,7 @@ class OpCase(ABC):
 
     @abstractmethod
     def official(self, x: Tensors) -> Any:
-        """The official code for the same."""
-
-    def torch_backend(self, x: Tensors) -> Any:
-        """The package's op in plain PyTorch."""
-        with ops.use_backend("torch"):
-            return self.ours(x)
+        """The official code of the same op."""
 
     def inputs(self, device: torch.device) -> Tensors:
         """`make`, with the gradients that the direction asks for, and one of the output: "cotangent"."""
@@ -135,13 +129,14 @@ class OpCase(ABC):
 
     @property
     def baselines(self) -> tuple[str, ...]:
-        """What the package is compared with."""
+        """The implementations that the package is compared with."""
         return (OFFICIAL, COMPILED) if self.compile_official else (OFFICIAL,)
 
     def implementation(self, name: str) -> Implementation:
-        """The function of an implementation: the package's, its torch backend or a baseline."""
-        compiled = torch.compile(self.official) if name == COMPILED else self.official
-        return {OURS: self.ours, TORCH_BACKEND: self.torch_backend}.get(name, compiled)
+        """The function of an implementation: the package's or a baseline."""
+        if name == OURS:
+            return self.ours
+        return torch.compile(self.official) if name == COMPILED else self.official
 
     def call(self, implementation: Implementation, x: Tensors) -> Call:
         """The pass that is timed; it returns the outputs, or the gradients of the leaves."""
@@ -156,17 +151,17 @@ class OpCase(ABC):
         leaves = [x[name] for name in self.leaves]
         return torch.autograd.grad(out, leaves, x["cotangent"], retain_graph=retain_graph)
 
-    def check(self, device: torch.device, name: str = OURS) -> None:
-        """Raises AssertionError unless the package, or its torch backend, and the official code agree."""
-        self.compare(name, self.inputs(device), self.torch_backend if name == TORCH_BACKEND else self.ours)
+    def check(self, device: torch.device) -> None:
+        """Raises AssertionError unless the package and the official code agree, on fresh inputs."""
+        self.compare(self.inputs(device))
 
-    def compare(self, name: str, x: Tensors, ours: Implementation) -> None:
+    def compare(self, x: Tensors) -> None:
         """Raises AssertionError unless outputs, and gradients where the direction has them, are the official ones."""
-        got, wanted = ours(x), self.official(x)
-        self.expect_same(f"{name}, output", got, wanted, wanted.dtype, "output" in self.copies)
+        got, wanted = self.ours(x), self.official(x)
+        self.expect_same("output", got, wanted, wanted.dtype, "output" in self.copies)
         if self.direction != "forward":
             for leaf, a, b in zip(self.leaves, self.gradients(got, x), self.gradients(wanted, x), strict=True):
-                self.expect_same(f"{name}, gradient of {leaf}", a, b, self.dtype, leaf in self.copies)
+                self.expect_same(f"gradient of {leaf}", a, b, self.dtype, leaf in self.copies)
 
     def expect_same(self, what: str, got: Tensor, wanted: Tensor, dtype: torch.dtype, is_copy: bool = False) -> None:
         """Raises AssertionError unless |got - wanted| <= the dtype's tolerance x |wanted|, or 0 for copies.

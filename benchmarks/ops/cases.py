@@ -12,7 +12,7 @@ from torch import Tensor
 
 from adamae_sampler import MaskSample, ops
 from adamae_sampler.models.layers import sinusoid_table
-from benchmarks.ops.base import Implementation, OpCase, Tensors, name_of
+from benchmarks.ops.base import OpCase, Tensors, name_of
 from benchmarks.ops.official import (
     official_assemble,
     official_draw,
@@ -50,11 +50,11 @@ class DrawMask(OpCase):
         probs, mask = official_draw(x["scores"], self.visible)
         return *official_indices(mask), mask, probs
 
-    def compare(self, name: str, x: Tensors, ours: Implementation) -> None:
+    def compare(self, x: Tensors) -> None:
         """Both draw at random, so what is checked is that each is a partition into K and M, and p."""
-        got, wanted = ours(x), self.official(x)
+        got, wanted = self.ours(x), self.official(x)
         everything = torch.arange(self.tokens, device=x["scores"].device).expand(self.clips, -1)
-        for who, (visible, masked, mask, *_) in ((name, got), ("official", wanted)):
+        for who, (visible, masked, mask, *_) in (("ours", got), ("official", wanted)):
             self.expect(visible.shape == (self.clips, self.visible), who, f"visible_idx is {tuple(visible.shape)}")
             union = torch.cat([visible, masked], dim=1).sort(1)[0]
             self.expect_same(f"{who}, both lists together", union, everything, torch.float32, is_copy=True)
@@ -62,9 +62,10 @@ class DrawMask(OpCase):
                 self.expect(bool((indices.diff(dim=1) > 0).all()), who, "indices do not ascend")
             expected = torch.ones_like(mask).scatter(1, visible, False)
             self.expect_same(f"{who}, mask", mask, expected, torch.float32, is_copy=True)
+        assert got.log_probs is not None
         log_probs = x["scores"].log_softmax(1)
-        self.expect_same(f"{name}, log_probs", got.log_probs, log_probs, torch.float32)
-        self.expect_same(f"{name}, p", got.log_probs.exp(), wanted[3], torch.float32)
+        self.expect_same("log_probs", got.log_probs, log_probs, torch.float32)
+        self.expect_same("p", got.log_probs.exp(), wanted[3], torch.float32)
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ class GatherTokens(OpCase):
 
     @property
     def columns(self) -> int:
-        """D."""
+        """D, the width of a token."""
         return self.width
 
     @property
@@ -125,12 +126,12 @@ class AssembleTokens(OpCase):
 
     @property
     def columns(self) -> int:
-        """D."""
+        """D, the width of a token."""
         return self.width
 
     @property
     def detail(self) -> str:
-        """The order."""
+        """The order of the tokens."""
         return self.order
 
     @property
@@ -199,7 +200,7 @@ class ReconstructionError(OpCase):
 
     @property
     def dtypes(self) -> str:
-        """Of prediction and video."""
+        """The dtypes of prediction and video."""
         return f"{name_of(self.dtype)} and {name_of(self.video_dtype)} video"
 
     @property
@@ -273,7 +274,7 @@ class SamplingLoss(OpCase):
 
     @property
     def out_shape(self) -> tuple[int, ...]:
-        """A scalar."""
+        """The shape of a scalar."""
         return ()
 
     def make(self, device: torch.device) -> Tensors:
@@ -302,17 +303,17 @@ class SamplingLoss(OpCase):
         found = torch.autograd.grad(out, leaves, x["cotangent"], retain_graph=retain_graph, allow_unused=True)
         return tuple(each for each in found if each is not None)
 
-    def compare(self, name: str, x: Tensors, ours: Implementation) -> None:
+    def compare(self, x: Tensors) -> None:
         """Values, and gradients with respect to the scores that p is the softmax of: what the sampler gets."""
         outputs: list[Tensor] = []
         gradients: list[Tensor] = []
-        for implementation in (ours, self.official):
+        for implementation in (self.ours, self.official):
             scores = x["log_probs"].detach().requires_grad_()
             log_probs = scores.log_softmax(1)
             outputs.append(implementation({**x, "log_probs": log_probs, "probs": log_probs.exp()}))
             gradients += torch.autograd.grad(outputs[-1], scores, x["cotangent"])
-        self.expect_same(f"{name}, output", outputs[0], outputs[1], torch.float32)
-        self.expect_same(f"{name}, gradient of the scores", gradients[0], gradients[1], torch.float32)
+        self.expect_same("output", outputs[0], outputs[1], torch.float32)
+        self.expect_same("gradient of the scores", gradients[0], gradients[1], torch.float32)
 
 
 def random_sample(case: OpCase, device: torch.device) -> MaskSample:

@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 from benchmarks.core import tables
-from benchmarks.core.rows import COPY, OURS, PRODUCTS, Row, find, format_seconds, of_copy, of_official
+from benchmarks.core.rows import COMPILED, COPY, OURS, PRODUCTS, Row, find, format_seconds, of_copy, of_official
 from benchmarks.core.tables import Case, Column, by_case, number, table
 from benchmarks.stages.gpu_run import TESTS, GpuRun, Prediction
 from benchmarks.steps.options import option_groups
@@ -56,7 +56,8 @@ def tests_line(run: GpuRun) -> str:
 
 def headline(run: GpuRun) -> str:
     """A line for each case of ours: prediction, floor, measured, ratio to the official formulation."""
-    cases = [case for suite in ("steps", "ops", "compiled", "finetune") for case in by_case(run.of(suite))]
+    suites = ("steps", "compiled", "finetune", "ops")
+    cases = by_case([row for suite in suites for row in run.of(suite)])
     lines = [Line(run, case, row) for case in cases for row in _best_of_ours(case)]
     columns: list[tuple[str, Callable[[Line], str]]] = [
         ("", lambda line: line.name),
@@ -65,6 +66,7 @@ def headline(run: GpuRun) -> str:
         ("measured", lambda line: format_seconds(line.row.median_s)),
         ("as its caller sees it", lambda line: tables.seconds(line.caller)),
         ("of official", lambda line: number(of_official(line.caller, line.case) if line.caller else None, "{:.2f}")),
+        ("of official, compiled", lambda line: _of(line.caller, find(line.case, COMPILED))),
         ("of a copy's pace", lambda line: number(of_copy(line.row, line.case), "{:.0%}")),
         ("peak", lambda line: tables.memory(line.row)),
         ("clips/s", lambda line: tables.rate(line.row) if line.row.direction == "step" else ""),
@@ -73,12 +75,16 @@ def headline(run: GpuRun) -> str:
         return ""
     legend = (
         "Measured: by replay of a CUDA graph where there is one. Floor: the prediction's, else a copy of the bytes "
-        "that must move, or the step's matrix products alone. Of official: as its caller sees it, over the official "
-        "formulation's."
+        "that must move, or the step's matrix products alone. Of official: as the callers see both; compiled by "
+        "torch.compile."
     )
     if not any(line.prediction for line in lines):
         legend += " There is no prediction for this device."
     return f"{table(columns, lines)}\n\n{legend}"
+
+
+def _of(row: Row | None, other: Row | None) -> str:
+    return f"{row.median_s / other.median_s:.2f}" if row and other else ""
 
 
 @dataclass(frozen=True)
@@ -96,12 +102,12 @@ class Line:
 
     @property
     def caller(self) -> Row | None:
-        """The same with launches and waits."""
+        """The row as the caller sees it, with launches and waits."""
         return find(self.case, self.row.implementation)
 
     @property
     def prediction(self) -> Prediction | None:
-        """Of the row."""
+        """The prediction of the row."""
         row = self.row
         return self.run.predicted(row.suite, row.case, row.implementation, row.timing)
 
@@ -165,13 +171,13 @@ def _counters(run: GpuRun, row: Row) -> str:
 
 
 def sanitizer_line(run: GpuRun) -> str:
-    """What compute-sanitizer found."""
+    """The errors that compute-sanitizer found."""
     found = [f"{each.tool} {each.value:.0f} errors" for each in run.findings if each.metric == "errors"]
     return f"compute-sanitizer: {', '.join(found)}." if found else ""
 
 
 def failures_list(run: GpuRun) -> str:
-    """What could not be measured, by name."""
+    """The names of the failures."""
     return "\n".join(f"FAILED {each.stage}: {each.what}: {each.error}" for each in run.failures)
 
 
@@ -188,7 +194,8 @@ def gpu_page(run: GpuRun) -> str:
     failed += [stage for stage in TESTS if run.stages.get(stage) == "failed"]
     if failed:
         raise ValueError(f"on {run.device} tests failed, so its times are not published: {', '.join(failed)}.")
-    return section(run)
+    plot = f"![clips a second, memory and time of a step, over clips and tokens](sweep_{run.slug}.png)"
+    return f"{section(run)}\n\n{plot}" if run.of("sweep") else section(run)
 
 
 def section(run: GpuRun) -> str:

@@ -17,7 +17,7 @@ from benchmarks.stages.gpu_run import missing_rows, not_measured, read_run
 
 
 def main(where: Told) -> int:
-    """Prints, and writes; 1 if something failed."""
+    """Prints the table and writes the page; 1 if something failed."""
     run = read_run(where.output, device_slug(where.device))
     missing = not_measured(run, where.device, where.quick)
     end = "Everything has been measured."

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import matplotlib
@@ -10,7 +10,7 @@ import matplotlib
 matplotlib.use("Agg")  # no display is needed
 
 import matplotlib.pyplot as plt
-from matplotlib.ticker import ScalarFormatter
+from matplotlib.ticker import NullLocator, ScalarFormatter
 
 from benchmarks.core.rows import OURS, Row, kept_rows
 from benchmarks.stages.gpu_run import GpuRun
@@ -48,9 +48,7 @@ def _parts(rows: Sequence[Row]) -> plt.Figure | None:
         mine = [row for row in parts if row.implementation == name]
         axes.plot([row.tokens for row in mine], [row.median_s for row in mine], "o-", color=colour, label=label)
     axes.set(xscale="log", yscale="log", xlabel="tokens of a clip", ylabel="seconds, forward and backward")
-    axes.set_xticks(sorted({row.tokens for row in parts}))
-    axes.xaxis.set_major_formatter(ScalarFormatter())
-    axes.minorticks_off()
+    _name_ticks(axes, [row.tokens for row in parts])
     axes.legend(fontsize=8)
     axes.set_title(parts[0].device, fontsize=9)
     return figure
@@ -76,9 +74,16 @@ def _sweep(rows: Sequence[Row]) -> plt.Figure | None:
     speed.set(xscale="log", xlabel="clips of a batch", ylabel="clips/s")
     memory.set(xscale="log", yscale="log", xlabel="clips of a batch", ylabel="peak memory, GB")
     length.set(xscale="log", yscale="log", xlabel="tokens of a clip", ylabel="ms a clip, best batch")
+    _name_ticks(length, [row.tokens for row in steps])
     speed.legend(fontsize=8)
     figure.suptitle(f"Training step of ViT-B, {steps[0].dtype}, {steps[0].device}", fontsize=10)
     return figure
+
+
+def _name_ticks(axes: plt.Axes, numbers: Iterable[int]) -> None:
+    axes.set_xticks(sorted(set(numbers)))
+    axes.xaxis.set_major_formatter(ScalarFormatter())
+    axes.xaxis.set_minor_locator(NullLocator())
 
 
 def _fastest(rows: Sequence[Row], key: Callable[[Row], int | None]) -> dict[int, Row]:

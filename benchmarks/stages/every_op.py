@@ -36,7 +36,7 @@ _FULL: tuple[OpCase, ...] = (
 
 
 def main(full: bool) -> None:
-    """Runs them and says so."""
+    """Runs the ops, then prints DONE."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     for case in _FULL if full else _SMALL:
         case.call(case.ours, case.inputs(device))()

@@ -54,7 +54,7 @@ class Prediction:
 
     @property
     def text(self) -> str:
-        """Both ends."""
+        """Both ends of the prediction."""
         ends = dict.fromkeys(format_seconds(each) for each in (self.low_s, self.high_s))
         return " to ".join(ends)
 
@@ -79,7 +79,7 @@ class GpuRun:
 
     @property
     def device(self) -> str:
-        """Its name."""
+        """The device's name."""
         return self.machine.device if self.machine else self.rows[0].device if self.rows else self.slug
 
     def of(self, suite: str) -> list[Row]:

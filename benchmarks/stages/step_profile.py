@@ -2,7 +2,7 @@
 
     python -m benchmarks.stages.step_profile --output runs/gpu
 
-Also the attention and convolution kernels that ran, and how often the host waited for the device. In a rehearsal on a
+Also the attention kernels that ran, and how often the host waited for the device. In a rehearsal on a
 CPU the "kernels" are PyTorch's operators.
 """
 
@@ -56,8 +56,8 @@ class Share:
     Attributes:
         case: the step.
         clips: of a batch.
-        kind: "family", "attention", "convolution" (by kernel) or "waits".
-        name: of the family, the attention's implementation or the kernel.
+        kind: "family", "attention" or "waits".
+        name: of the family, or the attention's implementation.
         calls: in one step.
         seconds: on the device, in one step; None where only calls count.
         share: of all families'.
@@ -126,12 +126,11 @@ def shares(
         by_family[family_of(kernel.name)].append(kernel)
     for family in sorted(by_family, key=lambda name: -numbers(by_family[name])[1]):
         yield "family", family, *numbers(by_family[family])
-    for kind, group in (("attention", attention_of), ("convolution", lambda name: name[:120])):
-        named: dict[str, list[Kernel]] = defaultdict(list)
-        for kernel in by_family.get(kind, ()):
-            named[group(kernel.name)].append(kernel)
-        for name, found in named.items():
-            yield kind, name, *numbers(found)
+    attention: dict[str, list[Kernel]] = defaultdict(list)
+    for kernel in by_family.get("attention", ()):
+        attention[attention_of(kernel.name)].append(kernel)
+    for name, found in attention.items():
+        yield "attention", name, *numbers(found)
     waits = waits_of(events)
     yield "waits", ", ".join(sorted(waits)) or "none", sum(waits.values()) / count, None, None
 

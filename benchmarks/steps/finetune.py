@@ -36,7 +36,7 @@ class FinetuneStep:
 
     @property
     def name(self) -> str:
-        """For people."""
+        """The name that people read."""
         depth = "" if self.depth is None else f" of depth {self.depth}"
         return f"ViT-B{depth}, fine-tuning, {self.clips} x {self.shape}, {str(self.dtype).removeprefix('torch.')}"
 
@@ -47,7 +47,7 @@ class FinetuneStep:
 
     @property
     def label(self) -> str:
-        """The implementation as rows name it."""
+        """The implementation's name in rows."""
         return self.implementation
 
     def make(self, device: torch.device) -> Step:
@@ -77,7 +77,7 @@ class FinetuneStep:
         return step
 
     def subject(self, suite: str) -> Subject:
-        """The case as rows know it."""
+        """The case's fields in rows."""
         tokens = 8 * (self.img_size // 16) ** 2
         return Subject(
             suite,

@@ -43,21 +43,21 @@ class HostStep:
 
     @property
     def name(self) -> str:
-        """For people; the same patched and unpatched."""
+        """The name that people read, the same patched and unpatched."""
         return f"{self.host}, {HOSTS[self.host].ratio:.0%}, {self.clips} x {'x'.join(map(str, self.shape))}"
 
     @property
     def label(self) -> str:
-        """The implementation as rows name it."""
+        """The implementation's name in rows."""
         return self.implementation
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of one input."""
+        """The shape of one input."""
         return HOSTS[self.host].quick_shape if self.quick else HOSTS[self.host].shape
 
     def subject(self, suite: str) -> Subject:
-        """The case as rows know it."""
+        """The case's fields in rows."""
         sampler = self._fixed_sampler(self._model())
         return Subject(
             suite,

@@ -87,21 +87,21 @@ class Part:
 
     @property
     def size(self) -> VideoSize:
-        """Of the video."""
+        """The size of the video."""
         return VideoSize.of(self.height, self.frames, 16, 2, 3)
 
     @property
     def name(self) -> str:
-        """For people, the same for all parts."""
+        """The name that people read, the same for all parts."""
         return f"sampler and encoder, {self.clips} x {self.frames}x{self.height}x{self.height}"
 
     @property
     def label(self) -> str:
-        """The part as rows name it."""
+        """The part's name in rows."""
         return self.implementation
 
     def subject(self, suite: str) -> Subject:
-        """The case as rows know it."""
+        """The case's fields in rows."""
         return Subject(
             suite,
             case=self.name,
@@ -142,7 +142,7 @@ class Part:
 
 
 def part_cases(clips: int, quick: bool) -> list[Part]:
-    """Every part at every number of tokens."""
+    """The parts at every number of tokens."""
     tiny: dict[str, Any] = {"width": 48, "depth": 1} if quick else {}
     sizes = _QUICK_CLIPS if quick else _CLIPS
     return [Part(name, clips, frames, height, **tiny) for frames, height in sizes for name in _PARTS]

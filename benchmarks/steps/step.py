@@ -44,15 +44,15 @@ class AnyStep(Protocol):
 
     @property
     def name(self) -> str:
-        """For people, the same for all implementations."""
+        """The name that people read, the same for all implementations."""
 
     @property
     def label(self) -> str:
-        """The implementation as rows name it."""
+        """The implementation's name in rows."""
 
     @property
     def implementation(self) -> str:
-        """Whose."""
+        """The implementation: the package's, or what it is compared with."""
 
     def __hash__(self) -> int: ...
 
@@ -60,7 +60,7 @@ class AnyStep(Protocol):
         """A function that does one step."""
 
     def subject(self, suite: str) -> Subject:
-        """The case as rows know it."""
+        """The case's fields in rows."""
 
 
 _ADAMW = partial(torch.optim.AdamW, lr=1.5e-4, betas=(0.9, 0.95), weight_decay=0.05)
@@ -127,7 +127,7 @@ class StepCase:
 
     @property
     def name(self) -> str:
-        """For people; the same for all implementations."""
+        """The name that people read, the same for all implementations."""
         depth = "" if self.depth is None else f" of depth {self.depth}"
         video = f"{self.clips} x {self.num_frames}x{self.img_size}x{self.img_size}"
         options = "".join(f", {name}={value}" for name, value in self.options.items())
@@ -136,7 +136,7 @@ class StepCase:
 
     @property
     def label(self) -> str:
-        """The implementation as rows name it."""
+        """The implementation's name in rows."""
         if self.compiled == "blocks":
             return f"{self.implementation}, blocks compiled"
         return f"{self.implementation} compiled" if self.compiled else self.implementation
@@ -148,11 +148,11 @@ class StepCase:
         return paper and not self.options
 
     def make(self, device: torch.device) -> Step:
-        """See `make_step`."""
+        """The step; see `make_step`."""
         return make_step(self, device)
 
     def subject(self, suite: str) -> Subject:
-        """The case as rows know it."""
+        """The case's fields in rows."""
         sampler = self.fixed_sampler()
         return Subject(
             suite,

@@ -10,7 +10,6 @@ _FAST = [*_PIXELS, "--decode-ratio", "0.5"]
 _MASKS = ["--num-masks", "4"]
 SCRATCH = "scratch"  # no pre-training: the weights that it starts from
 VARIANTS: dict[str, list[str]] = {
-    SCRATCH: ["--masking", "random", "--base-lr", "0", "--min-base-lr", "0"],
     "random": ["--masking", "random"],
     "tube": ["--masking", "tube"],
     "frame": ["--masking", "frame"],
@@ -26,6 +25,7 @@ VARIANTS: dict[str, list[str]] = {
     "plackett-luce-weight1": [*_MASKS, "--estimator", "plackett_luce", "--sampling-weight", "1"],
     "fast-exploration": [*_FAST, "--exploration", "0.1"],
     "fast-temperature": [*_FAST, "--temperature", "2"],
+    SCRATCH: ["--masking", "random", "--base-lr", "0", "--min-base-lr", "0"],
 }
 Size = Literal["small", "medium", "gpu", "real", "tiny"]
 SIZES: dict[Size, str] = {

@@ -12,37 +12,33 @@ from typing import Any
 
 import torch
 
-from benchmarks.core.rows import COMPILED, COPY, OFFICIAL, OURS, PRODUCTS, TORCH_BACKEND
+from benchmarks.core.rows import COMPILED, COPY, OFFICIAL, OURS, PRODUCTS
 from benchmarks.ops.base import OpCase
 from benchmarks.ops.cases import AssembleTokens, DrawMask, GatherTokens, ReconstructionError, SamplingLoss
 from benchmarks.steps.finetune import FinetuneStep
 from benchmarks.steps.options import FAST, option_groups
 from benchmarks.steps.step import AnyStep, Masking, StepCase
-from benchmarks.suites.cpu import QUICK_FINETUNE, QUICK_OPS, QUICK_STEP, QUICK_SWEEP
+from benchmarks.suites.cpu import QUICK_FINETUNE, QUICK_OPS, QUICK_STEP
 from benchmarks.suites.measure import Unit
 
 SUITES = ("steps", "ops", "compiled", "options", "finetune", "sweep")
 
 _BF16, _UINT8 = torch.bfloat16, torch.uint8
 _SIZE = (1568, 78)
-_MASKINGS: tuple[Masking, ...] = ("adaptive", "random", "tube", "frame")
+_MASKINGS: tuple[Masking, ...] = ("adaptive", "random")
 _STORES_SCORES = 64  # clips of a step that keeps its attention matrices: about 30 GB of them
 
 
 def units(suite: str, device: torch.device, quick: bool) -> list[Unit]:
-    """What a suite measures, in order."""
+    """The units of a suite, in the order in which they are measured."""
     if suite == "ops":
         return _op_units(suite, QUICK_OPS if quick else _OPS, device)
     steps: list[AnyStep] = list(dict.fromkeys(_STEPS[suite](quick)))
-    found = [Unit(suite, step) for step in steps]
-    if suite == "sweep":
-        sizes = [(tokens, tokens // 20) for tokens in (1568, 3136, 6272, 18432)]
-        found += _op_units(suite, QUICK_SWEEP if quick else [DrawMask(256, *size) for size in sizes], device)
-    return found
+    return [Unit(suite, step) for step in steps]
 
 
 def is_slow_to_compile(unit: Unit) -> bool:
-    """Whether its first number takes long."""
+    """Whether compilation delays the unit's first number."""
     return COMPILED in unit.label or getattr(unit.case, "compiled", "") != ""
 
 
@@ -50,8 +46,6 @@ def _op_units(suite: str, cases: Iterable[OpCase], device: torch.device) -> list
     """Ours for every case, with the copy beside it; then the baselines."""
     found = [Unit(suite, case, name) for case in cases for name in (COPY, OURS)]
     found += [Unit(suite, case, OFFICIAL) for case in cases]
-    if device.type == "cuda":  # elsewhere it is ours
-        found += [Unit(suite, case, TORCH_BACKEND) for case in cases]
     return found + [Unit(suite, case, COMPILED) for case in cases if COMPILED in case.baselines]
 
 
@@ -102,19 +96,18 @@ def _finetune_steps(quick: bool) -> list[AnyStep]:
 
 
 def _sweep_steps(quick: bool) -> list[AnyStep]:
-    """Adaptive beside random masking, over clips of a batch, tokens of a clip and sizes; then the other maskings."""
+    """Adaptive beside random masking, over clips of a batch, tokens of a clip and sizes."""
     if quick:
-        return [replace(QUICK_STEP, masking=masking, clips=1) for masking in _MASKINGS[:2]]
+        return [replace(QUICK_STEP, masking=masking, clips=1) for masking in _MASKINGS]
     clips = [StepCase(clips=clips) for clips in (1, 4, 16, 64)]  # 256 of them and others are among the headline steps
     tokens = [  # 1568, 3136, 6272 and 18432 of them, in batches of about 50,000
         StepCase(clips=clips, num_frames=frames, img_size=size)
         for clips, frames, size in ((32, 16, 224), (16, 32, 224), (8, 64, 224), (2, 64, 384))
     ]
     sizes: list[StepCase] = [StepCase(clips=64, size=size) for size in ("small", "large")]
-    pairs = [replace(case, masking=masking) for case in clips + tokens + sizes for masking in _MASKINGS[:2]]
-    maskings = (StepCase(masking, ratio) for ratio in (0.9, 0.95) for masking in _MASKINGS)
+    pairs = [replace(case, masking=masking) for case in clips + tokens + sizes for masking in _MASKINGS]
     known = _headline_steps(quick)
-    return [case for case in (*pairs, *maskings) if case not in known]
+    return [case for case in pairs if case not in known]
 
 
 _STEPS: dict[str, Any] = {

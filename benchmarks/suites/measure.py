@@ -14,7 +14,7 @@ import torch
 import torch.multiprocessing as mp
 
 from adamae_sampler.attention import prefer_cudnn
-from benchmarks.core.rows import COPY, OFFICIAL, OURS, PRODUCTS, TORCH_BACKEND, Facts, Row, facts_of, make_row
+from benchmarks.core.rows import COPY, OFFICIAL, OURS, PRODUCTS, Facts, Row, facts_of, make_row
 from benchmarks.core.timing import (
     Call,
     Times,
@@ -57,12 +57,12 @@ class Unit:
 
     @property
     def label(self) -> str:
-        """The implementation as rows name it."""
+        """The implementation's name in rows."""
         return self.implementation if isinstance(self.case, OpCase) else self.case.label
 
     @property
     def name(self) -> str:
-        """For people."""
+        """The name that people read."""
         return f"{self.case.subject(self.suite).case}, {self.label}"
 
     def timings(self, device: torch.device) -> tuple[str, ...]:
@@ -72,7 +72,7 @@ class Unit:
         if self.label in (COPY, PRODUCTS):
             return ("graph",)
         ours = self.label.startswith(OURS) and getattr(self.case, "compiled", "") != "whole"
-        return ("events", "graph") if ours or self.label == TORCH_BACKEND else ("events",)
+        return ("events", "graph") if ours else ("events",)
 
 
 def measure(unit: Unit, timings: Sequence[str], device: torch.device, budget_s: float, commit: str) -> Iterator[Row]:
@@ -100,8 +100,8 @@ def _measure_op(
     if name == COPY:
         calls = copy_calls(case.bytes, device)
     else:
-        if name in (OURS, TORCH_BACKEND):
-            case.check(device, name)
+        if name == OURS:
+            case.check(device)
         first = case.inputs(device)
         sets = input_sets(sum(x.nbytes for x in first.values()), device)
         implementation = case.implementation(name)
