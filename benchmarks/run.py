@@ -1,6 +1,6 @@
 """Runs the benchmarks on a CPU: first checks that everything compared gives the same, then times it in turns.
 
-    python -m benchmarks.run                             # ops, training steps, fine-tuning and sweeps
+    python -m benchmarks.run                             # ops, training steps and fine-tuning
     python -m benchmarks.run --suite ops
     python -m benchmarks.run --suite steps --official ~/adamae     # beside the official code itself
     python -m benchmarks.run --suite options             # the options of adaptive masking; ten minutes
@@ -20,8 +20,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -33,10 +32,10 @@ import tyro
 from benchmarks.core.commit import current_commit
 from benchmarks.core.rows import OURS, PRODUCTS, RESULTS, Facts, Row, RowWriter, facts_of, format_seconds
 from benchmarks.core.worker import in_one_line
-from benchmarks.ops.base import OpCase
+from benchmarks.steps.finetune import FinetuneStep
 from benchmarks.steps.hosts import host_groups
 from benchmarks.steps.repositories import repository_name
-from benchmarks.steps.step import AnyStep, StepCase, check_step
+from benchmarks.steps.step import AnyStep, check_step
 from benchmarks.suites import cpu
 from benchmarks.suites.measure import (
     in_own_process,
@@ -47,8 +46,8 @@ from benchmarks.suites.measure import (
     release,
 )
 
-SUITES = ("ops", "sweep", "steps", "finetune")  # of "all"
-Suite = Literal["ops", "sweep", "steps", "finetune", "options", "hosts", "all"]
+SUITES = ("ops", "steps", "finetune")  # of "all"
+Suite = Literal["ops", "steps", "finetune", "options", "hosts", "all"]
 CPU = torch.device("cpu")
 
 _OP_S, _STEP_S, _HOST_STEP_S = 4.0, 80.0, 45.0  # for all implementations of a case, which take turns
@@ -75,13 +74,7 @@ class Options:
     """Folder for the rows; benchmarks/results, or a temporary one with --quick."""
 
 
-@dataclass(frozen=True)
-class Task:
-    """One thing to measure."""
-
-    name: str
-    suite: str
-    run: Callable[[], list[Row]]
+Task = tuple[str, Callable[[], list[Row]]]  # a name, and a function that measures
 
 
 def main(options: Options) -> None:
@@ -99,13 +92,12 @@ def main(options: Options) -> None:
     count = check_all(options, suites)  # tests/test_host_identity.py checks the hosts
     print(f"[{time.perf_counter() - start:4.0f} s] {count} cases correct", flush=True)
     folder = options.output or (Path(tempfile.mkdtemp()) if options.quick else RESULTS)
-    with ExitStack() as stack:
-        files = {suite: folder / f"{suite}_cpu.csv" for suite in suites}
-        writers = {suite: stack.enter_context(RowWriter(file, Row)) for suite, file in files.items()}
-        tasks = [task for suite in suites for task in make_tasks(suite, options, facts)]
-        problems = run_all(tasks, writers, start)
+    problems = []
+    for suite in suites:
+        with RowWriter(folder / f"{suite}_cpu.csv", Row) as writer:
+            problems += run_all(make_tasks(suite, options, facts), writer, start)
     elapsed = time.perf_counter() - start
-    print(f"rows in {', '.join(map(str, files.values()))}, {elapsed:.0f} s")
+    print(f"rows of {', '.join(suites)} in {folder}, {elapsed:.0f} s")
     print(f"other programs took {(cpu_seconds_of_others() - others) / elapsed:.0%} of a core meanwhile")
     if problems:
         sys.exit("\n".join(problems))
@@ -113,62 +105,60 @@ def main(options: Options) -> None:
 
 def check_all(options: Options, suites: Sequence[str]) -> int:
     """Checks every op case, and every baseline of a step; how many. Raises AssertionError where one fails."""
-    op_cases: list[OpCase] = []
-    steps: list[StepCase] = []
-    if "ops" in suites:
-        op_cases += cpu.op_cases(options.quick)
-    if "sweep" in suites:
-        op_cases += cpu.sweep_op_cases(options.quick)
-    if "steps" in suites:
-        groups = cpu.step_groups(options.quick, options.official)
-        known = [case for group in groups for case in group if isinstance(case, StepCase)]
-        baselines = [case for case in known if case.implementation not in (OURS, PRODUCTS)]
-        steps += [replace(case, clips=1, dtype=torch.float32) for case in baselines]
-    for op in dict.fromkeys(op_cases):
+    ops = dict.fromkeys(cpu.op_cases(options.quick) if "ops" in suites else ())
+    groups = cpu.step_groups(options.quick, options.official) if "steps" in suites else []
+    steps = dict.fromkeys(
+        replace(case, clips=1, dtype=torch.float32)
+        for group in groups
+        for case in group
+        if case.implementation not in (OURS, PRODUCTS)
+    )
+    for op in ops:
         op.check(CPU)
-    for step in dict.fromkeys(steps):
+    for step in steps:
         # The repositories' code takes over names of modules, so it gets a process of its own.
         in_own_process(check_step, step, CPU) if step.repository else check_step(step, CPU)
         release(CPU)
-    return len(dict.fromkeys(op_cases)) + len(dict.fromkeys(steps))
+    return len(ops) + len(steps)
 
 
 def make_tasks(suite: str, options: Options, facts: Facts) -> Iterator[Task]:
     """The tasks of a suite."""
     quick = options.quick
-    op_cases = {"ops": cpu.op_cases, "sweep": cpu.sweep_op_cases}
-    for op in op_cases[suite](quick) if suite in op_cases else ():
-        run = partial(measure_op_in_turns, op, suite, facts, 0.05 if quick else _OP_S)
-        yield Task(f"{op.op} {op.name}", suite, run)
-    groups: dict[str, Callable[[], Sequence[Sequence[AnyStep]]]] = {
-        "steps": lambda: cpu.step_groups(quick, options.official),
-        "finetune": lambda: cpu.finetune_groups(quick),
-        "hosts": lambda: host_groups(options.checkouts, quick),
-    }
     seconds = 0.5 if quick else _HOST_STEP_S if suite == "hosts" else _STEP_S
     rounds = _QUICK_ROUNDS if quick else _ROUNDS
-    for group in groups[suite]() if suite in groups else ():
-        yield Task(group[-1].name, suite, partial(measure_steps_in_turns, group, suite, facts, seconds, rounds))
-    for name, steps in cpu.option_groups_of(quick).items() if suite == "options" else ():
-        yield Task(name, suite, partial(measure_options_in_turns, name, steps, facts, seconds, rounds))
-    for parts in cpu.part_groups(quick) if suite == "options" else ():
-        yield Task(parts[0].name, suite, partial(measure_parts_in_turns, parts, facts, seconds / 2))
+    if suite == "ops":
+        for op in cpu.op_cases(quick):
+            yield f"{op.op} {op.name}", partial(measure_op_in_turns, op, suite, facts, 0.05 if quick else _OP_S)
+    elif suite == "options":
+        for name, steps in cpu.option_groups_of(quick).items():
+            yield name, partial(measure_options_in_turns, name, steps, facts, seconds, rounds)
+        for parts in cpu.part_groups(quick):
+            yield parts[0].name, partial(measure_parts_in_turns, parts, facts, seconds / 2)
+    else:
+        groups: dict[str, Callable[[], Sequence[Sequence[AnyStep]]]] = {
+            "steps": lambda: cpu.step_groups(quick, options.official),
+            "finetune": lambda: [(cpu.QUICK_FINETUNE if quick else FinetuneStep(clips=2),)],
+            "hosts": lambda: host_groups(options.checkouts, quick),
+        }
+        for group in groups[suite]():
+            yield group[-1].name, partial(measure_steps_in_turns, group, suite, facts, seconds, rounds)
 
 
-def run_all(tasks: Sequence[Task], writers: Mapping[str, RowWriter[Row]], start: float) -> list[str]:
+def run_all(tasks: Iterable[Task], writer: RowWriter[Row], start: float) -> list[str]:
     """Runs the tasks and returns the failures."""
     problems = []
-    for task in tasks:
+    for name, task in tasks:
         found: list[Row] = []
         try:
-            found = task.run()
+            found = task()
         except Exception as error:  # the other cases are still worth their time; main exits with this one
             traceback.print_exc()
-            problems.append(f"failed: {task.name}: {in_one_line(error)}")
+            problems.append(f"failed: {name}: {in_one_line(error)}")
         for row in found:
-            writers[task.suite].add(row)
+            writer.add(row)
         times = ", ".join(f"{row.implementation} {format_seconds(row.median_s)}" for row in found)
-        print(f"[{time.perf_counter() - start:4.0f} s] {task.name}: {times}", flush=True)
+        print(f"[{time.perf_counter() - start:4.0f} s] {name}: {times}", flush=True)
         release(CPU)
     return problems
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from adamae_sampler import AdaMAELoss, MaskSample
-from benchmarks.steps.checkouts import import_from
+from benchmarks.steps.repositories import import_from
 
 CHECKOUTS = os.environ.get("ADAMAE_SAMPLER_HOSTS")
 layer_norm = partial(nn.LayerNorm, eps=1e-6)

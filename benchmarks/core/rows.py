@@ -29,7 +29,7 @@ class Subject:
     """The case of a measurement: the fields of a row that all implementations of a case share.
 
     Attributes:
-        suite: "ops", "steps", "sweep" and so on.
+        suite: "ops", "steps", "options" and so on.
         case: what is timed.
         op: the op, or "training step".
         direction: "forward", "backward", "forward+backward", or "step".

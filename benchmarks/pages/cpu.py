@@ -32,7 +32,7 @@ _TIMES = {  # header and implementation
     VIDEOMAE: VIDEOMAE,
     PRODUCTS: PRODUCTS,
 }
-_TITLES = {"steps": "Training step", "finetune": "Fine-tuning step", "ops": "Op", "sweep": "Op, by tokens of a clip"}
+_TITLES = {"steps": "Training step", "finetune": "Fine-tuning step", "ops": "Op"}
 
 
 def cpu_page(results: Path) -> str:

@@ -15,7 +15,7 @@ from adamae_sampler import AdaMAELoss, RandomTokenSampler, patch
 from adamae_sampler.integrations.patching import find_host
 from benchmarks.core.rows import Subject
 from benchmarks.ops.official import official_error
-from benchmarks.steps.checkouts import import_from
+from benchmarks.steps.repositories import import_from
 from benchmarks.steps.step import Step
 
 UNPATCHED, PATCHED = "unpatched", "patched"

@@ -1,17 +1,21 @@
-"""The pre-training models of the official repositories, imported from a checkout given by its path.
+"""Research code imported from checkouts, and the pre-training models of the official repositories among it.
 
-Nothing of them is copied here; they are under CC BY-NC. Their imports take names such as `models` and change
-`sys.path`, so they are only made in a process of their own.
+Nothing of it is copied here; the official repositories are under CC BY-NC. Their imports take names such as `models` and
+change `sys.path`, so they are only made in a process of their own.
 """
 
 from __future__ import annotations
 
+import importlib
+import sys
 from functools import partial
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
+import numpy as np
+import timm.models.vision_transformer
 from torch import nn
-
-from benchmarks.steps.checkouts import import_from
 
 ADAMAE, VIDEOMAE = "AdaMAE repository", "VideoMAE repository"
 _FILES = {ADAMAE: "models/pretrain/vit.py", VIDEOMAE: "modeling_pretrain.py"}
@@ -59,3 +63,27 @@ def repository_model(path: Path, img_size: int, depth: int, mask_ratio: float) -
         **({"mask_ratio": mask_ratio} if name == ADAMAE else {}),
     )
     return model
+
+
+def import_from(path: Path, module: str) -> Any:
+    """A module of the checkout in a folder, which was written for older timm and NumPy.
+
+    Raises:
+        FileNotFoundError: no such folder.
+        ImportError: the code cannot be imported.
+    """
+    if not path.is_dir():
+        raise FileNotFoundError(f"no checkout in {path}.")
+    block = timm.models.vision_transformer.Block
+
+    def block_of_old(*args: Any, qk_scale: None = None, **kwargs: Any) -> nn.Module:
+        return block(*args, **kwargs)
+
+    if not hasattr(np, "float"):
+        setattr(np, "float", float)  # noqa: B010  # mae asks for it, NumPy has dropped it
+    sys.path.insert(0, str(path))
+    try:
+        with mock.patch.object(timm.models.vision_transformer, "Block", block_of_old):
+            return importlib.import_module(module)
+    finally:
+        sys.path.remove(str(path))

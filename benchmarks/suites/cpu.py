@@ -19,13 +19,12 @@ from benchmarks.steps.options import Part, option_groups, part_cases
 from benchmarks.steps.repositories import ADAMAE, repository_name
 from benchmarks.steps.step import StepCase
 
-StepGroup = tuple[StepCase | FinetuneStep, ...]  # what is compared; on a CPU they take turns
+StepGroup = tuple[StepCase, ...]  # what is compared; on a CPU they take turns
 
 _BF16, _UINT8 = torch.bfloat16, torch.uint8
 _SIZE = (1568, 78)
 QUICK_STEP = StepCase(clips=2, dtype=torch.float32, img_size=64, depth=1)
 QUICK_FINETUNE = FinetuneStep(clips=1, img_size=32, depth=1)
-QUICK_SWEEP: tuple[OpCase, ...] = (DrawMask(2, 128, 6), DrawMask(2, 256, 12))
 
 
 def op_cases(quick: bool) -> tuple[OpCase, ...]:
@@ -42,19 +41,6 @@ def step_groups(quick: bool, repositories: Sequence[Path]) -> list[StepGroup]:
     fp32 = replace(step, implementation=PRODUCTS), *_with_baselines(step, repositories), *others
     bf16 = _with_baselines(replace(step, dtype=torch.bfloat16), ())
     return [tuple(dict.fromkeys(fp32)), bf16]
-
-
-def finetune_groups(quick: bool) -> list[StepGroup]:
-    """The suite "finetune": a step of the classifier, which has no baseline."""
-    return [(QUICK_FINETUNE if quick else FinetuneStep(clips=2),)]
-
-
-def sweep_op_cases(quick: bool) -> tuple[OpCase, ...]:
-    """The suite "sweep": over the tokens of a clip."""
-    if quick:
-        return QUICK_SWEEP
-    sizes = [(tokens, tokens // 20) for tokens in (1568, 3136, 6272, 18432)]
-    return tuple(kind(4, *size) for size in sizes for kind in (DrawMask, GatherTokens))
 
 
 def option_groups_of(quick: bool) -> dict[str, dict[str, StepCase]]:
