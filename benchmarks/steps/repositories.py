@@ -1,7 +1,7 @@
 """Research code imported from checkouts, and the pre-training models of the official repositories among it.
 
-Nothing of it is copied here; the official repositories are under CC BY-NC. Their imports take names such as `models` and
-change `sys.path`, so they are only made in a process of their own.
+Nothing of it is copied here; the official repositories are under CC BY-NC. Their imports take names such as `models`
+and change `sys.path`, so they are only made in a process of their own.
 """
 
 from __future__ import annotations
