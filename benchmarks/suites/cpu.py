@@ -1,4 +1,4 @@
-"""Every case that run.py measures on a CPU, and the tiny ones that show whether a benchmark works; see gpu_cases.py.
+"""Every case that run.py measures on a CPU, and the tiny ones that show whether a benchmark works; see gpu.py.
 
 1568 tokens are a clip of 16 x 224 x 224 pixels, of which 95% masking leaves 78 visible and 90% tube masking 160.
 """
