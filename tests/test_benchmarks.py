@@ -264,11 +264,13 @@ def test_the_study_of_options_trains_measures_and_probes(tmp_path):
     assert timed.probe_top1 is None
     text = study_table([{name: "" if each is None else str(each) for name, each in vars(row).items()} for row in rows])
     assert text.count("| 1.25 |") == 2
-    facts = study_facts(
-        [{"variant": name, "device": "a CPU", "torch": "2", "commit": "abc"} for name in ("random", "exact", "masks4")],
-        Path("rows.csv"),
+    settings = {"size": "small", "budget": "steps", "steps": "2", "normalize_target": "True", "probe_top1": ""}
+    settings |= {"device": "a CPU", "torch": "2", "commit": "abc", "mask_ratio": "0.953125", "finetune_steps": "8"}
+    facts = study_facts([{"variant": name, **settings} for name in ("random", "exact", "masks4")], Path("rows.csv"))
+    assert facts == (
+        "`rows.csv`: a CPU, torch 2, commit abc, `python -m benchmarks.study --variants random exact masks4 --size small "
+        "--steps 2 --mask-ratio 0.953 --normalize-target --finetune-steps 8 --no-probe`. Variants: masks4 `--num-masks 4`."
     )
-    assert facts == "`rows.csv`: a CPU, torch 2, commit abc. Variants: masks4 `--num-masks 4`."
     # A study that was cut short goes on, unless its settings have changed.
     path = tmp_path / "rows.csv"
     write_rows(path, runs.Row, rows)

@@ -35,8 +35,8 @@ def study_page(results: Path) -> str:
         parts += [f"## {study_title(rows)}", study_table(rows), study_facts(rows, path)]
     if not parts:
         return ""
-    about = "Small models pre-trained with each masking, by `python -m benchmarks.study` with the options below."
-    return "\n\n".join([f"# Study\n\n{about} Mean ± standard deviation over the seeds.", *parts, *_estimators(results)])
+    about = "Small models pre-trained with each masking; mean ± standard deviation over the seeds; commands below."
+    return "\n\n".join([f"# Study\n\n{about}", *parts, *_estimators(results)])
 
 
 def study_table(rows: Sequence[Texts]) -> str:
@@ -68,9 +68,7 @@ def study_title(rows: Sequence[Texts]) -> str:
 
 def study_facts(rows: Sequence[Texts], path: Path) -> str:
     """The source of the rows, and the options of those variants whose name does not say them."""
-    parts = [f"`{path.name}`: {source(rows)}."]
-    if labels := rows[0].get("finetune_labels"):
-        parts.append(f"Fine-tuned for {rows[0]['finetune_steps']} steps with {labels} labels.")
+    parts = [f"`{path.name}`: {source(rows)}, `{_command(rows)}`."]
     named = {name: VARIANTS[name] for name in dict.fromkeys(row["variant"] for row in rows)}
     told = [name for name, options in named.items() if options not in ([], ["--masking", name])]
     if told:
@@ -87,6 +85,18 @@ def estimators_table(rows: Sequence[Texts]) -> str:
         ("relative error", lambda row: f"{float(row['relative_error']):.2f}"),
     ]
     return table(columns, rows)
+
+
+def _command(rows: Sequence[Texts]) -> str:
+    first = rows[0]
+    command = ["python -m benchmarks.study --variants", *dict.fromkeys(row["variant"] for row in rows)]
+    command += ["--size", first["size"]]
+    command += ["--budget time"] if first["budget"] == "time" else ["--steps", first["steps"]]
+    if first["size"] == "small" and (ratio := max(float(row["mask_ratio"]) for row in rows)) > 0.875:
+        command.append(f"--mask-ratio {ratio:.3g}")
+    command += ["--normalize-target"] * (first["normalize_target"] == "True")
+    command += ["--finetune-steps", first["finetune_steps"]] if first.get("finetune_steps") else []
+    return " ".join([*command, *["--no-probe"] * (not first["probe_top1"])])
 
 
 def _estimators(results: Path) -> list[str]:
