@@ -1,6 +1,6 @@
 """How far each estimator of the sampler's gradient is from the gradient of the expected reconstruction error.
 
-    python benchmarks/estimator_bias.py           # seconds; 2 of 6 tokens visible, by enumeration of all 15 masks
+    python -m benchmarks.estimator_bias           # seconds; 2 of 6 tokens visible, by enumeration of all 15 masks
 
 For random scores and random errors of each token under each mask, the expected gradient of the estimator is summed
 over all masks and compared with the exact gradient of E[f], f being the mean error of the masked tokens. Three kinds of
@@ -11,7 +11,6 @@ E[f], -1 the one that raises it; the relative error is of an estimator scaled as
 
 from __future__ import annotations
 
-import csv
 import itertools
 import statistics
 from collections.abc import Callable
@@ -20,13 +19,14 @@ from pathlib import Path
 
 import torch
 import tyro
-from commit import current_commit
-from rows import RESULTS
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from adamae_sampler import MaskSample, sampling_loss
 from adamae_sampler.losses import Estimator
+from benchmarks.core.commit import current_commit
+from benchmarks.core.rows import RESULTS, read_texts, write_rows
+from benchmarks.pages.study import estimators_table
 
 _TOKENS, _VISIBLE = 6, 2
 _SETS = list(itertools.combinations(range(_TOKENS), _VISIBLE))
@@ -37,15 +37,27 @@ class Options:
     """Size of the measurement."""
 
     trials: int = 50
-    """Random scores and errors."""
+    """Number of random scores and errors."""
     spread: float = 1.0
     """Standard deviation of the scores."""
     output: Path = RESULTS / "estimator_bias.csv"
     """CSV file for the rows."""
 
 
+@dataclass(frozen=True)
+class Row:
+    """An estimator under one kind of errors."""
+
+    errors: str
+    estimator: str
+    cosine: float
+    cosine_deviation: float
+    relative_error: float
+    commit: str
+
+
 def any_errors(draw: torch.Generator) -> dict[tuple[int, ...], Tensor]:
-    """Of the masked tokens of each mask, in order."""
+    """The errors of the masked tokens of each mask, in order."""
     return {chosen: torch.rand(_TOKENS - _VISIBLE, generator=draw, dtype=torch.float64) for chosen in _SETS}
 
 
@@ -119,13 +131,10 @@ def main(options: Options) -> None:
                 for _ in range(options.trials)
             ]
             cosines, errors = zip(*found, strict=True)
-            row = [kind, estimator, statistics.mean(cosines), statistics.stdev(cosines), statistics.mean(errors)]
-            rows.append([*(f"{each:.4f}" if isinstance(each, float) else each for each in row), current_commit()])
-            print(f"errors {kind:29s} {estimator:18s} cosine {row[2]:6.3f} ± {row[3]:.3f}   error {row[4]:.3f}")
-    with options.output.open("w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["errors", "estimator", "cosine", "cosine_deviation", "relative_error", "commit"])
-        writer.writerows(rows)
+            cosine, deviation, error = statistics.mean(cosines), statistics.stdev(cosines), statistics.mean(errors)
+            rows.append(Row(kind, estimator, round(cosine, 4), round(deviation, 4), round(error, 4), current_commit()))
+    write_rows(options.output, Row, rows)
+    print(estimators_table(read_texts(options.output)))
 
 
 if __name__ == "__main__":

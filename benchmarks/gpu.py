@@ -11,8 +11,8 @@ what ran out of its limit goes on at the end, if there is time. Rows of another 
 triton are set aside, into DIR-1 and so on. Ends with code 1 if something failed; running out of time is no failure.
 On a machine that is lent for half an hour, --minutes 20 leaves time to install and to copy the rows back.
 
-Works from a checkout, installed or not, without a network; the first line names what is missing. `report.py` makes the
-README's section of the rows, once they are kept: cp runs/gpu/*.csv benchmarks/results/ && python benchmarks/report.py.
+Works from a checkout, installed or not, without a network. The first line names what is missing. To keep the rows and
+make their page: cp runs/gpu/*.csv benchmarks/results/ && python -m benchmarks.report
 """
 
 from __future__ import annotations
@@ -37,12 +37,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from commit import current_commit
+# This file and commit.py use the standard library alone: where torch cannot be imported, the first line says so.
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # a bare checkout is not installed
+from benchmarks.core.commit import current_commit  # noqa: E402
 
-# Nothing but the standard library: a machine on which torch cannot be imported is to be told so, stage by stage.
-
-BENCHMARKS = Path(__file__).resolve().parent
-ROOT = BENCHMARKS.parent
 NEEDED = ("torch", "triton", "timm", "einops", "safetensors", "numpy", "pytest", "hypothesis")
 _SUMMARY_S = 25.0  # kept for the table at the end
 _GRACE_S = 5.0  # between asking a stage to end and ending it
@@ -69,7 +68,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class Options:
-    """What is run; `parse` says what each is."""
+    """The settings; `parse` explains each."""
 
     minutes: float
     output: Path
@@ -79,13 +78,13 @@ class Options:
 
 
 def stages(options: Options) -> list[Stage]:
-    """What runs, the most worth knowing first."""
+    """The stages, the most informative first."""
 
     def module(name: str, *arguments: str) -> tuple[str, ...]:
-        return "-m", f"stages.{name}", *arguments, *told(options)
+        return "-m", f"benchmarks.stages.{name}", *arguments, *told(options)
 
     def tests(processes: int, *files: str, quick: str = "") -> tuple[str, ...]:
-        command = ["-m", "pytest", "-q", "-o", "addopts=", "-p", "no:cacheprovider", "-p", "stages.outcomes"]
+        command = ["-m", "pytest", "-q", "-o", "addopts=", "-p", "no:cacheprovider", "-p", "benchmarks.stages.outcomes"]
         command += ["--outcomes", str(options.output), *(str(ROOT / "tests" / file) for file in files)]
         processes = min(processes, os.cpu_count() or 1)
         if importlib.util.find_spec("xdist") and processes > 1 and not options.quick:
@@ -109,13 +108,18 @@ def stages(options: Options) -> list[Stage]:
 
 
 def told(options: Options) -> list[str]:
-    """What every stage is told."""
+    """The arguments that every stage gets."""
     quick = ["--quick"] if options.quick else []
     return ["--output", str(options.output), "--commit", options.commit, *quick]
 
 
+def summary_command(options: Options) -> list[str]:
+    """Makes the table of the rows."""
+    return [sys.executable, "-m", "benchmarks.pages.gpu_summary", *told(options)]
+
+
 def parse(arguments: Sequence[str] | None = None) -> Options:
-    """The command line's."""
+    """Reads the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--minutes", type=float, default=30.0, help="from the start to the end of the table (30)")
@@ -163,7 +167,7 @@ def main(options: Options) -> int:
         except KeyboardInterrupt:
             interrupted = True
             print("interrupted: the same command goes on from here", flush=True)
-    summary = subprocess.run([sys.executable, "-m", "gpu_summary", *told(options)], cwd=ROOT, env=environment())
+    summary = subprocess.run(summary_command(options), cwd=ROOT, env=environment())
     return 130 if interrupted else 1 if summary.returncode or statuses.failed else 0
 
 
@@ -186,13 +190,13 @@ def stages_with_missing_rows(options: Options, statuses: Statuses) -> list[str]:
     """The stages that are done but for rows: of cases that came later, or of rows that were taken away."""
     if not statuses.any:
         return []
-    command = [sys.executable, "-m", "gpu_summary", *told(options), "--left"]
+    command = [*summary_command(options), "--left"]
     done = subprocess.run(command, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, text=True)
     return done.stdout.split()
 
 
 def sees_a_gpu() -> bool:
-    """Whether torch does; says so if not."""
+    """Whether torch sees a GPU; prints a line if not."""
     code = "import sys, torch; sys.exit(not torch.cuda.is_available())"
     found = subprocess.run([sys.executable, "-c", code], env=environment()).returncode == 0
     if not found:
@@ -239,12 +243,12 @@ class Statuses:
                 self._known = {row["stage"]: (row["status"], float(row["seconds"])) for row in csv.DictReader(file)}
 
     def of(self, stage: str) -> str:
-        """How it ended; empty if it has not run."""
+        """How a stage ended; empty if it has not run."""
         return self._known.get(stage, ("", 0.0))[0]
 
     @property
     def any(self) -> bool:
-        """Whether there is one."""
+        """Whether any stage has run."""
         return bool(self._known)
 
     def reopen(self, stages: Iterable[str]) -> None:
@@ -255,11 +259,11 @@ class Statuses:
 
     @property
     def failed(self) -> list[str]:
-        """The stages that did."""
+        """The stages that failed."""
         return [name for name, (status, _) in self._known.items() if status == "failed"]
 
     def set(self, stage: str, status: str, seconds: float) -> None:
-        """Writes how it ended, and what it took in all."""
+        """Writes how a stage ended, and its seconds in all."""
         self._known[stage] = (status, seconds + self._known.get(stage, ("", 0.0))[1])
         partial = self._path.with_name("stages.csv.partial")
         with partial.open("w", newline="", encoding="utf-8") as file:
@@ -285,7 +289,7 @@ def run_all(wanted: Sequence[Stage], deadline: float, statuses: Statuses, log: I
 
 
 def run(stage: Stage, limit_s: float, log: IO[str]) -> str:
-    """Runs a stage; how it ended."""
+    """Runs a stage and returns how it ended."""
     process = subprocess.Popen(
         [sys.executable, *stage.command],
         cwd=ROOT,
@@ -327,7 +331,7 @@ def pass_on(lines: Iterable[str] | None, log: IO[str]) -> None:
 
 def environment() -> dict[str, str]:
     """A stage's: the checkout comes first, installed or not; of pytest's plugins those that are asked for by name."""
-    paths = [str(ROOT), str(BENCHMARKS), *filter(None, [os.environ.get("PYTHONPATH")])]
+    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     ours = {"PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
     return {**os.environ, **ours}
 

@@ -1,6 +1,6 @@
 """Host time of the package's ops, kernels left out: what a call costs before and after Triton launches anything.
 
-    python benchmarks/host_time.py        # a few seconds on one core of a CPU
+    python -m benchmarks.host_time        # a few seconds on one core of a CPU
 
 Checks, autograd, dispatch and allocations run as for a GPU, on CPU tensors; a launch does nothing. The backward pass is
 `torch.autograd.grad`, whose own time, that of `x.neg()`, is in the line before the last. The last is a whole step of
@@ -16,12 +16,12 @@ from unittest import mock
 
 import timm
 import torch
-from tables import table
 from torch import Tensor
 from triton.runtime.jit import JITFunction
 
 from adamae_sampler import AdaMAELoss, MaskSample, mask, ops
 from adamae_sampler.ops import assemble, backend, checks, draw
+from benchmarks.core.tables import table
 
 CLIPS, N, K, D = 2, 64, 16, 8
 
@@ -98,7 +98,7 @@ def _not_free_to_read(_: object) -> bool:
 
 
 def microseconds(call: Callable[[], object], repeats: int = 200) -> float:
-    """The least of several means."""
+    """The least of several mean times of a call."""
     call()
     best = float("inf")
     for _ in range(15):
@@ -110,7 +110,7 @@ def microseconds(call: Callable[[], object], repeats: int = 200) -> float:
 
 
 def main() -> None:
-    """Measures and prints."""
+    """Measures every op and prints the table."""
     torch.set_num_threads(1)
     ready = calls()
     rows: list[tuple[str, str, str]] = []

@@ -1,6 +1,6 @@
 """Compiles every kernel ahead of time, without a GPU, and reads registers and spills from the binaries.
 
-    python benchmarks/kernel_resources.py [FILE.csv]    # ViT-B's sizes, for sm_80, sm_90 and sm_100
+    python -m benchmarks.kernel_resources [FILE.csv]    # ViT-B's sizes, for sm_80, sm_90 and sm_100
 
 The ops run on CPU tensors with Triton's launch replaced by its compilation, so what is compiled is exactly what a
 GPU would launch: the same arguments, constants, warps and specialisations. Rows go to the file given, else to
@@ -26,15 +26,14 @@ from unittest import mock
 
 import torch
 import triton
-from rows import RowWriter, kept_rows
 from triton.backends import nvidia
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 import adamae_sampler.ops  # noqa: F401  # registers the operators
+from benchmarks.core.rows import RESULTS, kept_rows, write_rows
 
-RESULTS = Path(__file__).parent / "results" / "kernel_resources.csv"
 _VERSION = tuple(int(part) for part in triton.__version__.split(".")[:2])
 ARCHITECTURES = (80, 90, 100) if _VERSION >= (3, 3) else (80, 90)  # what this Triton's assembler knows
 CUOBJDUMP, NVDISASM = (Path(next(iter(nvidia.__path__))) / "bin" / name for name in ("cuobjdump", "nvdisasm"))
@@ -77,7 +76,7 @@ class CompileOnly:
         return 0
 
     def get_current_target(self) -> GPUTarget:
-        """What to compile for."""
+        """The architecture to compile for."""
         return GPUTarget("cuda", self.architecture, 32)
 
 
@@ -100,24 +99,23 @@ def compiled_not_launched(architecture: int) -> Iterator[list[tuple[str, Any]]]:
 
 def read_resources(cubin: bytes) -> tuple[int, int, int]:
     """(registers a thread, bytes of stack a thread that spills go to, bytes of shared memory) of a binary."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        command = [str(CUOBJDUMP), "--dump-resource-usage", file.name]
-        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    text = _read(cubin, CUOBJDUMP, "--dump-resource-usage")
     found = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL|SHARED):(\d+)", text)}
     return found["REG"], found["STACK"] + found["LOCAL"], found["SHARED"]
 
 
 def read_instructions(cubin: bytes) -> tuple[int, str, str]:
     """(number of instructions, loads, stores) of a binary."""
+    text = _read(cubin, NVDISASM, "-c")
+    names = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][A-Z0-9_.]*)", text, re.MULTILINE)
+    return sum(name != "NOP" for name in names), _widths(names, "LDG"), _widths(names, "STG")
+
+
+def _read(cubin: bytes, tool: Path, option: str) -> str:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        command = [str(NVDISASM), "-c", file.name]
-        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    names = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][A-Z0-9_.]*)", text, re.MULTILINE)
-    return sum(name != "NOP" for name in names), _widths(names, "LDG"), _widths(names, "STG")
+        return subprocess.run([str(tool), option, file.name], capture_output=True, text=True, check=True).stdout
 
 
 def _widths(names: list[str], kind: str) -> str:
@@ -204,32 +202,28 @@ CASES: dict[str, Callable[[], None]] = {
     "add_norm, 384 wide, bfloat16": lambda: add_norm(384, torch.bfloat16),
     "add_norm, 1024 wide, float32": lambda: add_norm(1024, torch.float32),
 }
-for _dtype in (torch.float32, torch.bfloat16, torch.float16):
-    _name = str(_dtype).removeprefix("torch.")
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "uint8": torch.uint8}
+for _name in ("float32", "bfloat16", "float16"):
+    _dtype = _DTYPES[_name]
     CASES[f"gather_tokens, 768 wide, {_name}"] = partial(gather_tokens, 768, _dtype)
     for _order in ("concat", "restore"):
-        CASES[f"assemble_tokens, 384 wide, {_name}, {_order}"] = partial(
-            assemble_tokens, 384, _dtype, _order == "restore"
-        )
-    CASES[f"reconstruction_error, {_name}, uint8 video"] = partial(
-        reconstruction_error, _dtype, torch.uint8, "mse", True
-    )
-for _video in (torch.float32, torch.uint8):
-    _video_name = str(_video).removeprefix("torch.")
-    CASES[f"patch_tokens, {_video_name} video, bfloat16"] = partial(patch_tokens, _video, torch.bfloat16)
-CASES["reconstruction_error, float32, float32 video"] = partial(
-    reconstruction_error, torch.float32, torch.float32, "mse", True
-)
-CASES["reconstruction_error, bfloat16, bfloat16 video"] = partial(
-    reconstruction_error, torch.bfloat16, torch.bfloat16, "mse", True
-)
+        _case = f"assemble_tokens, 384 wide, {_name}, {_order}"
+        CASES[_case] = partial(assemble_tokens, 384, _dtype, _order == "restore")
+for _name, _video in (
+    ("float32", "uint8"),
+    ("bfloat16", "uint8"),
+    ("float16", "uint8"),
+    ("float32",) * 2,
+    ("bfloat16",) * 2,
+):
+    _case = f"reconstruction_error, {_name}, {_video} video"
+    CASES[_case] = partial(reconstruction_error, _DTYPES[_name], _DTYPES[_video], "mse", True)
+for _video in ("float32", "uint8"):
+    CASES[f"patch_tokens, {_video} video, bfloat16"] = partial(patch_tokens, _DTYPES[_video], torch.bfloat16)
+_ERROR = "reconstruction_error, bfloat16, uint8 video"
 CASES["gather_tokens, 768 wide, bfloat16, 4 masks of a clip"] = partial(gather_tokens, 768, torch.bfloat16, 4)
-CASES["reconstruction_error, bfloat16, uint8 video, 4 masks of a clip"] = partial(
-    reconstruction_error, torch.bfloat16, torch.uint8, "mse", True, 4
-)
-CASES["reconstruction_error, bfloat16, uint8 video, raw l1"] = partial(
-    reconstruction_error, torch.bfloat16, torch.uint8, "l1", False
-)
+CASES[f"{_ERROR}, 4 masks of a clip"] = partial(reconstruction_error, torch.bfloat16, torch.uint8, "mse", True, 4)
+CASES[f"{_ERROR}, raw l1"] = partial(reconstruction_error, torch.bfloat16, torch.uint8, "l1", False)
 
 
 def measure(case: str, architecture: int) -> list[Resources]:
@@ -257,10 +251,9 @@ def main() -> None:
             f"{row.spilled_bytes:5d} B spilled {row.shared_bytes:6d} B shared, {row.threads} threads, "
             f"{row.instructions} instructions, loads {row.loads}, stores {row.stores}"
         )
-    output = Path(sys.argv[1]) if len(sys.argv) > 1 else RESULTS
+    output = Path(sys.argv[1]) if len(sys.argv) > 1 else RESULTS / "kernel_resources.csv"
     others = [row for row in kept_rows(output, Resources) if row.triton != triton.__version__]
-    with RowWriter(output, Resources, [*others, *rows]):
-        pass  # all of them are there
+    write_rows(output, Resources, [*others, *rows])
     print(f"{len(rows)} compiled kernels, {sum(row.spilled_bytes > 0 for row in rows)} that spill; rows in {output}")
 
 

@@ -1,11 +1,11 @@
 """How many clips a core reads in a second: files and shards, by PyAV, torchcodec and decord, beside a training step.
 
-    pip install torchcodec decord && python benchmarks/loader.py        # about six minutes
+    pip install torchcodec decord && python -m benchmarks.loader        # about six minutes
 
 A clip is 16 frames at a stride of 4 from a random place of a 10-second video, cropped and resized to 224 x 224 as in
 pre-training. Every decoder gives the same frames, within rounding, before any time is taken; all take turns, each on
 one core. torchcodec brings no FFmpeg; where the machine has none it is lent the libraries of PyAV, so that both decode
-with the same code. Rows go to benchmarks/results/loader_cpu.csv, tables by report_examples.py.
+with the same code. Rows go to benchmarks/results/loader_cpu.csv.
 """
 
 from __future__ import annotations
@@ -32,11 +32,13 @@ import av
 import numpy as np
 import torch
 import tyro
-from commit import current_commit
-from rows import RESULTS, device_name, read_texts, write_rows
-from steps import StepCase, cpu_clocks
-from timing import Times, take_turns
 from torch import Tensor
+
+from benchmarks.core.commit import current_commit
+from benchmarks.core.rows import RESULTS, device_name, read_texts, write_rows
+from benchmarks.core.timing import Times, take_turns
+from benchmarks.pages.cpu import loader_tables
+from benchmarks.steps.step import StepCase, cpu_clocks
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 from video_data.frame_sampling import random_clip
@@ -55,11 +57,11 @@ class Options:
     """Size of the measurement."""
 
     videos: int = 8
-    """Videos that are read in a turn."""
+    """Number of videos read in a turn."""
     size: tuple[int, int] = (720, 1280)
     """Height and width of the files."""
     seconds: float = 240
-    """No turn begins later."""
+    """Seconds after which no turn begins."""
     rounds: tuple[int, int] = (5, 15)
     """The fewest turns of each, and the most."""
     step: bool = True
@@ -92,12 +94,12 @@ Reader = Callable[[VideoEntry, torch.Generator], Tensor]  # [T, C, H, W] uint8
 
 
 def places(count: int, generator: torch.Generator) -> list[int]:
-    """The frames of a clip."""
+    """The indices of a clip's frames."""
     return random_clip("dense", count, _FRAMES, _STRIDE, generator)
 
 
 def read_pyav(entry: VideoEntry, generator: torch.Generator) -> Tensor:
-    """As the training scripts do."""
+    """Reads a clip as the training scripts do."""
     with entry.open() as video:
         return video.read(places(video.count(), generator))
 
@@ -183,7 +185,7 @@ def one_core() -> Iterator[None]:
 
 
 def seconds_of(call: Callable[[torch.Generator], object]) -> float:
-    """Of a call on one core."""
+    """The seconds of a call on one core."""
     generator = torch.Generator().manual_seed(torch.initial_seed())
     with one_core():
         began = time.perf_counter()
@@ -223,11 +225,11 @@ def main(options: Options) -> None:
             times = take_turns({**clocks, **steps}, options.seconds, options.rounds)
     rows = [row_of(name, each, options, sizes, commit) for name, each in times.items()]
     write_rows(options.output, Row, rows)
-    print(loader_table(read_texts(options.output)))
+    print(loader_tables(read_texts(options.output)))
 
 
 def row_of(name: Any, times: Times, options: Options, sizes: Mapping[str, float], commit: str) -> Row:
-    """A measurement by the clip."""
+    """The row of a measurement, for one clip."""
     q1, q3 = times.quartiles
     if isinstance(name, StepCase):
         what, kind, decoder, clips, threads = name.name, "", "", name.clips, torch.get_num_threads()
@@ -249,27 +251,6 @@ def row_of(name: Any, times: Times, options: Options, sizes: Mapping[str, float]
         torch=torch.__version__,
         commit=commit,
     )
-
-
-def loader_table(rows: Sequence[Mapping[str, str]]) -> str:
-    """A line for each kind of videos, a column for each decoder, and the training step beneath."""
-    reads = [row for row in rows if row["what"] == "read and crop"]
-    decoders = list(dict.fromkeys(f"{row['decoder']} {row['version']}" for row in reads))
-    lines = [
-        f"| Videos, 10 s at 30 frames/s | KiB each | {' | '.join(decoders)} | of which crop and resize |",
-        "| --- " * (len(decoders) + 3) + "|",
-    ]
-    for kind in dict.fromkeys(row["videos"] for row in reads):
-        mine = {f"{row['decoder']} {row['version']}": row for row in reads if row["videos"] == kind}
-        cells = [f"{float(mine[name]['clips_per_s']):.1f}" if name in mine else "" for name in decoders]
-        (crop,) = (row for row in rows if row["what"] == "crop" and row["videos"] == kind)
-        size = float(next(iter(mine.values()))["kib"])
-        lines.append(f"| {kind} | {size:.0f} | {' | '.join(cells)} | {1e3 * float(crop['median_s']):.0f} ms |")
-    for row in rows:
-        if not row["videos"]:
-            pace = f"{float(row['clips_per_s']):.2f} clips/s on {row['threads']} core"
-            lines += ["", f"A training step beside it ({row['what']}): {pace}."]
-    return "\n".join(lines)
 
 
 def lend_ffmpeg() -> None:

@@ -1,10 +1,7 @@
-"""Makes tables and plots of the rows that run.py, gpu.py and the others wrote, and of nothing else: no row, no figure.
+"""Makes the pages and plots in benchmarks/results of the rows there, and of nothing else: no row, no figure.
 
-    python benchmarks/report.py                                            # into README.md, between its markers
-    python benchmarks/report.py --results benchmarks/results runs/gpu      # with the rows of gpu.py's folder
-    python benchmarks/report.py --readme copy.md
-
-The plots go beside the rows.
+python -m benchmarks.report                     # pages and plots beside the rows
+python -m benchmarks.report --results runs/gpu  # for the folder of gpu.py, or several
 """
 
 from __future__ import annotations
@@ -12,228 +9,102 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import gpu_rows
-import gpu_tables
-import plots
-from host_steps import PATCHED, UNPATCHED
-from official_repository import ADAMAE, VIDEOMAE
-from options_cost import SCALE, options_table, scale_table
-from options_cost import Row as OptionRow
-from rows import (
-    COMPILED,
-    OFFICIAL,
-    OURS,
-    PRODUCTS,
-    RESULTS,
-    Row,
-    find,
-    kept_rows,
-    of_copy,
-    of_official,
-    read_rows,
-    read_texts,
-)
-from study_tables import study_facts, study_table, study_title
-from tables import Case, Column, by_case, number, rate, seconds, table
+from benchmarks.core.rows import OURS, RESULTS, Row, find, kept_rows
+from benchmarks.core.tables import Column, source, table
+from benchmarks.pages import plots
+from benchmarks.pages.cpu import counts_page, cpu_page, hosts_page, loader_page, options_page
+from benchmarks.pages.gpu import gpu_page
+from benchmarks.pages.study import study_page
+from benchmarks.stages.gpu_run import GpuRun, read_run
+from benchmarks.steps.options import FAST, option_groups
+from benchmarks.steps.step import StepCase
 
-BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
-HOSTS_BEGIN, HOSTS_END = "<!-- hosts: begin -->", "<!-- hosts: end -->"
-GPU = "<!-- gpu: begin -->", "<!-- gpu: end -->"
-OPTIONS = "<!-- options: begin -->", "<!-- options: end -->"
-STUDY = "<!-- study: begin -->", "<!-- study: end -->"
-NO_GPU_ROWS = "No GPU has measured this yet: there are no rows of one, and so no figures."
-
-_TIMES = (  # columns of times: header, implementation
-    ("ours", OURS),
-    ("official", OFFICIAL),
-    ("official, compiled", COMPILED),
-    (ADAMAE, ADAMAE),
-    (VIDEOMAE, VIDEOMAE),
-    (PRODUCTS, PRODUCTS),
-)
+_PAGES = {
+    "cpu": cpu_page,
+    "hosts": hosts_page,
+    "options": options_page,
+    "study": study_page,
+    "loader": loader_page,
+    "counts": counts_page,
+}
 
 
-@dataclass(frozen=True)
-class Options:
-    """What is read and written; `parse` says what each is."""
-
-    readme: Path = Path(__file__).parent.parent / "README.md"
-    results: tuple[Path, ...] = (RESULTS,)
-
-
-def parse(arguments: Sequence[str] | None = None) -> Options:
-    """The command line's."""
-    usual = Options()
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--readme", type=Path, default=usual.readme, help="the file that gets the tables")
-    parser.add_argument(
-        "--results", type=Path, nargs="+", default=usual.results, help="folders of rows, which get the plots"
-    )
-    given = parser.parse_args(arguments)
-    return Options(given.readme, tuple(given.results))
-
-
-def main(options: Options) -> None:
-    """Writes plots and tables.
+def main(folders: Sequence[Path]) -> None:
+    """Writes the pages and plots of each folder.
 
     Raises:
-        ValueError: there are no rows, or a marker is missing.
+        ValueError: a folder has no rows, or rows of a rehearsal, or rows of kernels whose tests failed.
     """
-    text, path = options.readme.read_text(encoding="utf-8"), options.readme
-    runs: list[gpu_rows.GpuRun] = []
-    pictures: list[Path] = []
-    for folder in options.results:
-        refuse_tiny_sizes(folder)
-        rows, found_runs = read_cpu(folder), read_gpu_runs(folder)
-        hosts = [row for row in rows if row.suite == "hosts"]
-        found = {
-            (BEGIN, END): cpu_section(rows),
-            (HOSTS_BEGIN, HOSTS_END): patched_hosts(hosts) if hosts else "",
-            OPTIONS: options_tables(folder),
-            STUDY: study_tables(folder),
-        }
-        if not any(found.values()) and not found_runs:
-            raise ValueError(f"{folder} has no rows of run.py, gpu.py, options_cost.py or study.py.")
-        for markers, tables in found.items():
-            text = insert(text, tables, path, markers) if tables else text
-        runs += found_runs
-        pictures += plots.draw(rows, folder, "cpu")
-        pictures += [picture for run in found_runs for picture in plots.draw(run.rows, folder, run.slug)]
-    if GPU[0] in text or runs:
-        text = insert(text, gpu_section(runs), path, GPU)
-    options.readme.write_text(text, encoding="utf-8")
-    for picture in pictures:
-        print(f"wrote {picture}")
-    print(f"wrote the tables in {options.readme}")
+    for folder in folders:
+        for name, text in pages(folder).items():
+            (folder / f"{name}.md").write_text(f"{text}\n", encoding="utf-8")
+            print(f"wrote {folder / name}.md")
+        for picture in plots.draw(folder, gpu_runs(folder)):
+            print(f"wrote {picture}")
 
 
-def refuse_tiny_sizes(folder: Path) -> None:
-    """Raises ValueError for the folder of a rehearsal."""
+def pages(folder: Path) -> dict[str, str]:
+    """Name and text of every page that there are rows for; see `main` for what it raises."""
     versions = folder / "versions.json"
     if versions.exists() and json.loads(versions.read_text(encoding="utf-8")).get("size") == "quick":
         raise ValueError(f"{folder} has rows of gpu.py --quick: its sizes are tiny, and tell no speed.")
+    runs = gpu_runs(folder)
+    found = {name: page(folder) for name, page in _PAGES.items()}
+    for run in runs:
+        short = run.slug.removeprefix("nvidia_").partition("_")[0]  # "h100"
+        found[run.slug if short in found else short] = gpu_page(run)
+    found["summary"] = summary_page(folder, runs)
+    if not any(found.values()):
+        raise ValueError(f"{folder} has no rows of run.py, study.py, loader.py, step_bytes.py or gpu.py.")
+    return {name: text for name, text in found.items() if text}
 
 
-def read_cpu(folder: Path) -> list[Row]:
-    """The rows that run.py wrote."""
-    files = (folder / f"{suite}_cpu.csv" for suite in ("steps", "sweep", "ops", "hosts"))
-    return [row for file in files for row in kept_rows(file, Row)]
-
-
-def read_gpu_runs(folder: Path) -> list[gpu_rows.GpuRun]:
+def gpu_runs(folder: Path) -> list[GpuRun]:
     """The rows that gpu.py wrote, by device; rehearsals on a CPU are none."""
     slugs = (path.stem.removeprefix("machine_") for path in sorted(folder.glob("machine_*.csv")))
-    return [gpu_rows.read_run(folder, slug) for slug in slugs if slug != "cpu"]
+    return [read_run(folder, slug) for slug in slugs if slug != "cpu"]
 
 
-def gpu_section(runs: Sequence[gpu_rows.GpuRun]) -> str:
-    """What all GPUs' rows say.
-
-    Raises:
-        ValueError: a kernel's test failed there: no speed is told of what is wrong.
-    """
+def summary_page(folder: Path, runs: Sequence[GpuRun]) -> str:
+    """One table: a training step with random masking, the exact method and the fast setting; empty without rows."""
+    cases = {"random": StepCase(masking="random"), "exact": StepCase(), "fast": StepCase(**FAST)}
+    columns: list[Column[str]] = [("method", lambda name: name)]
+    sources = []
+    group = next(iter(option_groups(StepCase())))  # that of the three which took turns on the CPU
+    on_cpu = {row.implementation: row for row in kept_rows(folder / "options_cpu.csv", Row) if row.case == group}
+    if on_cpu:
+        of_random = {name: row.of_first / on_cpu["random"].of_first for name, row in on_cpu.items()}  # type: ignore[operator]
+        columns.append(("CPU, 2 clips (s)", lambda name: f"{on_cpu[name].median_s:.2f}"))
+        columns.append(("of random", lambda name: f"{of_random[name]:.2f}"))
+        told = "fp32, ratios by round (`python -m benchmarks.run --suite options`)"
+        sources.append(f"{source(list(on_cpu.values()))}, {told}")
     for run in runs:
-        failed = [each.test for each in run.tests if each.outcome == "failed"]
-        failed += [stage for stage in gpu_rows.TESTS if run.stages.get(stage) == "failed"]
-        if failed:
-            raise ValueError(f"on {run.device} tests failed, so its times are not published: {', '.join(failed)}.")
-    return "\n\n".join(map(gpu_tables.section, runs)) if runs else NO_GPU_ROWS
-
-
-def insert(text: str, tables: str, path: Path, markers: tuple[str, str]) -> str:
-    """`text` with what stands between the markers replaced.
-
-    Raises:
-        ValueError: it does not hold each marker once, in their order.
-    """
-    begin, end = markers
-    if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
-        raise ValueError(f"{path} must hold {begin} and, after it, {end}, once each: the tables go between them.")
-    return f"{text.partition(begin)[0]}{begin}\n\n{tables}\n\n{end}{text.partition(end)[2]}"
-
-
-def cpu_section(rows: Sequence[Row]) -> str:
-    """The tables of run.py's rows, but those of the hosts."""
-    measured = [row for row in rows if row.suite != "hosts"]
-    if not measured:
+        rows = {name: [row for row in run.of("steps") if row.case == case.name] for name, case in cases.items()}
+        found = {name: row for name, mine in rows.items() if (row := find(mine, OURS, graph=True))}
+        if len(found) == len(cases):
+            columns += _gpu_columns(run.device.split()[1], found)
+            sources.append(f"{source(list(found.values()))}, bf16, replay of a CUDA graph (`python benchmarks/gpu.py`)")
+    if not sources:
         return ""
-    parts = [heading(measured), comparison([row for row in measured if row.suite == "steps"], "Training step")]
-    for suite in ("ops", "sweep"):
-        ops = [row for row in measured if row.suite == suite and row.direction != "step"]
-        parts.append(comparison(ops, "Op" if suite == "ops" else "Op, over the tokens of a clip"))
-    return "\n\n".join(filter(None, parts))
+    about = f"A training step of ViT-B on clips of 16 x 224 x 224 at 95%, median: {'; '.join(sources)}."
+    return f"# Summary\n\n{about}\n\n{table(columns, list(cases))}"
 
 
-def options_tables(results: Path) -> str:
-    """What the options cost on a CPU, of the rows of options_cost.py; empty without."""
-    parts = []
-    for path in sorted(results.glob("options_cpu.csv")):
-        rows = read_rows(path, OptionRow)
-        first = rows[0]
-        facts = f"{first.device}, torch {first.torch}, {first.threads} threads, commit {first.commit}; `{path.name}`."
-        parts += [options_table([row for row in rows if row.group != SCALE]), scale_table(rows), facts]
-    return "\n\n".join(parts)
-
-
-def study_tables(results: Path) -> str:
-    """A table for each file of rows of study.py, under its settings; empty without."""
-    parts = []
-    for path in sorted(results.glob("study*.csv"), key=lambda path: (len(path.name), path.name)):
-        rows = read_texts(path)
-        parts += [f"**{study_title(rows)}**", study_table(rows), study_facts(rows, path)]
-    return "\n\n".join(parts)
-
-
-def patched_hosts(rows: Sequence[Row]) -> str:
-    """A line for each host: its training step unpatched and patched."""
-    columns: list[Column[Case]] = [
-        ("A training step", lambda case: case[0].case),
-        ("visible of", lambda case: f"{case[0].visible} of {case[0].tokens}"),
-        (UNPATCHED, lambda case: seconds(find(case, UNPATCHED))),
-        (PATCHED, lambda case: seconds(find(case, PATCHED))),
-        ("ratio", _ratio_of_patched),
+def _gpu_columns(device: str, rows: Mapping[str, Row]) -> list[Column[str]]:
+    return [
+        (f"{device}, 256 clips (ms)", lambda name: f"{1e3 * rows[name].median_s:.0f}"),
+        ("of random", lambda name: f"{rows[name].median_s / rows['random'].median_s:.2f}"),
+        ("peak (GB)", lambda name: f"{(rows[name].peak_bytes or 0) / 1e9:.1f}"),
     ]
-    first = rows[0]
-    facts = f"{first.device}, torch {first.torch}, {first.threads} threads, fp32; medians, commit {first.commit}."
-    return f"{table(columns, by_case(rows))}\n\n{facts}"
-
-
-def _ratio_of_patched(case: Case) -> str:
-    patched, unpatched = find(case, PATCHED), find(case, UNPATCHED)
-    return f"{patched.median_s / unpatched.median_s:.2f}" if patched and unpatched else ""
-
-
-def heading(rows: Sequence[Row]) -> str:
-    """The device, and what ran on it."""
-    facts = dict.fromkeys(f"torch {row.torch}, {row.threads} threads" for row in rows)
-    commits = ", ".join(dict.fromkeys(row.commit for row in rows))
-    return f"### {rows[0].device}\n\n{'; '.join(facts)}; commit {commits}. Medians."
-
-
-def comparison(rows: Sequence[Row], title: str) -> str:
-    """A line for each case, a column for each implementation that was timed; empty without rows."""
-    columns: list[Column[Case]] = [(title, lambda case: case[0].case)]
-    columns += [(header, lambda case, name=name: seconds(find(case, name))) for header, name in _TIMES]  # type: ignore[misc]
-    columns += [
-        ("ours / official", lambda case: _of_ours(case, of_official, "{:.2f}")),
-        ("ours, of a copy's pace", lambda case: _of_ours(case, of_copy, "{:.0%}")),
-    ]
-    if any(row.direction == "step" for row in rows):
-        columns.append(("ours, clips/s", lambda case: rate(find(case, OURS))))
-    return table(columns, by_case(rows))
-
-
-def _of_ours(case: Case, what: Callable[[Row, Case], float | None], form: str) -> str:
-    ours = find(case, OURS)
-    return number(what(ours, case), form) if ours else ""
 
 
 if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=Path, nargs="+", default=(RESULTS,), help="folders of rows")
     try:
-        main(parse())
+        main(parser.parse_args().results)
     except (ValueError, FileNotFoundError) as error:
-        sys.exit(f"error: {error}")  # a missing marker or row, not a defect
+        sys.exit(f"error: {error}")  # a missing row, not a defect

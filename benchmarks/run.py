@@ -1,130 +1,103 @@
 """Runs the benchmarks on a CPU: first checks that everything compared gives the same, then times it in turns.
 
-    python benchmarks/run.py                             # ops, training steps, fine-tuning and sweeps
-    python benchmarks/run.py --suite ops
-    python benchmarks/run.py --suite steps --official ~/adamae     # beside the official code itself
-    python benchmarks/run.py --suite hosts               # patched beside unpatched models
-    python benchmarks/run.py --quick                     # tiny sizes, to see that it works
+    python -m benchmarks.run                             # ops, training steps and fine-tuning
+    python -m benchmarks.run --suite ops
+    python -m benchmarks.run --suite steps --official ~/adamae     # beside the official code itself
+    python -m benchmarks.run --suite options             # the options of adaptive masking; ten minutes
+    python -m benchmarks.run --suite hosts               # patched beside unpatched models
+    python -m benchmarks.run --quick                     # tiny sizes, to see that it works
 
-On a GPU gpu.py runs them. Rows go to benchmarks/results/{ops,steps,finetune,sweep,hosts}_cpu.csv as they are measured;
-`report.py` makes tables and plots of them. A check that fails ends the run before any time is taken; a case that cannot
-be measured is reported at the end. CPU times need an idle machine, since threads that wait for each other lose
-milliseconds at a time to any other program; what others used is printed last.
+On a GPU gpu.py runs them. Each row goes to benchmarks/results/SUITE_cpu.csv as it is measured, and
+`python -m benchmarks.report` makes pages and plots of the rows. A failed check ends the run before any time is taken.
+A case that cannot be measured is reported at the end. CPU times need an idle machine: a thread that waits for another
+loses milliseconds to any other program. The share of the CPU that other programs took is printed last.
 """
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
-import cases
 import torch
-from commit import current_commit
-from host_steps import host_groups
-from measure import in_own_process, measure_op_in_turns, measure_steps_in_turns, release
-from official_repository import repository_name
-from op_base import OpCase
-from rows import (
-    OFFICIAL,
-    OURS,
-    PRODUCTS,
-    RESULTS,
-    Facts,
-    Row,
-    RowWriter,
-    facts_of,
-    find,
-    format_seconds,
-    of_copy,
-    of_official,
-)
-from steps import AnyStep, StepCase, check_step
-from worker import in_one_line
+import tyro
 
-SUITES = ("ops", "sweep", "steps", "finetune")  # of "all"; "hosts" is asked for by name
+from benchmarks.core.commit import current_commit
+from benchmarks.core.rows import OURS, PRODUCTS, RESULTS, Facts, Row, RowWriter, facts_of, format_seconds
+from benchmarks.core.worker import in_one_line
+from benchmarks.steps.finetune import FinetuneStep
+from benchmarks.steps.hosts import host_groups
+from benchmarks.steps.repositories import repository_name
+from benchmarks.steps.step import AnyStep, check_step
+from benchmarks.suites import cpu
+from benchmarks.suites.measure import (
+    in_own_process,
+    measure_op_in_turns,
+    measure_options_in_turns,
+    measure_parts_in_turns,
+    measure_steps_in_turns,
+    release,
+)
+
+SUITES = ("ops", "steps", "finetune")  # of "all"
+Suite = Literal["ops", "steps", "finetune", "options", "hosts", "all"]
 CPU = torch.device("cpu")
 
 _OP_S, _STEP_S, _HOST_STEP_S = 4.0, 80.0, 45.0  # for all implementations of a case, which take turns
-_ROUNDS, _QUICK_ROUNDS = (4, 9), (2, 3)  # of steps, the fewest and the most
+_ROUNDS, _QUICK_ROUNDS = (5, 9), (2, 3)  # of steps, the fewest and the most
 
 
 @dataclass(frozen=True)
 class Options:
-    """What is run; `parse` says what each is."""
+    """Size of the run."""
 
-    suite: tuple[str, ...] = ("all",)
+    suite: tuple[Suite, ...] = ("all",)
+    """Which to run; "all" is without "options" and "hosts"."""
     official: tuple[Path, ...] = ()
+    """Checkouts of github.com/wgcban/adamae or github.com/MCG-NJU/VideoMAE, whose steps are timed too."""
     checkouts: Path | None = None
+    """Folder with mae, mae_st, VideoMAE and VideoMAEv2, for the suite "hosts"."""
     quick: bool = False
+    """Tiny sizes, to see that it works."""
     threads: int = 2
+    """Threads of PyTorch; --quick takes one."""
     commit: str = ""
+    """What the rows name as the commit; git is asked if it is empty."""
     output: Path | None = None
+    """Folder for the rows; benchmarks/results, or a temporary one with --quick."""
 
 
-def parse(arguments: Sequence[str] | None = None) -> Options:
-    """The command line's."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("--suite", nargs="+", default=("all",), choices=(*SUITES, "hosts", "all"), help='"all" is without "hosts"')
-    add(
-        "--official",
-        nargs="+",
-        type=Path,
-        default=(),
-        help="checkouts of github.com/wgcban/adamae or github.com/MCG-NJU/VideoMAE, whose steps are timed too",
-    )
-    add("--checkouts", type=Path, help='folder with mae, mae_st, VideoMAE and VideoMAEv2, for the suite "hosts"')
-    add("--quick", action="store_true", help="tiny sizes: does it work?")
-    add("--threads", type=int, default=2, help="of PyTorch; --quick takes one")
-    add("--commit", default="", help="what the rows name as the commit; git is asked if it is empty")
-    add("--output", type=Path, help="folder for the rows; benchmarks/results, or a temporary one with --quick")
-    given = vars(parser.parse_args(arguments))
-    return Options(**{**given, "suite": tuple(given["suite"]), "official": tuple(given["official"])})
-
-
-@dataclass(frozen=True)
-class Task:
-    """Something to measure."""
-
-    name: str
-    suite: str
-    run: Callable[[], list[Row]]
+Task = tuple[str, Callable[[], list[Row]]]  # a name, and a function that measures
 
 
 def main(options: Options) -> None:
-    """Checks, measures, and prints a table."""
+    """Checks, measures and prints each task's times."""
     start, others = time.perf_counter(), cpu_seconds_of_others()
     commit = options.commit or current_commit()  # before the rows of the last run are replaced
     for path in options.official:
         repository_name(path)  # raises, before anything has been waited for
     # One thread for the smoke test, which has to be quick where other programs run too.
     torch.set_num_threads(1 if options.quick else options.threads)
-    suites: list[str] = [suite for suite in SUITES if suite in options.suite or "all" in options.suite]
-    suites += ["hosts"] * ("hosts" in options.suite)
+    suites = [*(SUITES if "all" in options.suite else ()), *(suite for suite in options.suite if suite != "all")]
+    suites = list(dict.fromkeys(suites))
     facts = facts_of(CPU, commit)
     print(f"{facts.device}, torch {facts.torch}", flush=True)
-    count = check_all(options, suites)
-    if suites != ["hosts"]:  # which tests/test_host_identity.py checks
-        print(f"[{time.perf_counter() - start:4.0f} s] {count} cases correct", flush=True)
+    count = check_all(options, suites)  # tests/test_host_identity.py checks the hosts
+    print(f"[{time.perf_counter() - start:4.0f} s] {count} cases correct", flush=True)
     folder = options.output or (Path(tempfile.mkdtemp()) if options.quick else RESULTS)
-    with ExitStack() as stack:
-        files = {suite: folder / f"{suite}_cpu.csv" for suite in suites}
-        writers = {suite: stack.enter_context(RowWriter(file, Row)) for suite, file in files.items()}
-        tasks = [task for suite in suites for task in make_tasks(suite, options, facts)]
-        problems = run_all(tasks, writers, start)
-    if rows := [row for suite, writer in writers.items() if suite != "hosts" for row in writer.rows]:
-        print_table(rows)
+    problems = []
+    for suite in suites:
+        with RowWriter(folder / f"{suite}_cpu.csv", Row) as writer:
+            problems += run_all(make_tasks(suite, options, facts), writer, start)
     elapsed = time.perf_counter() - start
-    print(f"rows in {', '.join(map(str, files.values()))}, {elapsed:.0f} s")
+    print(f"rows of {', '.join(suites)} in {folder}, {elapsed:.0f} s")
     print(f"other programs took {(cpu_seconds_of_others() - others) / elapsed:.0%} of a core meanwhile")
     if problems:
         sys.exit("\n".join(problems))
@@ -132,75 +105,62 @@ def main(options: Options) -> None:
 
 def check_all(options: Options, suites: Sequence[str]) -> int:
     """Checks every op case, and every baseline of a step; how many. Raises AssertionError where one fails."""
-    op_cases: list[OpCase] = []
-    steps: list[StepCase] = []
-    if "ops" in suites:
-        op_cases += cases.op_cases(options.quick)
-    if "sweep" in suites:
-        op_cases += cases.sweep_op_cases(options.quick)
-    if "steps" in suites:
-        groups = cases.step_groups(options.quick, options.official)
-        known = [case for group in groups for case in group if isinstance(case, StepCase)]
-        baselines = [case for case in known if case.implementation not in (OURS, PRODUCTS)]
-        steps += [replace(case, clips=1, dtype=torch.float32) for case in baselines]
-    for op in dict.fromkeys(op_cases):
+    ops = dict.fromkeys(cpu.op_cases(options.quick) if "ops" in suites else ())
+    groups = cpu.step_groups(options.quick, options.official) if "steps" in suites else []
+    steps = dict.fromkeys(
+        replace(case, clips=1, dtype=torch.float32)
+        for group in groups
+        for case in group
+        if case.implementation not in (OURS, PRODUCTS)
+    )
+    for op in ops:
         op.check(CPU)
-    for step in dict.fromkeys(steps):
+    for step in steps:
         # The repositories' code takes over names of modules, so it gets a process of its own.
         in_own_process(check_step, step, CPU) if step.repository else check_step(step, CPU)
         release(CPU)
-    return len(dict.fromkeys(op_cases)) + len(dict.fromkeys(steps))
+    return len(ops) + len(steps)
 
 
 def make_tasks(suite: str, options: Options, facts: Facts) -> Iterator[Task]:
-    """What there is to measure in a suite."""
+    """The tasks of a suite."""
     quick = options.quick
-    op_cases = {"ops": cases.op_cases, "sweep": cases.sweep_op_cases}
-    for op in op_cases[suite](quick) if suite in op_cases else ():
-        run = partial(measure_op_in_turns, op, suite, facts, 0.05 if quick else _OP_S)
-        yield Task(f"{op.op} {op.name}", suite, run)
-    groups: dict[str, Callable[[], Sequence[Sequence[AnyStep]]]] = {
-        "steps": lambda: cases.step_groups(quick, options.official),
-        "finetune": lambda: cases.finetune_groups(quick),
-        "hosts": lambda: host_groups(options.checkouts, quick),
-    }
     seconds = 0.5 if quick else _HOST_STEP_S if suite == "hosts" else _STEP_S
-    for group in groups[suite]() if suite in groups else ():
-        run = partial(measure_steps_in_turns, group, suite, facts, seconds, _QUICK_ROUNDS if quick else _ROUNDS)
-        yield Task(group[-1].name, suite, run)
+    rounds = _QUICK_ROUNDS if quick else _ROUNDS
+    if suite == "ops":
+        for op in cpu.op_cases(quick):
+            yield f"{op.op} {op.name}", partial(measure_op_in_turns, op, suite, facts, 0.05 if quick else _OP_S)
+    elif suite == "options":
+        for name, steps in cpu.option_groups_of(quick).items():
+            yield name, partial(measure_options_in_turns, name, steps, facts, seconds, rounds)
+        for parts in cpu.part_groups(quick):
+            yield parts[0].name, partial(measure_parts_in_turns, parts, facts, seconds / 2)
+    else:
+        groups: dict[str, Callable[[], Sequence[Sequence[AnyStep]]]] = {
+            "steps": lambda: cpu.step_groups(quick, options.official),
+            "finetune": lambda: [(cpu.QUICK_FINETUNE if quick else FinetuneStep(clips=2),)],
+            "hosts": lambda: host_groups(options.checkouts, quick),
+        }
+        for group in groups[suite]():
+            yield group[-1].name, partial(measure_steps_in_turns, group, suite, facts, seconds, rounds)
 
 
-def run_all(tasks: Sequence[Task], writers: Mapping[str, RowWriter[Row]], start: float) -> list[str]:
-    """Runs the tasks; what failed."""
+def run_all(tasks: Iterable[Task], writer: RowWriter[Row], start: float) -> list[str]:
+    """Runs the tasks and returns the failures."""
     problems = []
-    for task in tasks:
+    for name, task in tasks:
         found: list[Row] = []
         try:
-            found = task.run()
+            found = task()
         except Exception as error:  # the other cases are still worth their time; main exits with this one
             traceback.print_exc()
-            problems.append(f"failed: {task.name}: {in_one_line(error)}")
+            problems.append(f"failed: {name}: {in_one_line(error)}")
         for row in found:
-            writers[task.suite].add(row)
+            writer.add(row)
         times = ", ".join(f"{row.implementation} {format_seconds(row.median_s)}" for row in found)
-        print(f"[{time.perf_counter() - start:4.0f} s] {task.name}: {times}", flush=True)
+        print(f"[{time.perf_counter() - start:4.0f} s] {name}: {times}", flush=True)
         release(CPU)
     return problems
-
-
-def print_table(rows: Sequence[Row]) -> None:
-    """A line for each case: our time, the official code's, their ratio, and a copy's time over ours."""
-    cases_of_rows = list(dict.fromkeys((row.suite, row.case) for row in rows))
-    width = max((len(case) for _, case in cases_of_rows), default=0)
-    print(f"\n{'':{width}s} {'ours':>8s} {'official':>8s} {'ratio':>5s} of copy")
-    for suite, case in cases_of_rows:
-        of_case = [row for row in rows if (row.suite, row.case) == (suite, case)]
-        ours, official = find(of_case, OURS), find(of_case, OFFICIAL)
-        times = " ".join(f"{format_seconds(row.median_s) if row else '':>8s}" for row in (ours, official))
-        ratio = of_official(ours, of_case) if ours else None
-        copy = of_copy(ours, of_case) if ours else None
-        cells = ("" if ratio is None else f"{ratio:.2f}", "" if copy is None else f"{copy:.2f}")
-        print(f"{case:{width}s} {times} {cells[0]:>5s} {cells[1]:>7s}")
 
 
 def cpu_seconds_of_others() -> float:
@@ -214,4 +174,4 @@ def cpu_seconds_of_others() -> float:
 
 
 if __name__ == "__main__":
-    main(parse())
+    main(tyro.cli(Options, description=__doc__))

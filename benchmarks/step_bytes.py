@@ -1,6 +1,6 @@
 """Bytes that a training step moves and keeps on a GPU, counted without one, from shapes and dtypes.
 
-    python benchmarks/step_bytes.py        # ViT-B at 95% of 256 clips in bf16, exact and fast; half a minute
+    python -m benchmarks.step_bytes        # ViT-B at 95% of 256 clips in bf16, exact and fast; half a minute
 
 The step runs on fake CUDA tensors under the rules of CUDA's autocast, and what each operator reads and writes is added
 up by family. A view moves nothing; an operator of the package counts its inputs and outputs whole, though a gather
@@ -21,17 +21,17 @@ from unittest import mock
 
 import torch
 import torch.nn.functional as F
-from commit import current_commit
-from option_cases import FAST
-from rows import RESULTS, RowWriter, kept_rows
-from steps import StepCase, our_forward
-from tables import Column, table
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from adamae_sampler.ops import backend
+from benchmarks.core.commit import current_commit
+from benchmarks.core.rows import RESULTS, kept_rows, read_texts, write_rows
+from benchmarks.pages.cpu import bytes_table
+from benchmarks.steps.options import FAST
+from benchmarks.steps.step import StepCase, our_forward
 
 CUDA = torch.device("cuda")
 CASES = {"exact": StepCase(), "fast": replace(StepCase(), **FAST)}
@@ -177,7 +177,7 @@ def backward(loss: Tensor) -> int:
 
 
 def measure(setting: str, case: StepCase, commit: str) -> Bytes:
-    """The row of a setting."""
+    """Counts a setting and returns its row."""
     count, kept, _ = count_step(case)
     unit = 2**30 * case.clips
     moved: Counter[str] = Counter()
@@ -200,23 +200,12 @@ def measure(setting: str, case: StepCase, commit: str) -> Bytes:
     )
 
 
-def bytes_table(rows: list[Bytes]) -> str:
-    """A line for each setting of each commit, as Markdown."""
-    numbers = {"products": "products", "attention": "attention", "package": "package", "elementwise": "elementwise"}
-    numbers |= {"kept": "saved", "of it fp32": "saved_fp32"}
-    columns: list[Column[Bytes]] = [("GiB of a clip", lambda row: row.setting), ("commit", lambda row: row.commit)]
-    for header, name in numbers.items():
-        columns.append((header, lambda row, name=name: f"{getattr(row, name):.3f}"))  # type: ignore[misc]
-    return table(columns, rows)
-
-
 def main(output: Path, commit: str) -> None:
     """Counts, prints the table and writes the rows."""
     rows = [row for row in kept_rows(output, Bytes) if row.commit != commit]
     rows += [measure(setting, case, commit) for setting, case in CASES.items()]
-    with RowWriter(output, Bytes, rows):
-        pass  # all of them are there
-    print(bytes_table(rows))
+    write_rows(output, Bytes, rows)
+    print(bytes_table(read_texts(output)))
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ def test_the_committed_outputs_are_whole_small_and_private():
     assert_the_sampler_beats_the_control(notebook)
     assert NOTEBOOK.stat().st_size < 1.5e6
     assert not re.search(r"/(?:root|home|Users|tmp)/", NOTEBOOK.read_text())
-    assert [cell for cell in code if "from common" in cell.source] == code[:1]
+    assert [cell for cell in code if "from video_data" in cell.source] == code[:1]
 
 
 @pytest.mark.slow

@@ -1,1 +1,1 @@
-"""What gpu.py runs, each a process of its own: `python -m stages.NAME`, with benchmarks/ on the path."""
+"""The stages of gpu.py, each a process of its own: `python -m benchmarks.stages.NAME`."""

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from rows import RowWriter, device_slug, kept_rows
+
+from benchmarks.core.rows import RowWriter, device_slug, kept_rows
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class Told:
     device: torch.device
 
     def file(self, name: str) -> Path:
-        """The rows of that name, of this device."""
+        """The file of that name for this device."""
         return self.output / f"{name}_{device_slug(self.device)}.csv"
 
 
@@ -74,7 +75,7 @@ class Failures:
         self._writer = RowWriter(where.file("failures"), Failure, [each for each in known if each.stage != stage])
 
     def add(self, what: str, error: object) -> None:
-        """Writes one, and says so."""
+        """Writes and prints one failure."""
         self.count += 1
         self._writer.add(Failure(self._stage, what, str(error)))
         print(f"FAILED {what}: {error}", flush=True)

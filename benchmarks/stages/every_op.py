@@ -1,7 +1,7 @@
 """Runs every kernel once, for compute-sanitizer, or the two largest at full size, for ncu.
 
-compute-sanitizer python -m stages.every_op
-ncu --kernel-name regex:_error_kernel python -m stages.every_op --full
+compute-sanitizer python -m benchmarks.stages.every_op
+ncu --kernel-name regex:_error_kernel python -m benchmarks.stages.every_op --full
 """
 
 from __future__ import annotations
@@ -9,10 +9,10 @@ from __future__ import annotations
 import argparse
 
 import torch
-from op_base import Direction, OpCase
-from op_cases import AssembleTokens, DrawMask, GatherTokens, ReconstructionError, SamplingLoss
 
 from adamae_sampler import ops
+from benchmarks.ops.base import Direction, OpCase
+from benchmarks.ops.cases import AssembleTokens, DrawMask, GatherTokens, ReconstructionError, SamplingLoss
 
 DONE = "every op ran"  # printed last, so that a program that watches this one knows it did not end early
 _BF16, _UINT8 = torch.bfloat16, torch.uint8
@@ -36,7 +36,7 @@ _FULL: tuple[OpCase, ...] = (
 
 
 def main(full: bool) -> None:
-    """Runs them and says so."""
+    """Runs the ops, then prints DONE."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     for case in _FULL if full else _SMALL:
         case.call(case.ours, case.inputs(device))()

@@ -1,6 +1,6 @@
 """What machine this is, which versions it has, and its ceilings: a large copy and a large product of matrices.
 
-python -m stages.machine --output runs/gpu
+python -m benchmarks.stages.machine --output runs/gpu
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ import subprocess
 from dataclasses import dataclass
 
 import torch
-from measure import own_stream
-from rows import RowWriter, device_name
-from timing import copy_calls, time_graph, time_wall
 
-from stages.common import Told, parser, told
+from benchmarks.core.rows import RowWriter, device_name
+from benchmarks.core.timing import copy_calls, time_graph, time_wall
+from benchmarks.stages.common import Told, parser, told
+from benchmarks.suites.measure import own_stream
 
 
 @dataclass(frozen=True)

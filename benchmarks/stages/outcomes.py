@@ -1,6 +1,6 @@
 """A pytest plugin that writes each test's outcome as a row when it comes, and passes over what has passed before.
 
-    python -m pytest -p stages.outcomes --outcomes runs/gpu tests/ops/test_kernels.py
+    python -m pytest -p benchmarks.stages.outcomes --outcomes runs/gpu tests/ops/test_kernels.py
 
 A run that was cut short goes on with what is left; tests that failed run again.
 """
@@ -14,7 +14,8 @@ from typing import Any
 
 import pytest
 import torch
-from rows import RowWriter, device_slug, kept_rows
+
+from benchmarks.core.rows import RowWriter, device_slug, kept_rows
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class Outcome:
 
 
 def outcomes_file(folder: Path) -> Path:
-    """Where they are."""
+    """The file of the outcomes."""
     return folder / f"tests_{device_slug(torch.device('cuda' if torch.cuda.is_available() else 'cpu'))}.csv"
 
 
@@ -47,12 +48,12 @@ def last_outcomes(rows: Iterable[Outcome]) -> list[Outcome]:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Where to write."""
+    """Adds the option --outcomes."""
     parser.addoption("--outcomes", type=Path, required=True, help="folder of the rows")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Reads what is there."""
+    """Registers the recorder, which reads the known outcomes."""
     path = outcomes_file(config.getoption("--outcomes"))
     config.pluginmanager.register(Recorder(path, is_worker=hasattr(config, "workerinput")))
 
@@ -73,7 +74,7 @@ class Recorder:
         self.ran = False
 
     def pytest_collection_modifyitems(self, config: pytest.Config, items: list[pytest.Item]) -> None:
-        """Leaves what has passed out."""
+        """Deselects tests that have passed."""
         config.hook.pytest_deselected(items=[item for item in items if item.nodeid in self.done])
         items[:] = [item for item in items if item.nodeid not in self.done]
 
@@ -88,6 +89,6 @@ class Recorder:
         self.writer.add(Outcome(report.nodeid, report.outcome, report.duration, first, torch.__version__))
 
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
-        """Nothing left to run is well."""
+        """Makes a session in which nothing was left to run a success."""
         if session.exitstatus == pytest.ExitCode.NO_TESTS_COLLECTED and self.done and not self.ran:
             session.exitstatus = pytest.ExitCode.OK

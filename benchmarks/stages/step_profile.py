@@ -1,9 +1,9 @@
 """Where a training step's time goes on the device: by family of kernels, as torch's profiler tells.
 
-    python -m stages.step_profile --output runs/gpu
+    python -m benchmarks.stages.step_profile --output runs/gpu
 
-Also which attention and which convolution kernels ran, what the casts of LayerNorm's input take, and how often the host
-waited for the device. In a rehearsal on a CPU the "kernels" are PyTorch's operators.
+Also the attention kernels that ran, and how often the host waited for the device. In a rehearsal on a
+CPU the "kernels" are PyTorch's operators.
 """
 
 from __future__ import annotations
@@ -12,24 +12,21 @@ import re
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from cases import QUICK_STEP
-from measure import own_stream, release
-from option_cases import FAST
-from rows import RowWriter, device_name, kept_rows
-from steps import StepCase, make_step
-from torch import nn
 from torch._C._autograd import DeviceType
-from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.profiler import ProfilerActivity, profile, record_function
-from worker import Worker, WorkFailed
 
 from adamae_sampler.attention import prefer_cudnn
-from stages.common import Failures, Told, parser, told
+from benchmarks.core.rows import RowWriter, device_name, kept_rows
+from benchmarks.core.worker import Worker, WorkFailed
+from benchmarks.stages.common import Failures, Told, parser, told
+from benchmarks.steps.options import FAST
+from benchmarks.steps.step import StepCase, make_step
+from benchmarks.suites.cpu import QUICK_STEP
+from benchmarks.suites.measure import own_stream, release
 
 STAGE = "profile"
 FAMILIES = (  # the first that a kernel's name matches; names as torch 2.11, cuDNN 9.19 and cuBLAS 13.1 have them
@@ -47,7 +44,7 @@ FAMILIES = (  # the first that a kernel's name matches; names as torch 2.11, cuD
 )
 OTHER = "other"
 _ATTENTION = (("cuDNN", r"cudnn"), ("flash", r"flash"), ("memory-efficient", r"fmha|efficient"), ("math", r""))
-_STEP, _NORM = "training step", "LayerNorm's forward pass"  # as the trace names them
+_STEP = "training step"  # as the trace names it
 _WAITS = re.compile(r"cuda(Stream|Device|Event)Synchronize")
 _LIMIT_S = 120.0
 
@@ -59,8 +56,8 @@ class Share:
     Attributes:
         case: the step.
         clips: of a batch.
-        kind: "family", "attention", "convolution" (by kernel), "LayerNorm" or "waits".
-        name: of the family, the attention's implementation or the kernel.
+        kind: "family", "attention" or "waits".
+        name: of the family, or the attention's implementation.
         calls: in one step.
         seconds: on the device, in one step; None where only calls count.
         share: of all families'.
@@ -94,7 +91,7 @@ def family_of(name: str) -> str:
 def profile_step(case: StepCase, device: torch.device, commit: str) -> Iterator[Share]:
     """The shares of one step; three are profiled after two others."""
     count = 3
-    with own_stream(device), prefer_cudnn(), norms_recorded():
+    with own_stream(device), prefer_cudnn():
         step = make_step(case, device)
         for _ in range(2):
             step()
@@ -109,28 +106,6 @@ def profile_step(case: StepCase, device: torch.device, commit: str) -> Iterator[
     facts = device_name(device), torch.__version__, commit
     for kind, name, calls, seconds, share in shares(events, device, count):
         yield Share(case.name, case.clips, kind, name, calls, seconds, share, *facts)
-
-
-@contextmanager
-def norms_recorded() -> Iterator[None]:
-    """Within it, the profiler sees where LayerNorm's forward passes begin and end."""
-    running: list[Any] = []
-
-    def enter(module: nn.Module, inputs: Any) -> None:
-        if isinstance(module, nn.LayerNorm):
-            running.append(record_function(_NORM))
-            running[-1].__enter__()
-
-    def leave(module: nn.Module, inputs: Any, output: Any) -> None:
-        if isinstance(module, nn.LayerNorm):
-            running.pop().__exit__(None, None, None)
-
-    handles = [register_module_forward_pre_hook(enter), register_module_forward_hook(leave)]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def shares(
@@ -151,13 +126,11 @@ def shares(
         by_family[family_of(kernel.name)].append(kernel)
     for family in sorted(by_family, key=lambda name: -numbers(by_family[name])[1]):
         yield "family", family, *numbers(by_family[family])
-    for kind, group in (("attention", attention_of), ("convolution", lambda name: name[:120])):
-        named: dict[str, list[Kernel]] = defaultdict(list)
-        for kernel in by_family.get(kind, ()):
-            named[group(kernel.name)].append(kernel)
-        for name, found in named.items():
-            yield kind, name, *numbers(found)
-    yield "LayerNorm", "casts of its input, both passes", *numbers(list(casts_of_norms(events, device)))
+    attention: dict[str, list[Kernel]] = defaultdict(list)
+    for kernel in by_family.get("attention", ()):
+        attention[attention_of(kernel.name)].append(kernel)
+    for name, found in attention.items():
+        yield "attention", name, *numbers(found)
     waits = waits_of(events)
     yield "waits", ", ".join(sorted(waits)) or "none", sum(waits.values()) / count, None, None
 
@@ -174,40 +147,6 @@ def kernels_of(events: Iterable[Any], device: torch.device) -> Iterator[Kernel]:
 def attention_of(name: str) -> str:
     """Which implementation an attention kernel belongs to."""
     return next(found for found, pattern in _ATTENTION if re.search(pattern, name, re.IGNORECASE))
-
-
-def casts_of_norms(events: Iterable[Any], device: torch.device) -> Iterator[Kernel]:
-    """The casts of LayerNorm's input to fp32, and their backward passes: those of the same sequence numbers.
-
-    The cast of its output belongs to the layer after it, and is among the family of casts and copies.
-    """
-    forward = [event for event in events if event.name == "aten::_to_copy" and _is_inside(event, _NORM)]
-    numbers = {(event.thread, event.sequence_nr) for event in forward}
-    backward = [
-        event
-        for event in events
-        if event.name == "ToCopyBackward0" and (event.fwd_thread, event.sequence_nr) in numbers
-    ]
-    for event in (*forward, *backward):
-        yield from _launched(event, device)
-
-
-def _launched(event: Any, device: torch.device) -> Iterator[Kernel]:
-    if device.type == "cpu":
-        yield Kernel(event.name, event.cpu_time_total * 1e-6)
-        return
-    for kernel in event.kernels:
-        yield Kernel(kernel.name, kernel.duration * 1e-6)
-    for child in event.cpu_children:
-        yield from _launched(child, device)
-
-
-def _is_inside(event: Any, name: str) -> bool:
-    while event is not None:
-        if event.name == name:
-            return True
-        event = event.cpu_parent
-    return False
 
 
 def waits_of(events: Iterable[Any]) -> Counter[str]:

@@ -1,6 +1,6 @@
-"""Measures a suite of gpu_cases.py: each case is checked, then timed, in a process that a failure does not outlive.
+"""Measures a suite of suites/gpu.py: each case is checked, then timed, in a process that a failure does not outlive.
 
-    python -m stages.suite steps --output runs/gpu
+    python -m benchmarks.stages.suite steps --output runs/gpu
 
 Goes on where an earlier run into the same folder ended: what has its rows is passed over, what failed is tried again
 after the rest. A case that fails is named, in failures_<device>.csv and at the end, and costs only itself.
@@ -12,14 +12,14 @@ import sys
 import time
 from collections.abc import Iterator
 
-import gpu_cases
 import torch
-from measure import Unit, measure
-from op_base import OpCase
-from rows import Row, RowWriter, format_seconds, kept_rows
-from worker import Worker, WorkFailed
 
-from stages.common import Failures, Told, parser, told
+from benchmarks.core.rows import Row, RowWriter, format_seconds, kept_rows
+from benchmarks.core.worker import Worker, WorkFailed
+from benchmarks.ops.base import OpCase
+from benchmarks.stages.common import Failures, Told, parser, told
+from benchmarks.suites import gpu
+from benchmarks.suites.measure import Unit, measure
 
 _OP_S, _STEP_S, _QUICK_S = 0.3, 1.2, 0.05  # of one timing
 _LIMIT_S, _COMPILE_LIMIT_S = 90.0, 300.0  # from one row of a case to the next
@@ -28,7 +28,7 @@ _LIMIT_S, _COMPILE_LIMIT_S = 90.0, 300.0  # from one row of a case to the next
 def main(suite: str, where: Told) -> int:
     """Measures what is left; the number of cases that failed."""
     began, path = time.perf_counter(), where.file(suite)
-    units, failed = gpu_cases.units(suite, where.device, where.quick), Failures(suite, where)
+    units, failed = gpu.units(suite, where.device, where.quick), Failures(suite, where)
     with RowWriter(path, Row, kept_rows(path, Row)) as rows, Worker() as worker:
         for unit in sorted(units, key=lambda unit: unit.name in failed.before):
             missing = left(unit, rows.rows, where.device)
@@ -54,12 +54,12 @@ def left(unit: Unit, rows: list[Row], device: torch.device) -> list[str]:
 
 def _measured(worker: Worker, unit: Unit, timings: list[str], where: Told) -> Iterator[Row]:
     budget = _QUICK_S if where.quick else _OP_S if isinstance(unit.case, OpCase) else _STEP_S
-    limit = _COMPILE_LIMIT_S if gpu_cases.is_slow_to_compile(unit) else _LIMIT_S
+    limit = _COMPILE_LIMIT_S if gpu.is_slow_to_compile(unit) else _LIMIT_S
     return worker.stream(measure, unit, timings, where.device, budget, where.commit, limit_s=limit)
 
 
 if __name__ == "__main__":
     arguments = parser(__doc__)
-    arguments.add_argument("suite", choices=gpu_cases.SUITES)
+    arguments.add_argument("suite", choices=gpu.SUITES)
     given = arguments.parse_args()
     sys.exit(min(main(given.suite, told(given)), 1))

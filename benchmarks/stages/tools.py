@@ -1,7 +1,7 @@
 """Runs NVIDIA's own tools on the kernels: compute-sanitizer on one case of each, ncu on the two largest.
 
-python -m stages.tools sanitizer --output runs/gpu
-python -m stages.tools ncu --output runs/gpu
+python -m benchmarks.stages.tools sanitizer --output runs/gpu
+python -m benchmarks.stages.tools ncu --output runs/gpu
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from rows import RowWriter, device_name, kept_rows
 
 import adamae_sampler.ops
-from stages.common import Failures, Told, parser, told
-from stages.every_op import DONE
+from benchmarks.core.rows import RowWriter, device_name, kept_rows
+from benchmarks.stages.common import Failures, Told, parser, told
+from benchmarks.stages.every_op import DONE
 
 CHECKS = ("memcheck", "racecheck")  # addresses; shared memory
 NCU_KERNELS = ("_error_kernel", "_draw_mask_kernel")
@@ -74,7 +74,7 @@ def sanitizer_command(check: str, log: Path) -> list[str]:
     """Of one check, on the package's kernels alone: PyTorch's own would take minutes."""
     kernels = (part for name in kernel_names() for part in ("--kernel-name", f"kernel_substring={name}"))
     options = ["--tool", check, "--error-exitcode", str(_ERROR_CODE), "--print-limit", "20", "--log-file", str(log)]
-    return ["compute-sanitizer", *options, *kernels, sys.executable, "-m", "stages.every_op"]
+    return ["compute-sanitizer", *options, *kernels, sys.executable, "-m", "benchmarks.stages.every_op"]
 
 
 def sanitize(check: str, where: Told) -> list[Count]:
@@ -97,7 +97,7 @@ def ncu_command(log: Path) -> list[str]:
     """Counters of the launches of the two kernels; the clocks of the GPU are left as they are."""
     options = ["--kernel-name", f"regex:^({'|'.join(NCU_KERNELS)})$", "--metrics", ",".join(NCU_METRICS)]
     options += ["--csv", "--page", "raw", "--clock-control", "none", "--log-file", str(log)]
-    return ["ncu", *options, sys.executable, "-m", "stages.every_op", "--full"]
+    return ["ncu", *options, sys.executable, "-m", "benchmarks.stages.every_op", "--full"]
 
 
 def counters(lines: Iterable[str]) -> list[Count]:

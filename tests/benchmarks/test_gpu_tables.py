@@ -1,21 +1,35 @@
-"""What the rows of benchmarks/gpu.py are made into: the table at its end, and the README's section."""
+"""The table at the end of benchmarks/gpu.py, and the page of a GPU, made of rows."""
 
 import dataclasses
 from pathlib import Path
 
-import gpu_cases
-import gpu_rows
-import gpu_tables
 import pytest
-import report
 import torch
-from gpu_rows import read_run
-from rows import COPY, OFFICIAL, OURS, Facts, Row, RowWriter, make_row, of_copy, of_official, read_rows
-from stages.machine import Machine
-from stages.outcomes import Outcome
-from stages.step_profile import Share
-from steps import StepCase
-from timing import Times
+
+from benchmarks import report
+from benchmarks.core.rows import (
+    COPY,
+    OFFICIAL,
+    OURS,
+    Facts,
+    Row,
+    RowWriter,
+    make_row,
+    of_copy,
+    of_official,
+    read_rows,
+    write_rows,
+)
+from benchmarks.core.timing import Times
+from benchmarks.pages import gpu as gpu_tables
+from benchmarks.stages import gpu_run
+from benchmarks.stages.gpu_run import read_run
+from benchmarks.stages.machine import Machine
+from benchmarks.stages.outcomes import Outcome
+from benchmarks.stages.step_profile import Share
+from benchmarks.steps.options import FAST, option_groups
+from benchmarks.steps.step import StepCase
+from benchmarks.suites import gpu as gpu_cases
 
 ROOT = Path(__file__).parents[2]
 CUDA, H100 = torch.device("cuda"), "NVIDIA H100 80GB HBM3"
@@ -96,36 +110,51 @@ def test_a_prediction_missed_by_more_than_a_third_is_explained_by_the_profile(tm
 
 
 def test_the_report_takes_the_rows_of_any_folder(tmp_path):
-    readme, folder = tmp_path / "README.md", tmp_path / "rows"
-    markers = "\n".join(report.GPU)
-    readme.write_text(f"before\n{markers}\nafter\n")
+    folder = tmp_path / "rows"
     write_run(folder)
-    report.main(report.Options(readme, (folder,)))
-    text = readme.read_text()
-    assert text.count(f"### {H100}") == 1
-    assert "driver 580, torch 2.11.0, triton 3.6.0" in text
+    report.main([folder])
+    text = (folder / "h100.md").read_text()
+    assert text.startswith(f"# {H100}\n\nOps and training steps on one {H100}, driver 580, torch 2.11.0, triton 3.6.0")
     assert "2026-12-01" in text
     assert f"| {STEP.name} |" in text
     assert "waits for the device in a step: 0 (none)" in text
-    assert (folder / "steps_nvidia_h100_80gb_hbm3.png").exists()
     (folder / "versions.json").write_text('{"size": "quick"}')
     with pytest.raises(ValueError, match=r"rows has rows of gpu\.py --quick: its sizes are tiny"):
-        report.main(report.Options(readme, (folder,)))
+        report.main([folder])
     (folder / "versions.json").write_text('{"size": "full"}')
-    report.main(report.Options(readme, (folder,)))
-    assert readme.read_text() == text
-    with pytest.raises(ValueError, match="nowhere has no rows"):
-        report.main(report.Options(readme, (folder, tmp_path / "nowhere")))
+    report.main([folder])
+    assert (folder / "h100.md").read_text() == text
     write_run(folder, failed=["tests/ops/test_kernels.py::test_sampling_loss"])
     with pytest.raises(ValueError, match=r"tests failed, so its times are not published: .*test_sampling_loss"):
-        report.main(report.Options(readme, (folder,)))
+        report.main([folder])
 
 
-def test_without_rows_of_a_gpu_the_report_says_so():
-    assert report.gpu_section([]) == report.NO_GPU_ROWS
-    assert report.NO_GPU_ROWS in (ROOT / "README.md").read_text() or list(
-        (ROOT / "benchmarks/results").glob("machine_*")
-    )
+def test_options_are_compared_by_graph_replay_where_both_steps_have_it(tmp_path):
+    groups = option_groups(gpu_cases.option_step(quick=False))
+    random, exact, pooled = (groups["random masking"][name] for name in ("random", "exact", "pooled"))
+    rows = [row_of(case, 0.055, "events", suite="options", peak=9_000_000_000) for case in (random, exact, pooled)]
+    rows += [row_of(random, 0.04, "graph", suite="options"), row_of(exact, 0.06, "graph", suite="options")]
+    run = dataclasses.replace(write_run(tmp_path), rows=tuple(rows))
+    lines = [line for line in gpu_tables.options_table(run).splitlines() if line.startswith("| random masking |")]
+    assert [[cell.strip() for cell in line.split("|")[2:6]] for line in lines] == [
+        ["random", "40 ms", "1.00", "55 ms"],
+        ["exact", "60 ms", "1.50", "55 ms"],
+        ["pooled", "55 ms", "1.00", "55 ms"],
+    ]
+
+
+def test_the_summary_is_of_three_steps(tmp_path):
+    write_run(tmp_path, exact=0.3)
+    assert not (tmp_path / "summary.md").exists()
+    assert report.summary_page(tmp_path, report.gpu_runs(tmp_path)) == ""  # the other two were not measured
+    steps = {"random": dataclasses.replace(STEP, masking="random"), "fast": dataclasses.replace(STEP, **FAST)}
+    path = tmp_path / "steps_nvidia_h100_80gb_hbm3.csv"
+    rows = [row_of(STEP, 0.3, "graph", peak=42_000_000_000)]
+    rows += [row_of(step, 0.2, "graph", peak=31_000_000_000) for step in steps.values()]
+    write_rows(path, Row, rows)
+    text = report.summary_page(tmp_path, report.gpu_runs(tmp_path))
+    assert "| method | H100, 256 clips (ms) | of random | peak (GB) |" in text
+    assert "| exact | 300 | 1.50 | 42.0 |" in text
 
 
 def test_ratios_are_of_the_same_way_of_timing():
@@ -158,13 +187,13 @@ def test_stages_that_have_not_ended_well_are_named(tmp_path):
     )
     run = read_run(tmp_path, "nvidia_h100_80gb_hbm3")
     assert gpu_tables.tests_line(run).endswith("0 skipped. Not all have run: kernel-tests.")
-    found = gpu_rows.not_measured(run, CUDA, quick=False)
+    found = gpu_run.not_measured(run, CUDA, quick=False)
     assert found[0].startswith("steps: ")
     assert found[-2:] == ["kernel-tests (time)", "ncu (failed)"]
     assert "profile: 2 of 3" in found
     (tmp_path / "stages.csv").write_text("stage,status,seconds\nkernel-tests,failed,9\n")  # could not be collected
     with pytest.raises(ValueError, match=r"times are not published: kernel-tests\."):
-        report.gpu_section([read_run(tmp_path, "nvidia_h100_80gb_hbm3")])
+        gpu_tables.gpu_page(read_run(tmp_path, "nvidia_h100_80gb_hbm3"))
 
 
 def test_the_sweep_is_of_ours_alone(tmp_path):

@@ -4,10 +4,11 @@ import csv
 from dataclasses import replace
 
 import pytest
-import step_bytes
 import torch
-from step_bytes import CASES, Count, count_step, measure
-from steps import our_model
+
+from benchmarks import step_bytes
+from benchmarks.step_bytes import CASES, Count, count_step, measure
+from benchmarks.steps.step import our_model
 
 pytest.importorskip("triton", reason="the kernels need Triton")
 

@@ -17,10 +17,10 @@ from unittest import mock
 import pytest
 import small_hosts
 import torch
-from checkouts import import_from
 from torch import Tensor, nn
 
 from adamae_sampler import AdaMAELoss, MaskSample
+from benchmarks.steps.repositories import import_from
 
 CHECKOUTS = os.environ.get("ADAMAE_SAMPLER_HOSTS")
 layer_norm = partial(nn.LayerNorm, eps=1e-6)

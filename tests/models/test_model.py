@@ -5,7 +5,6 @@ import pytest
 import timm
 import torch
 from conftest import needs_torch_2_11, tiny_model
-from official_formulation import OfficialFormulation, official_loss
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.optim import param_groups_weight_decay
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -13,6 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from adamae_sampler import AdaMAELoss, AdaptiveTokenSampler, MaskSample, TubeTokenSampler
 from adamae_sampler.attention import Attention, attention_kernels, prefer_cudnn
 from adamae_sampler.models import AdaMAE, load_checkpoint
+from benchmarks.ops.official import OfficialFormulation, official_loss
 
 
 def relative(a, b):

@@ -34,7 +34,7 @@ def compiled(folder, output):
     """The rows of a Triton, from a process of its own, where the kernels are not interpreted."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     paths = filter(None, [folder, str(ROOT), environment.get("PYTHONPATH")])
-    command = [sys.executable, str(ROOT / "benchmarks" / "kernel_resources.py"), str(output)]
+    command = [sys.executable, "-m", "benchmarks.kernel_resources", str(output)]
     done = subprocess.run(
         command, env={**environment, "PYTHONPATH": os.pathsep.join(paths)}, capture_output=True, text=True, check=False
     )

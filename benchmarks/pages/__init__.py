@@ -1,0 +1,1 @@
+"""Markdown pages and plots of the rows."""

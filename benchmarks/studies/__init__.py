@@ -1,0 +1,1 @@
+"""One run of `benchmarks.study`, and the variants that it compares."""
