@@ -46,6 +46,7 @@ def results(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_every_op_and_a_step_are_timed_beside_the_official_code(results):
     rows = [row for path in sorted(results.glob("*.csv")) for row in csv.DictReader(path.open())]
     names = {"draw_mask", "gather_tokens", "assemble_tokens", "reconstruction_error", "sampling_loss"}
@@ -61,6 +62,7 @@ def test_every_op_and_a_step_are_timed_beside_the_official_code(results):
             assert float(row["fraction_of_copy"]) > 0
 
 
+@pytest.mark.slow
 def test_tables_are_made_of_rows_alone(results, tmp_path):
     readme = tmp_path / "README.md"
     readme.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
@@ -100,6 +102,7 @@ def test_bytes_are_the_fewest_that_must_move():
     assert fp16.bytes == 256 * 1490 * (1536 * 3 + 8 + 4)
 
 
+@pytest.mark.slow
 def test_the_study_runs_every_stage_for_every_start(tmp_path):
     command = [sys.executable, str(ROOT / "benchmarks" / "downstream.py"), "--starts", "adaptive", "scratch"]
     command += ["--seeds", "3", "4", "--pretrain-steps", "2", "--finetune-steps", "2", "--labels", "40"]
@@ -177,6 +180,7 @@ def test_efficiency_on_several_gpus_by_hand():
     assert scaling.gradient_bytes() == pytest.approx(4 * 102e6, rel=0.02)
 
 
+@pytest.mark.slow
 def test_readers_are_timed_after_their_frames_are_compared(tmp_path):
     command = [sys.executable, str(ROOT / "benchmarks" / "loader.py"), "--videos", "1", "--size", "96", "128"]
     command += ["--seconds", "1", "--rounds", "2", "2", "--no-step", "--output", str(tmp_path / "rows.csv")]
@@ -275,6 +279,7 @@ def test_every_size_and_variant_of_the_study_is_a_recipe_and_a_model():
         assert 0 < model.sampler.num_visible < model.sampler.num_tokens / 3
 
 
+@pytest.mark.slow
 def test_the_study_of_options_trains_measures_and_probes(tmp_path):
     options = study.Options(variants=("fast", "plackett-luce"), steps=2, probe_labels=40, test_clips=30, jobs=2)
     rows = [study.run(options, name, 3, 1.25, str(tmp_path), "abc") for name in options.variants]
