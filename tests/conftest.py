@@ -42,7 +42,7 @@ def pytest_collection_modifyitems(items) -> None:
 
 def pytest_terminal_summary(terminalreporter) -> None:
     if terminalreporter.config.option.markexpr == "not slow":
-        terminalreporter.write_line('Tests marked slow were left out: pytest -m slow runs them, pytest -m "" runs all.')
+        terminalreporter.write_line('Tests marked slow were left out: add -m slow to run them, -m "" to run all.')
 
 
 @pytest.fixture(autouse=True)
