@@ -11,6 +11,8 @@ import torch
 from hypothesis import settings
 from torch import Tensor
 
+os.environ["OMP_NUM_THREADS"] = "1"  # the models are tiny and tests run side by side; of the processes they start, too
+
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # counts when the kernels are defined, so before the import below
 
@@ -19,6 +21,7 @@ from adamae_sampler.models import AdaMAE
 if "TRITON_INTERPRET" in os.environ:
     interpreter_compatibility.mend()
 
+torch.set_num_threads(1)
 torch.backends.cudnn.allow_tf32 = (
     False  # of an fp32 convolution: tests of fp32 compare what other code rounds otherwise
 )
@@ -40,6 +43,11 @@ def pytest_collection_modifyitems(items) -> None:
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="no GPU"))
+
+
+def pytest_terminal_summary(terminalreporter) -> None:
+    if terminalreporter.config.option.markexpr == "not slow":
+        terminalreporter.write_line('Tests marked slow were left out: add -m slow to run them, -m "" to run all.')
 
 
 @pytest.fixture(autouse=True)

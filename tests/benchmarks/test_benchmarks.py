@@ -51,6 +51,7 @@ def results(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_every_op_and_a_step_are_timed_beside_the_official_code(results):
     rows = [row for path in sorted(results.glob("*.csv")) for row in csv.DictReader(path.open())]
     names = {"draw_mask", "gather_tokens", "assemble_tokens", "reconstruction_error", "sampling_loss"}
@@ -66,6 +67,7 @@ def test_every_op_and_a_step_are_timed_beside_the_official_code(results):
             assert float(row["fraction_of_copy"]) > 0
 
 
+@pytest.mark.slow
 def test_pages_are_made_of_rows_alone(results, tmp_path):
     report.main([results])
     text = (results / "cpu.md").read_text()
@@ -116,6 +118,7 @@ def test_bytes_are_the_fewest_that_must_move():
     assert fp16.bytes == 256 * 1490 * (1536 * 3 + 8 + 4)
 
 
+@pytest.mark.slow
 def test_the_study_pre_trains_probes_and_fine_tunes_every_variant(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(study, "relative_step_times", lambda plan, variants: dict.fromkeys(variants, 1.0))
     few = {"probe_labels": 40, "finetune_labels": 40, "test_clips": 30, "steps": 2, "finetune_steps": 2}
@@ -144,6 +147,7 @@ def test_the_step_of_fine_tuning_is_a_step():
     assert float(step.make(torch.device("cpu"))()) == pytest.approx(math.log(400), abs=0.1)
 
 
+@pytest.mark.slow
 def test_readers_are_timed_after_their_frames_are_compared(tmp_path):
     printed = command(
         "loader", "--videos", "1", "--size", "96", "128", "--seconds", "1", "--rounds", "2", "2", "--no-step",
@@ -246,6 +250,7 @@ def test_every_size_and_variant_of_the_study_is_a_recipe_and_a_model():
         assert 0 < model.sampler.num_visible < model.sampler.num_tokens / 3
 
 
+@pytest.mark.slow
 def test_the_study_of_options_trains_measures_and_probes(tmp_path):
     options = study.Options(variants=("fast", "plackett-luce"), steps=2, probe_labels=40, test_clips=30, jobs=2)
     rows = [runs.run(options.plan, name, 3, 1.25, str(tmp_path), "abc") for name in options.variants]

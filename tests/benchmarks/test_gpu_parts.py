@@ -180,6 +180,7 @@ def test_waits_are_those_within_steps():
 # ---------------------------------------------------------------------------------------------- NVIDIA's tools
 
 
+@pytest.mark.slow
 def test_every_kernel_runs_once_for_the_sanitizer():
     """In Triton's interpreter, where `launch` is told of every kernel."""
     code = """

@@ -7,8 +7,13 @@ import sys
 import time
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
+from unittest import mock
 
+import pretrain
 import pytest
+import torch
+
+from adamae_sampler.models import AdaMAE
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 # The sizes of conftest.tiny_model, for files that do not state them.
@@ -66,8 +71,13 @@ def patched(self, video, **kwargs):
 
 
 def run_patched(patch, folder, *arguments, launcher=(), first=""):
-    """pretrain.py with a patch of AdaMAE.forward; a file, since torchrun starts files."""
+    """pretrain.py with a patch of AdaMAE.forward: in this process, or as a file, since launchers start files."""
     folder.mkdir(exist_ok=True)
+    if not launcher:
+        names = {"torch": torch, "forward": AdaMAE.forward}
+        exec(patch, names)
+        with mock.patch.object(AdaMAE, "forward", names["patched"]):
+            return run_here(pretrain.main, *arguments)
     script = folder / "script.py"
     script.write_text(
         f"import os, sys\nsys.path.insert(0, {str(EXAMPLES)!r})\n{first}\nimport torch, pretrain\n"

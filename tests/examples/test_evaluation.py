@@ -144,6 +144,7 @@ accelerator.end_training()
 """
 
 
+@pytest.mark.slow
 def test_one_and_two_processes_agree_to_the_last_bit(videos, tmp_path):
     """Seven videos in batches of two: four batches, of unequal size, and two of them on each process."""
     script = tmp_path / "script.py"

@@ -1,11 +1,10 @@
 """The fine-tuning script as its users run it, and its loss by hand."""
 
 import json
-import subprocess
-import sys
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import finetune
 import pytest
@@ -14,7 +13,6 @@ import torch
 from conftest import tiny_model
 from scripts import (
     ENCODER,
-    EXAMPLES,
     TWO_PROCESSES,
     metrics,
     newest_checkpoint,
@@ -33,6 +31,7 @@ from common.models import save_weights
 from training.finetune_recipe import FinetuneRecipe
 from training.pretrain_recipe import PretrainRecipe
 from training.recipe import load_preset
+from training.run_log import RunLog
 from video_data.transforms import seed_libraries
 
 TINY = "--batch-size 4 --warmup-steps 1 --workers 0 --log-every 1 --stride 2 --test-clips 2".split()  # noqa: SIM905
@@ -68,7 +67,7 @@ def pretrained(tmp_path_factory):
 def run_of_three(data, pretrained, tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
     arguments = [*TINY, *data, "--checkpoint", pretrained, "--steps", 3, "--eval-every", 1, "--output", folder]
-    return folder, succeeded(run_finetune(*arguments))
+    return folder, finetune_here(*arguments)
 
 
 def test_a_run_from_a_pretraining_file(run_of_three, data):
@@ -123,23 +122,23 @@ def test_a_decoder_alone_and_another_size_are_refused(keep, sizes, message, data
     assert message in refused(finetune.main, *settings)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_equals_an_uninterrupted_one(data, pretrained, tmp_path):
     """Bit for bit: augmentation, erasing, mixup, drop path, the moving average, the optimiser."""
     common = [*TINY, *data, "--checkpoint", pretrained, "--ema", 0.9, "--drop-path", 0.5, "--erasing", 0.5]
     common += ["--randaugment", "rand-m7-n2-mstd0.5-inc1", "--save-every", 2, "--eval-every", 1]
     common += ["--repeats", 2]
-    succeeded(run_finetune(*common, "--steps", 4, "--output", tmp_path / "whole"))
-    script = f"""
-import sys; sys.path.insert(0, {str(EXAMPLES)!r})
-import finetune, training.run_log as m
-real = m.RunLog.write
-def write(self, step, values):
-    real(self, step, values)
-    if step == 3: raise SystemExit(3)
-m.RunLog.write = write
-finetune.main({[str(each) for each in [*common, "--steps", 4, "--output", tmp_path / "parts"]]!r})
-"""
-    assert subprocess.run([sys.executable, "-c", script], capture_output=True, check=False).returncode == 3
+    common += ["--steps", 4]
+    finetune_here(*common, "--output", tmp_path / "whole")
+    real = RunLog.write
+
+    def write(self, step, values):
+        real(self, step, values)
+        if step == 3:
+            raise SystemExit(3)
+
+    with mock.patch.object(RunLog, "write", write):
+        refused(finetune.main, *common, "--output", tmp_path / "parts")
     assert "from step 2" in succeeded(run_finetune("--resume", newest_checkpoint(tmp_path / "parts")))
     for name in ("loss", "lr", "grad_norm"):
         runs = [metrics(tmp_path / run) for run in ("whole", "parts")]
@@ -149,6 +148,7 @@ finetune.main({[str(each) for each in [*common, "--steps", 4, "--output", tmp_pa
     assert all(torch.equal(one[name], two[name]) for name in one)
 
 
+@pytest.mark.slow
 def test_two_processes(data, pretrained, tmp_path):
     arguments = [*TINY, *data, "--checkpoint", pretrained, "--batch-size", 2, "--steps", 3, "--eval-every", 1]
     printed = succeeded(run_finetune(*arguments, "--output", tmp_path, launcher=TWO_PROCESSES))

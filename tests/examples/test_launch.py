@@ -7,6 +7,8 @@ import socket
 import subprocess
 import sys
 
+import finetune
+import pretrain
 import pytest
 import safetensors.torch
 import torch
@@ -18,6 +20,8 @@ from scripts import (
     TINY_PRETRAIN,
     metrics,
     newest_checkpoint,
+    refused,
+    run_here,
     run_patched,
     run_script,
     succeeded,
@@ -47,6 +51,11 @@ FIRST = {
 COMMON = [*TINY_PRETRAIN, "--data", "sprites:64", "--steps", 8, "--save-every", 4, "--effective-batch", 8]
 
 
+NO_GPUS = (
+    "error: the launch file is for FSDP2 or DeepSpeed, which Accelerate runs on two or more GPUs, and 0 were found"
+)
+
+
 def launched(config):
     options = ["--config_file", str(LAUNCH / f"{config}.yaml"), "--num_processes", "2", "--main_process_port", "0"]
     return ["-m", "accelerate.commands.launch", *options]
@@ -64,9 +73,9 @@ def in_parts(config, folder, *arguments, patch=FIXED_MASKS):
     return run_patched(patch, folder, *arguments, launcher=launched(config), first=FIRST[config])
 
 
-def assert_same(one, two, tolerance=1e-5):
+def assert_same(one, two, steps=4, tolerance=1e-5):
     one, two = one / "run", two / "run"
-    for mine, theirs in zip(metrics(one)[-4:], metrics(two)[-4:], strict=True):
+    for mine, theirs in zip(metrics(one)[-steps:], metrics(two)[-steps:], strict=True):
         for name in ("step", "loss", "reconstruction", "sampling", "grad_norm", "lr"):
             assert mine[name] == pytest.approx(theirs[name], abs=tolerance), (mine["step"], name)
     ours, others = (safetensors.torch.load_file(newest_checkpoint(folder)) for folder in (one, two))
@@ -86,10 +95,13 @@ def one(tmp_path_factory):
 
 
 @pytest.mark.parametrize("config", FIRST)
+@pytest.mark.slow
 def test_every_launch_file_trains_what_one_process_trains(config, one, tmp_path):
     if config == "deepspeed_zero2":
         pytest.importorskip("deepspeed")
-    printed = in_parts(config, tmp_path / "sharded")
+    # From the middle of one process's run: so sharded training, and going on from its checkpoint, are both shown.
+    half = one / "run" / "checkpoints" / "step_00000004.safetensors"
+    printed = in_parts(config, tmp_path / "sharded", "--resume", half, "--save-every", 2)
     assert {"one_machine": ", DDP", "fsdp2": ", FSDP2", "deepspeed_zero2": ", DeepSpeed"}[config] in printed
     assert "2 videos x 2 devices x 2 accumulated = 8" in printed
     assert_same(one, tmp_path / "sharded")
@@ -99,45 +111,22 @@ def test_every_launch_file_trains_what_one_process_trains(config, one, tmp_path)
 
     if config == "one_machine":  # whose checkpoints are those of one process
         return
-    half = "checkpoints/step_00000004.safetensors"
-    in_parts(config, tmp_path / "from one", "--resume", one / "run" / half)
-    assert_same(one, tmp_path / "from one")
-    arguments = ["--resume", tmp_path / "sharded" / "run" / half, "--batch-size", 8]
+    later = tmp_path / "sharded" / "run" / "checkpoints" / "step_00000006.safetensors"
+    arguments = ["--resume", later, "--batch-size", 8]
     run_patched(FIXED_MASKS, tmp_path / "to one", *arguments, "--output", tmp_path / "to one" / "run")
-    assert_same(one, tmp_path / "to one")
+    assert_same(one, tmp_path / "to one", steps=2)
 
 
-# The second pass of the second step gives a loss that is not finite, on one of the processes.
-BAD_STEP = (
-    FIXED_MASKS.replace("def patched", "def fixed")
-    + """
-calls = []
-def patched(self, video, **kwargs):
-    prediction, sample = fixed(self, video, **kwargs)
+# The second pass of the seventh step gives a loss that is not finite, on one of the processes.
+BAD_STEP = """
+from adamae_sampler import AdaMAELoss
+calls, loss = [], AdaMAELoss.forward
+def bad(self, *args, **kwargs):
+    out = loss(self, *args, **kwargs)
     calls.append(1)
-    bad = torch.distributed.get_rank() == 1 and len(calls) == 4
-    return prediction * (torch.nan if bad else 1), sample
+    return out._replace(loss=out.loss * torch.nan) if torch.distributed.get_rank() == 1 and len(calls) == 14 else out
+AdaMAELoss.forward = bad
 """
-)
-
-
-@pytest.mark.parametrize("config", ["fsdp2", "deepspeed_zero2"])
-def test_a_bad_step_of_one_process_is_skipped_by_all(config, tmp_path):
-    if config == "deepspeed_zero2":
-        pytest.importorskip("deepspeed")
-    in_parts(
-        config, tmp_path, "--no-fused-head", "--steps", 3, "--save-every", 1, "--keep-checkpoints", 3, patch=BAD_STEP
-    )
-    assert [line["skipped_steps"] for line in metrics(tmp_path / "run")] == [0, 1, 0]
-    first, bad, last = (
-        safetensors.torch.load_file(path) for path in sorted((tmp_path / "run" / "checkpoints").glob("step_*"))
-    )
-    names = [name for name in first if name.startswith("/model/")]
-    assert all(torch.equal(first[name], bad[name]) for name in names)
-    assert all(last[name].isfinite().all() for name in names)
-    assert not all(torch.equal(bad[name], last[name]) for name in names)
-
-
 COUNTED = """
 import atexit
 atexit.register(lambda: print("compiled graphs:", torch._dynamo.utils.counters["stats"]["unique_graphs"]))
@@ -145,23 +134,36 @@ atexit.register(lambda: print("compiled graphs:", torch._dynamo.utils.counters["
 
 
 @pytest.mark.parametrize(("config", "compiled"), [("fsdp2", "blocks"), ("deepspeed_zero2", None)])
-def test_half_precision_with_parts_and_recomputed_activations(config, compiled, one, tmp_path):
+@pytest.mark.slow
+def test_half_precision_with_parts_and_a_bad_step_that_all_skip(config, compiled, one, tmp_path):
+    """With recomputed activations; a step whose loss is not finite on one process changes no weight on any."""
     if config == "deepspeed_zero2":
         pytest.importorskip("deepspeed")
     if compiled and shutil.which("c++") is None:
         pytest.skip("torch.compile needs a C++ compiler")
-    options = ["--precision", "bf16", *(["--compile", compiled] if compiled else [])]
-    printed = in_parts(config, tmp_path, *options, patch=COUNTED + FIXED_MASKS)
+    options = ["--precision", "bf16", "--save-every", 1, "--keep-checkpoints", 3]
+    options += [*(["--compile", compiled] if compiled else [])]
+    printed = in_parts(config, tmp_path, *options, patch=COUNTED + BAD_STEP + FIXED_MASKS)
     name = {"fsdp2": "FSDP2", "deepspeed_zero2": "DeepSpeed"}[config]
     assert f"bf16, {name}, activations recomputed{', blocks compiled' if compiled else ''}" in printed
     assert ("compiled graphs: 0" in printed) == (compiled is None)
-    for mine, theirs in zip(metrics(tmp_path / "run"), metrics(one / "run"), strict=True):
+    lines = metrics(tmp_path / "run")
+    assert [line["skipped_steps"] for line in lines] == [0, 0, 0, 0, 0, 0, 1, 0]
+    for mine, theirs in zip(lines[:6], metrics(one / "run"), strict=False):
         assert mine["loss"] == pytest.approx(theirs["loss"], rel=0.01)
     ours, others = (safetensors.torch.load_file(folder / "run" / "model.safetensors") for folder in (tmp_path, one))
     assert ours.keys() == others.keys()
+    before, bad, last = (
+        safetensors.torch.load_file(path) for path in sorted((tmp_path / "run" / "checkpoints").glob("step_*"))
+    )
+    names = [name for name in before if name.startswith("/model/")]
+    assert all(torch.equal(before[name], bad[name]) for name in names)
+    assert all(last[name].isfinite().all() for name in names)
+    assert not all(torch.equal(bad[name], last[name]) for name in names)
 
 
 @pytest.mark.parametrize("config", ["fsdp2", "deepspeed_zero2"])
+@pytest.mark.slow
 def test_fine_tuning_with_shards_evaluates_on_every_process(config, tmp_path):
     """Three videos for two processes, which so have different numbers of batches."""
     if config == "deepspeed_zero2":
@@ -180,26 +182,39 @@ def test_fine_tuning_with_shards_evaluates_on_every_process(config, tmp_path):
     assert any("val_top1" in line for line in metrics(tmp_path / "run"))
     # The weights that were written are those that were evaluated.
     again = ["--eval-only", "--checkpoint", tmp_path / "run" / "model.safetensors", "--val", "sprites:3:2"]
-    succeeded(run_script("finetune.py", *again, "--workers", 0, "--output", tmp_path / "again"))
+    run_here(finetune.main, *again, "--workers", 0, "--output", tmp_path / "again")
     ours, others = ((tmp_path / name / "predictions.csv").read_text() for name in ("run", "again"))
     assert ours == others
-    if config != "fsdp2":
-        return
-    refused = subprocess.run([*command, "--ema", "0.9"], capture_output=True, text=True, check=False)
-    assert "--ema needs the whole weights on each device, which FSDP2 shards" in refused.stderr
+
+
+def test_a_moving_average_of_shards_is_refused(monkeypatch, tmp_path):
+    make = finetune.make_accelerator
+
+    def sharded(*args, **kwargs):
+        accelerator = make(*args, **kwargs)
+        monkeypatch.setattr(type(accelerator), "distributed_type", "FSDP")
+        return accelerator
+
+    monkeypatch.setattr(finetune, "make_accelerator", sharded)
+    arguments = [*ENCODER, "--train", "sprites:16:1", "--val", "sprites:3:2", "--ema", 0.9, "--output", tmp_path]
+    said = refused(finetune.main, *arguments)
+    assert "--ema needs the whole weights on each device, which FSDP2 shards" in said
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-@pytest.mark.parametrize("config", ["fsdp2", "deepspeed_zero2"])
-def test_shards_without_gpus_are_refused(config, tmp_path):
-    if config == "deepspeed_zero2":
-        pytest.importorskip("deepspeed")
-    run = run_script("pretrain.py", *COMMON, "--output", tmp_path / "run", launcher=launched(config))
+def test_shards_without_gpus_are_refused(monkeypatch, tmp_path):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")  # as the launcher does
+    said = refused(pretrain.main, *COMMON, "--output", tmp_path / "run")
+    assert NO_GPUS in said
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_launched_shards_without_gpus_are_refused(tmp_path):
+    pytest.importorskip("deepspeed")
+    run = run_script("pretrain.py", *COMMON, "--output", tmp_path / "run", launcher=launched("deepspeed_zero2"))
     assert run.returncode != 0
-    assert (
-        "error: the launch file is for FSDP2 or DeepSpeed, which Accelerate runs on two or more GPUs, and 0 were found"
-        in run.stderr
-    )
+    assert NO_GPUS in run.stderr
 
 
 def test_half_precision_that_does_not_train_is_refused(monkeypatch):
@@ -241,6 +256,7 @@ def submit(cluster, script, *arguments, config="many_machines"):
     return subprocess.Popen(command, cwd=EXAMPLES.parent, env=cluster, stdout=pipe, stderr=pipe, text=True)
 
 
+@pytest.mark.slow
 def test_a_slurm_job_saves_and_is_queued_again_when_its_time_is_up_and_not_when_it_is_cancelled(cluster, tmp_path):
     arguments = [*TINY_PRETRAIN, "--data", "sprites:64", "--steps", 100_000, "--output", tmp_path / "run"]
     arguments += ["--save-every", 100_000]

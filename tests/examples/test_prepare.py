@@ -151,6 +151,7 @@ def test_class_names(tmp_path):
         class_names(tmp_path / "val.csv", 3)
 
 
+@pytest.mark.slow
 def test_check_reads_every_video_once_and_reports_what_is_broken(tmp_path):
     write_video(tmp_path / "good ü.mp4")
     write_video(tmp_path / "short.avi", frames=1, codec="mpeg4")

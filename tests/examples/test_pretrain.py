@@ -21,7 +21,7 @@ pretrain_here = partial(run_here, pretrain_script.main)
 @pytest.fixture(scope="module")
 def run_of_three(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
-    printed = succeeded(pretrain(*TINY_PRETRAIN, "--steps", 3, "--output", folder))
+    printed = pretrain_here(*TINY_PRETRAIN, "--steps", 3, "--output", folder)
     return folder, printed
 
 
@@ -78,7 +78,7 @@ def test_fixed_maskings_run_by_the_same_recipe(masking, tmp_path):
 
 
 def test_a_trace_of_three_steps(tmp_path):
-    succeeded(pretrain(*TINY_PRETRAIN, "--data", "sprites", "--steps", 7, "--profile", "--output", tmp_path))
+    pretrain_here(*TINY_PRETRAIN, "--data", "sprites", "--steps", 7, "--profile", "--output", tmp_path)
     (trace,) = (tmp_path / "profile").glob("*.pt.trace.json")
     names = [event.get("name", "") for event in json.loads(trace.read_text())["traceEvents"]]
     assert sum(name.startswith("Optimizer.step#AdamW") for name in names) == 3
@@ -91,10 +91,10 @@ def test_presets_can_be_looked_at_without_data():
     assert "learning rate  0.00015 x 2048 / 256 = 0.0012" in printed
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-def test_nothing_but_broken_videos_ends_with_a_clear_line(workers, tmp_path):
+@pytest.mark.slow
+def test_nothing_but_broken_videos_ends_with_a_clear_line(tmp_path):
     (tmp_path / "broken.mp4").write_bytes(b"nothing")
-    run = pretrain(*TINY_PRETRAIN, "--steps", 2, "--data", tmp_path, "--output", tmp_path / "out", "--workers", workers)
+    run = pretrain(*TINY_PRETRAIN, "--steps", 2, "--data", tmp_path, "--output", tmp_path / "out", "--workers", 1)
     assert run.returncode != 0
     assert run.stderr.splitlines()[-2].startswith("error: 20 videos in a row could not be read")
     assert "broken.mp4: it cannot be opened as a video" in run.stderr.splitlines()[-1]
@@ -141,6 +141,7 @@ def test_bad_arguments_end_with_one_clear_line(arguments, message, tmp_path):
     assert message in refused(pretrain_script.main, *arguments, "--output", tmp_path)
 
 
+@pytest.mark.slow
 def test_metrics_go_to_weights_and_biases_too(tmp_path, monkeypatch):
     pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
@@ -152,6 +153,7 @@ def test_metrics_go_to_weights_and_biases_too(tmp_path, monkeypatch):
         assert json.dumps(line["reconstruction"]).encode() in written.read_bytes()
 
 
+@pytest.mark.slow
 def test_metrics_go_to_trackio_too_and_a_resumed_run_goes_on_there(tmp_path, monkeypatch):
     monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))  # read when it is imported
     pytest.importorskip("trackio")

@@ -8,6 +8,7 @@ from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import prepare_data
+import pretrain as pretrain_script
 import pytest
 import torch
 import webdataset
@@ -122,7 +123,7 @@ def test_a_run_on_shards(shards, tmp_path):
     common = [*TINY_PRETRAIN, "--stride", 1, "--workers", 2]
     losses = []
     for number, data in enumerate((shards, shards / "index.json")):
-        succeeded(pretrain(*common, "--data", data, "--steps", 4, "--output", tmp_path / str(number)))
+        run_here(pretrain_script.main, *common, "--data", data, "--steps", 4, "--output", tmp_path / str(number))
         losses.append([line["loss"] for line in metrics(tmp_path / str(number))])
     assert losses[0] == losses[1]
 
@@ -172,6 +173,7 @@ def url(shards):
     server.shutdown()
 
 
+@pytest.mark.slow
 def test_shards_behind_a_url_are_read_by_ranges(url, shards, tmp_path):
     index, requests = url
     here, there = list_videos(shards), list_videos(index)

@@ -20,9 +20,18 @@ def free_port():
         return probe.getsockname()[1]
 
 
-def train(rank, port, weight, accumulate, checkpointing, results):
+SETTINGS = [(1e-4, 1, False), (0.0, 1, False), (1e-4, 2, False), (1e-4, 1, True)]
+
+
+def train(rank, port, results):
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     torch.set_num_threads(1)
+    results[rank] = [train_with(rank, *settings) for settings in SETTINGS]
+    dist.destroy_process_group()
+
+
+def train_with(rank, weight, accumulate, checkpointing):
+    """(masks drawn, weights after three steps)."""
     torch.manual_seed(0)
     model = tiny_model()
     model.set_grad_checkpointing(checkpointing)
@@ -41,20 +50,19 @@ def train(rank, port, weight, accumulate, checkpointing, results):
         assert all(parameter.grad is not None for parameter in model.parameters())
         optimizer.step()
         optimizer.zero_grad()
-    results[rank] = (torch.stack(masks), torch.cat([each.detach().flatten() for each in model.parameters()]))
-    dist.destroy_process_group()
+    return torch.stack(masks), torch.cat([each.detach().flatten() for each in model.parameters()])
 
 
-@pytest.mark.parametrize(
-    ("weight", "accumulate", "checkpointing"), [(1e-4, 1, False), (0.0, 1, False), (1e-4, 2, False), (1e-4, 1, True)]
-)
-def test_two_processes_agree_on_weights_and_draw_different_masks(weight, accumulate, checkpointing):
+@pytest.mark.slow
+def test_two_processes_agree_on_weights_and_draw_different_masks():
+    """One start of processes for all settings: weight of the sampling loss, accumulation, recomputed activations."""
     with mp.Manager() as manager:
         results = manager.dict()
-        mp.spawn(train, (free_port(), weight, accumulate, checkpointing, results), nprocs=2)
-        (masks_0, weights_0), (masks_1, weights_1) = results[0], results[1]
-    assert torch.equal(weights_0, weights_1)
-    assert not torch.equal(masks_0, masks_1)
+        mp.spawn(train, (free_port(), results), nprocs=2)
+        one, two = results[0], results[1]
+    for settings, (masks_0, weights_0), (masks_1, weights_1) in zip(SETTINGS, one, two, strict=True):
+        assert torch.equal(weights_0, weights_1), settings
+        assert not torch.equal(masks_0, masks_1), settings
 
 
 def train_patched(rank, port, results):
@@ -69,6 +77,7 @@ def train_patched(rank, port, results):
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_a_patched_host_in_two_processes():
     with mp.Manager() as manager:
         results = manager.dict()

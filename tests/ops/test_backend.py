@@ -47,6 +47,7 @@ def test_what_the_choice_comes_to():
             assert ops.backend_for(x) == backend
 
 
+@pytest.mark.slow
 def test_environment_variable():
     code = "from adamae_sampler import ops; print(ops.get_backend())"
     assert run(code, ADAMAE_SAMPLER_BACKEND="torch").stdout.strip() == "torch"
@@ -56,6 +57,7 @@ def test_environment_variable():
 CALL = "import torch; from adamae_sampler import ops; ops.draw_mask(torch.zeros(2, 8), 2); print('drawn')"
 
 
+@pytest.mark.slow
 def test_triton_on_a_device_that_cannot_run_it_is_an_error():
     failed = run(CALL, ADAMAE_SAMPLER_BACKEND="triton")
     assert failed.returncode
@@ -63,6 +65,7 @@ def test_triton_on_a_device_that_cannot_run_it_is_an_error():
     assert 'Use set_backend("auto")' in failed.stderr
 
 
+@pytest.mark.slow
 def test_everything_works_without_triton_and_asking_for_it_says_so():
     without = "import sys; sys.modules['triton'] = None; "
     assert run(without + CALL).stdout.strip() == "drawn"

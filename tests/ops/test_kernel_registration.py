@@ -12,7 +12,7 @@ pytest.importorskip("triton", reason="the kernels need Triton")
 
 @pytest.fixture
 def tiny():
-    return tiny_model().eval().to(DEVICE), torch.randn(2, 3, 8, 32, 32, device=DEVICE)
+    return tiny_model(depth=1).eval().to(DEVICE), torch.randn(2, 3, 8, 32, 32, device=DEVICE)
 
 
 def op_calls():
@@ -98,7 +98,7 @@ def test_autocast_leaves_the_ops_as_they_are(tiny):
 
 
 @needs_torch_2_11
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_a_training_step_compiles_as_one_graph(tiny, backend):
     model, video = tiny
     loss = AdaMAELoss(patch_size=8)

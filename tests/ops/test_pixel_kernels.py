@@ -20,8 +20,15 @@ def make_video(dtype, channels, t, h, w):
     return ((video * 255).to(torch.uint8) if dtype == torch.uint8 else video.to(dtype)).to(DEVICE)
 
 
-@pytest.mark.parametrize("kind", ["mse", "l1"])
-@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize(
+    ("kind", "normalize"),
+    [
+        ("mse", True),
+        ("l1", False),
+        pytest.param("mse", False, marks=pytest.mark.slow),
+        pytest.param("l1", True, marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("video_dtype", [torch.float32, torch.bfloat16, torch.uint8])
 @pytest.mark.parametrize(("patch", "tubelet", "channels"), [((4, 4), 2, 3), ((3, 5), 1, 1), ((2, 3), 3, 5)])
