@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from adamae_sampler import ops
+from adamae_sampler.models import PRESETS
 from adamae_sampler.models.encoder import Encoder, VideoSize
 from adamae_sampler.networks import MHAScoreNetwork, PooledScoreNetwork
 from benchmarks.core.rows import OFFICIAL, Subject
@@ -18,7 +19,7 @@ from benchmarks.steps.step import Step, StepCase
 
 PartName = Literal["encoder", "exact", "pooled", "pixels"]
 
-FAST: dict[str, Any] = {"score_network": "pooled", "sample_from": "pixels", "decode_ratio": 0.5}
+FAST: dict[str, Any] = dict(PRESETS["fast"])
 PART = "sampler or encoder"  # the op of a `Part`, in rows
 _PARTS: tuple[PartName, ...] = ("encoder", "exact", "pooled", "pixels")
 # Frames and height of clips, in tokens of 2 x 16 x 16.

@@ -6,7 +6,7 @@ from typing import Literal
 
 _POOLED = ["--score-network", "pooled"]
 _PIXELS = [*_POOLED, "--sample-from", "pixels"]
-_FAST = [*_PIXELS, "--decode-ratio", "0.5"]
+_FAST = ["--fast"]
 _MASKS = ["--num-masks", "4"]
 SCRATCH = "scratch"  # no pre-training: the weights that it starts from
 VARIANTS: dict[str, list[str]] = {

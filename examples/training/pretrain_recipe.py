@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from adamae_sampler.losses import Estimator
+from adamae_sampler.models import PRESETS
 from training.recipe import Recipe
 
 SAMPLER_SETTINGS = ("score_network", "sample_from", "temperature", "exploration")  # which a sampler's weights go with
@@ -18,9 +19,7 @@ class PretrainRecipe(Recipe):
 
     kind: ClassVar[str] = "pretrain"
     data_settings: ClassVar[tuple[str, ...]] = ("data",)
-    shortcuts: ClassVar[dict[str, dict[str, Any]]] = {
-        "fast": {"score_network": "pooled", "sample_from": "pixels", "decode_ratio": 0.5}
-    }
+    shortcuts: ClassVar[dict[str, dict[str, Any]]] = {"fast": dict(PRESETS["fast"])}
 
     data: str = ""
     """Folder of videos, list file (`path label` or `path start frames label`), shards (their folder, or the path or URL
