@@ -11,7 +11,8 @@ import torch
 from hypothesis import settings
 from torch import Tensor
 
-os.environ["OMP_NUM_THREADS"] = "1"  # the models are tiny and tests run side by side; of the processes they start, too
+# The models are tiny and tests run side by side: more threads, or processes that compile, would wait for each other.
+os.environ |= {"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}  # of the processes that tests start, too
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # counts when the kernels are defined, so before the import below
