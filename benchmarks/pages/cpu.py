@@ -87,7 +87,10 @@ def options_page(results: Path) -> str:
         ("time", seconds),
         ("ratio", lambda row: number(row.of_first, "{:.2f}")),
     ]
-    about = f"Medians of {source(rows)}, ViT-B, 2 clips, fp32, `python -m benchmarks.run --suite options`."
+    about = (
+        f"Medians of {source(rows)}, ViT-B, 2 clips, fp32, `python -m benchmarks.run --suite options`. A ratio is the"
+    )
+    about += " median of the ratios within a round, and differs from that of the medians on a busy machine."
     parts = ["# Options of adaptive masking on a CPU", about, table(columns, steps)]
     if len(steps) < len(rows):
         parts += ["Both passes of the samplers and of the encoder alone; in brackets, times those of the first line:"]

@@ -38,7 +38,8 @@ def facts(run: GpuRun) -> str:
     ]
     copy, product = machine.copy_bytes_per_s / 1e12, machine.product_flops / 1e12
     ceilings = f"a copy moves {copy:.3g} TB/s, a large product makes {product:.3g} TFLOP/s"
-    measured = f"{machine.device}, {', '.join(versions)}, commit {machine.commit}, {machine.date}"
+    commits = dict.fromkeys((machine.commit, *(row.commit for row in run.rows)))
+    measured = f"{machine.device}, {', '.join(versions)}, commit {', '.join(commits)}, {machine.date}"
     return f"Ops and training steps on one {measured}, `python benchmarks/gpu.py`; {ceilings}."
 
 
