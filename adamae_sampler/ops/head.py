@@ -1,4 +1,4 @@
-"""head_error: the decoder's last layer and the reconstruction error together, so that no prediction is stored."""
+"""head_error: the decoder's last layer and the reconstruction error in one op, which stores no prediction."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from adamae_sampler.ops.pixel_error import (
 from adamae_sampler.ops.registration import operator
 from adamae_sampler.ops.target import Kind, check_kind
 
-_CHUNK_BYTES = 24 * 2**20  # of predictions at a time: they stay in the second-level cache of a data-centre GPU
+_CHUNK_BYTES = 24 * 2**20  # bytes of predictions in a chunk, which fit into the L2 cache of a data-centre GPU
 
 
 def _chunks(draws: int, num_masked: int, masks: int, rows: int) -> Iterator[tuple[slice, slice, slice]]:
@@ -65,7 +65,7 @@ def _head_error_op(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The error [B, M], and with `gradient` the unit gradients of hidden, weight and bias (see `_error_op`).
 
-    Those of weight and bias are summed over the chunks in fp32."""
+    The gradients of weight and bias are summed over the chunks in fp32."""
     *plain, kernel, gradient = how
     kind, patches = from_plain(*plain)
     error, of_hidden, of_weight, of_bias = _empty_head_error(hidden, weight, bias, video, masked_idx, gradient)
@@ -78,7 +78,7 @@ def _head_error_op(
     shrink = (
         2.0**-8 if hidden.dtype == torch.float16 else 1.0
     )  # sums of many rows, which are divided by their number later
-    with torch.autocast(hidden.device.type, enabled=False):  # all is in the dtype of the hidden states
+    with torch.autocast(hidden.device.type, enabled=False):  # all products are in the dtype of the hidden states
         for masks, tokens, clips in _chunks(draws, num_masked, draws // max(len(video), 1), rows):
             idx = masked_idx[masks, tokens]
             flat = hidden[masks, tokens].reshape(-1, hidden.shape[2])
@@ -131,7 +131,7 @@ class _HeadError(torch.autograd.Function):
         of_hidden, of_weight, of_bias = ctx.saved_tensors
         if ctx.kernel:
             grad_hidden = scale_rows_op(of_hidden, grad.expand(of_hidden.shape[:2]), ctx.factor)
-        else:  # one value that has axes, which half precision does not round
+        else:  # a scalar with axes makes the product fp32, so half precision does not round the factor
             grad_hidden = (of_hidden * (grad * ctx.factor).view(1, 1, 1)).to(of_hidden.dtype)
         of_weight_dtype, of_bias_dtype = ctx.dtypes
         grad_weight = (of_weight * (grad * ctx.factor)).to(of_weight_dtype)
@@ -160,7 +160,7 @@ def head_error(
 
     Args:
         hidden: [B R, M, D], the input of the last layer, in the order of `masked_idx`; autocast casts it.
-        weight: [P, D] of the last layer, in any precision; the product has that of the hidden states.
+        weight: [P, D] of the last layer, in any precision. The product has the precision of the hidden states.
         bias: [P], or None.
         video: [B, C, T, H, W], see `reconstruction_error`.
         masked_idx: [B R, M] int64.
@@ -172,8 +172,8 @@ def head_error(
         std: see `reconstruction_error`.
 
     Returns:
-        The mean error, a scalar with a gradient; and the errors [B R, M], without one. Both are fp32, also under
-        autocast; fp64 for fp64 hidden states.
+        The mean error, a scalar with a gradient; and the errors [B R, M], without a gradient. Both are fp32, also
+        under autocast; fp64 for fp64 hidden states.
 
     Raises:
         TypeError, ValueError: as `reconstruction_error`; or hidden states, weight and bias do not fit each other.
@@ -203,7 +203,7 @@ def fused_error(
         if tuple(each.shape) != expected:
             raise ValueError(
                 f"{name} has shape {tuple(each.shape)}, expected {expected}: hidden states of {masked_idx.shape[1]} "
-                f"masked tokens, and a layer to {values} values, those of a {'x'.join(map(str, patches.patch))} patch."
+                f"masked tokens, and a layer to the {values} values of a {'x'.join(map(str, patches.patch))} patch."
             )
     check_indices("masked_idx", masked_idx, video.shape[0], num_tokens, video.device, several=True)
     kernel = backend_for(hidden, video, obstacle=error_obstacle(video, patches)) == "triton"
