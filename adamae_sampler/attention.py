@@ -1,4 +1,4 @@
-"""The attention of all transformers here, and which of torch's kernels it runs."""
+"""The attention of all transformers here, and the choice of torch's kernels for it."""
 
 from __future__ import annotations
 

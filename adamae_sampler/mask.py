@@ -129,7 +129,7 @@ def num_masked_units(num_units: int, mask_ratio: float, unit: str) -> int:
     num_masked = math.floor(num_units * mask_ratio + _ROUNDING)
     if not 1 <= num_masked < num_units:
         if num_units == 1:
-            raise ValueError(f"the grid has 1 of {unit}, expected at least 2: one to hide and one to show.")
+            raise ValueError(f"{unit}: the grid has 1, expected at least 2, one to hide and one to show.")
         smallest = math.ceil(1e4 / num_units) / 1e4
         raise ValueError(
             f"mask_ratio={mask_ratio} hides {num_masked} of {num_units} {unit}, expected between 1 and "

@@ -147,7 +147,7 @@ class PooledScoreNetwork(nn.Module):
 
 
 def _cells(grid_size: tuple[int, int, int], pool: tuple[int, int, int]) -> tuple[int, int, int]:
-    """How many cells there are along each axis."""
+    """The number of cells along each axis."""
     t, h, w = (-(-side // cell) for side, cell in zip(grid_size, pool, strict=True))
     return t, h, w
 

@@ -143,7 +143,7 @@ def mask_overview(
 
     Args:
         video: [B, C, T, H, W] uint8 with one or three channels.
-        samples: the masks by title, such as "95%". The row of p shows that of the first mask.
+        samples: the masks by title, such as "95%". The row of p is from the first mask.
         patch_size: height and width of a patch, one number or a pair.
         tubelet_size: frames of a patch.
         clip: index of the clip in the batch.
@@ -170,7 +170,7 @@ def animation(
 ) -> Tensor:
     """The panels of `overview` side by side, frame after frame (supplement, section K): [T, height, width, 3] uint8.
 
-    Arguments are those of `overview`; `save_animation` writes the result.
+    It takes the arguments of `overview`. `save_animation` writes the result.
     """
     patches = PatchFormat.of(patch_size, tubelet_size, normalize)
     rows = _rows(video, prediction, sample, token_error, patches, statistics, clip)
@@ -259,7 +259,7 @@ def _seen(frames: Tensor, sample: MaskSample, clip: int, grid: tuple[int, int, i
 
 
 def _draw_rows(rows: list[_Row], tubelet_size: int) -> Figure:
-    """A figure with one column for each tubelet, which shows the tubelet's first frame."""
+    """A figure with one column for each tubelet. A column shows the tubelet's first frame."""
     shown = range(0, rows[0].images.shape[0], tubelet_size)
     columns = len(shown)
     height, width = rows[0].images.shape[1:3]

@@ -58,7 +58,7 @@ def check_weight(model: nn.Module, mixin: type[AdaptiveHost], weight: float | No
 def check_same(
     model: AdaptiveHost, mask_ratio: float | None, network: Any, sampler: TokenSampler | None, weight: float | None
 ) -> None:
-    """Raises ValueError if a patched model is patched again with other settings, which would replace its sampler."""
+    """Raises ValueError if a patched model is patched again with other settings: its sampler would be lost."""
     own = getattr(model.sampler, "network", None)
     kinds = {"mha": MHAScoreNetwork, "mlp": MLPScoreNetwork, "pooled": PooledScoreNetwork}
     same_network = own is network or (network in kinds and isinstance(own, kinds[network]))

@@ -49,7 +49,7 @@ class AdaptiveHFVideoMAE(HuggingFaceHost):
         mask_ratio: float | None = None,
         **kwargs: Any,
     ) -> Any:
-        """pixel_values [B, T, C, H, W]; bool_masked_pos or mask [B, N] bool, True = masked -> what the host returns."""
+        """pixel_values [B, T, C, H, W]; bool_masked_pos or mask [B, N] bool, True = masked -> the host's output."""
         self.check_ratio(mask_ratio)
         with self.masking(pixel_values, one_of(bool_masked_pos, mask)) as sample:
             output = super().forward(pixel_values, indexed_mask(sample), return_dict=True, **kwargs)

@@ -70,7 +70,7 @@ class AdaptiveHFViTMAE(HuggingFaceHost):
         mask_ratio: float | None = None,
         **kwargs: Any,
     ) -> Any:
-        """pixel_values [B, C, H, W]; mask [B, N] bool, True = masked -> what the host returns."""
+        """pixel_values [B, C, H, W]; mask [B, N] bool, True = masked -> the host's output."""
         if noise is not None:
             raise ValueError("noise chooses the host's random mask, and a patched model has its own. Pass mask=.")
         self.check_ratio(mask_ratio)

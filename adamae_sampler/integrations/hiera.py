@@ -51,7 +51,7 @@ class AdaptiveHiera(AdaptiveHost):
     def forward(
         self, x: Tensor, mask_ratio: float | None = None, mask: Tensor | MaskSample | None = None, **more: Any
     ) -> Any:
-        """x as the host takes it; mask [B, mask units] bool, True = kept -> what the host returns."""
+        """x, as in the host; mask [B, mask units] bool, True = kept -> the host's outputs."""
         self.check_ratio(mask_ratio)
         with self.masking(x, self._hidden(mask) if isinstance(mask, Tensor) else mask) as sample:
             loss, pred, label, kept = super().forward(x, self.sampler.mask_ratio, ~sample.mask, **more)

@@ -54,7 +54,7 @@ class LastStep(NamedTuple):
 
 
 class Patched(nn.Module):
-    """A module whose class was exchanged. Deepcopy and pickle can rebuild the new class."""
+    """A module of an exchanged class. Deepcopy and pickle can rebuild that class."""
 
     host_class: ClassVar[type[nn.Module]]  # the class before the exchange
     mixin: ClassVar[type[Patched]]

@@ -40,7 +40,7 @@ class AdaptiveMAE(AdaptiveHost):
 
     @staticmethod
     def host_shape(model: Any) -> HostShape:
-        """The shape of the patch embedding, which is timm's, in any version."""
+        """The shape of the patch embedding, which any version of timm provides."""
         embed = model.patch_embed
         height, width = (size // patch for size, patch in zip(embed.img_size, embed.patch_size, strict=True))
         return HostShape(embed.proj.out_channels, (1, height, width), default_ratio(model))
@@ -56,7 +56,7 @@ class AdaptiveMAE(AdaptiveHost):
     def forward(
         self, imgs: Tensor, mask_ratio: float | None = None, *, mask: Tensor | MaskSample | None = None, **more: Any
     ) -> Any:
-        """imgs as the host takes them; mask [B, N] bool, True = masked -> what the host returns."""
+        """imgs, as in the host; mask [B, N] bool, True = masked -> the host's outputs."""
         self.check_ratio(mask_ratio)
         with self.masking(imgs, mask):
             return super().forward(imgs, self.sampler.mask_ratio, **more)

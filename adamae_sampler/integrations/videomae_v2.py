@@ -1,4 +1,4 @@
-"""OpenGVLab/VideoMAEv2, whose decoder has a mask of its own."""
+"""OpenGVLab/VideoMAEv2. Its decoder has a mask of its own."""
 
 from __future__ import annotations
 

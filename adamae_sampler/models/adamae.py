@@ -73,7 +73,7 @@ class AdaMAE(nn.Module):
         decoder_depth: blocks of the decoder.
         decoder_num_heads: attention heads of the decoder.
         mask_ratio: share of tokens to mask.
-        masking: "adaptive", "random", "tube", "frame", or a `TokenSampler`, whose own mask ratio then counts.
+        masking: "adaptive", "random", "tube", "frame", or a `TokenSampler`. The sampler has its own mask ratio.
         score_network: the score network of adaptive masking, see `AdaptiveTokenSampler`.
         temperature: see `AdaptiveTokenSampler`.
         exploration: see `AdaptiveTokenSampler`.

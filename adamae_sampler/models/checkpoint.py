@@ -112,7 +112,7 @@ def load_checkpoint(
     Everything is checked before anything is written, so on an error the model does not change. A file may have no
     sampler (VideoMAE's, Hugging Face's, or ours with a fixed mask). An adaptive model then keeps its fresh sampler, and
     the report says so. No file states the numbers of heads; a file without a sampler does not state the grid either.
-    Build the model with those of the checkpoint.
+    Build the model with the checkpoint's heads and grid.
 
     Args:
         model: `AdaMAE` or `VideoClassifier`, bare or wrapped (DDP, torch.compile).

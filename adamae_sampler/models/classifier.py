@@ -29,7 +29,7 @@ class VideoClassifier(nn.Module):
         patch_size: height and width of a patch in pixels, one number or a pair.
         tubelet_size: frames of a patch.
         in_chans: channels of the video.
-        num_classes: outputs of the head; 0 for none, which gives pooled features.
+        num_classes: outputs of the head. 0 leaves the head out, and forward returns pooled features.
         embed_dim: width of the tokens.
         depth: number of blocks.
         num_heads: attention heads.
@@ -126,7 +126,7 @@ def adamae_vit_small_patch16_224(pretrained: bool = False, **kwargs: Any) -> Vid
 
 @register_model
 def adamae_vit_base_patch16_224(pretrained: bool = False, **kwargs: Any) -> VideoClassifier:
-    """ViT-B/16 classifier of 16x224x224 clips, that of the paper; any argument of `VideoClassifier` may be given."""
+    """The paper's ViT-B/16 classifier of 16x224x224 clips; any argument of `VideoClassifier` may be given."""
     return build_variant(VideoClassifier, "adamae_vit_base_patch16_224", pretrained, kwargs)
 
 

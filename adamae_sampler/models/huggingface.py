@@ -47,7 +47,7 @@ def from_huggingface(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def to_huggingface(model: AdaMAE) -> dict[str, Tensor]:
-    """The encoder's weights as those of VideoMAEModel, in the layout that every version of transformers loads."""
+    """The encoder's weights under VideoMAEModel's names, in the layout that every version of transformers loads."""
     theirs: dict[str, Tensor] = {}
     names = {ours: name for name, ours in reversed(_BLOCK + _OUTSIDE)}
     for name, tensor in model.encoder.state_dict(prefix="encoder.").items():

@@ -35,7 +35,8 @@ def _assemble_tokens_reference(
     batch, num_visible, width = visible.shape
     token_idx = torch.cat([sample.visible_idx, sample.target_idx], dim=1)  # [B, K + M], the order of "concat"
     fill = mask_token.to(visible.dtype).reshape(1, 1, width).expand(batch, 1, width)
-    fill = fill.expand(batch, token_idx.shape[1] - num_visible, width)  # apart: its gradient sums one axis at a time
+    # A second expand, so that its gradient sums one axis at a time.
+    fill = fill.expand(batch, token_idx.shape[1] - num_visible, width)
     concatenated = torch.cat([visible, fill], dim=1)  # [B, K + M, D]
     if order == "concat":
         return concatenated + select_rows(pos, token_idx).to(visible.dtype)

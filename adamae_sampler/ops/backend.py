@@ -149,7 +149,7 @@ def next_power_of_2(n: int) -> int:
 
 
 def launch(kernel: Any, programs: int, *args: Any, **constants: Any) -> None:
-    """Launches `programs` programs of a kernel on its first argument's device, which need not be the current one.
+    """Launches `programs` programs of a kernel on the device of its first argument, not on the current device.
 
     Products and sums are rounded separately, as in the references, in every version of Triton. With
     `enable_fp_fusion=True` a product and a sum may be one instruction.

@@ -376,7 +376,7 @@ def draw_mask(
         if generator is not None:
             raise ValueError("noise and generator are both given, and noise leaves the generator unused. Give one.")
         if noise.shape != scores.shape:
-            raise ValueError(f"noise has shape {tuple(noise.shape)}, expected that of scores, {tuple(scores.shape)}.")
+            raise ValueError(f"noise has shape {tuple(noise.shape)}, expected {tuple(scores.shape)}, as scores.")
         check_device("noise", noise, scores.device)
     if backend_for(scores, obstacle=_obstacle(scores.shape[1])) == "triton":
         seed = None

@@ -75,9 +75,8 @@ def _head_error_op(
     cast_bias = None if bias is None else bias.to(hidden.dtype)
     (draws, num_masked), values = masked_idx.shape, weight.shape[0]
     rows = _CHUNK_BYTES // (values * hidden.element_size())
-    shrink = (
-        2.0**-8 if hidden.dtype == torch.float16 else 1.0
-    )  # sums of many rows, which are divided by their number later
+    # Keeps fp16 sums of many rows in range. The backward pass divides the sums by the number of rows.
+    shrink = 2.0**-8 if hidden.dtype == torch.float16 else 1.0
     with torch.autocast(hidden.device.type, enabled=False):  # all products are in the dtype of the hidden states
         for masks, tokens, clips in _chunks(draws, num_masked, draws // max(len(video), 1), rows):
             idx = masked_idx[masks, tokens]
@@ -99,8 +98,8 @@ def _head_error_op(
 
 
 class _HeadError(torch.autograd.Function):
-    """The forward pass computes the gradients; the backward pass multiplies them by the gradient of the mean. The idea
-    is that of fused linear cross entropy (Liger-Kernel, arXiv:2410.10989)."""
+    """The forward pass computes the gradients. The backward pass multiplies them by the gradient of the mean. The idea
+    is from fused linear cross entropy (Liger-Kernel, arXiv:2410.10989)."""
 
     @staticmethod
     def forward(
@@ -153,7 +152,7 @@ def head_error(
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`reconstruction_error` of the prediction `F.linear(hidden, weight, bias)`, which is computed in chunks.
+    """`reconstruction_error` of the prediction `F.linear(hidden, weight, bias)`, computed in chunks.
 
     The forward pass also computes the gradients, while a chunk is in the cache. It keeps the gradients of the hidden
     states and the weights, not the prediction. Only the mean error has a gradient.

@@ -251,8 +251,7 @@ def launch_error(
     )
 
 
-# Operators take the kind of error and the format as plain values. The schema is written out, since torch 2.6 cannot
-# infer lists.
+# Operators take plain values. Their schema is written out, since torch 2.6 cannot infer lists.
 HOW = "str kind, bool normalize, int[] patch, float[]? mean, float[]? std"
 Plain = tuple[str, bool, Sequence[int], Sequence[float] | None, Sequence[float] | None]
 
@@ -370,8 +369,8 @@ def reconstruction_error(
         [B R, M] fp32, also under autocast; fp64 for fp64 predictions or video.
 
     Raises:
-        TypeError, ValueError: as `reconstruction_target`; an unknown kind; a prediction whose shape does not
-            fit the video, the mask or the patch size.
+        TypeError, ValueError: as `reconstruction_target`; or the kind is unknown, or the shape of the prediction does
+            not fit the video, the mask or the patch size.
     """
     return token_errors(
         prediction, video, masked_idx, kind, PatchFormat.of(patch_size, tubelet_size, normalize, mean, std)

@@ -1,4 +1,4 @@
-"""patch_tokens: the pixels of each token as a row, for a matrix product in place of a strided convolution."""
+"""patch_tokens: the pixels of each token as a row, for a matrix product instead of a strided convolution."""
 
 from __future__ import annotations
 
