@@ -76,7 +76,7 @@ def devices() -> list[torch.device]:
 
 
 def describe_device(device: torch.device) -> str:
-    """Model, compute capability and memory of a CUDA device; architecture and threads of a CPU; else the type."""
+    """Model, compute capability and memory of a CUDA device; architecture and threads of a CPU; type of others."""
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         capability = f"compute capability {properties.major}.{properties.minor}"

@@ -206,7 +206,7 @@ class AdaptiveTokenSampler(TokenSampler):
         return draw_mask(logits, self.num_visible, generator=generator)
 
     def complete(self, tokens: Tensor, given: MaskSample) -> MaskSample:
-        """The given mask with the sampler's log-probabilities, so that the losses work as for a drawn one."""
+        """The given mask with the sampler's log-probabilities, so the losses work as for a drawn mask."""
         logits = _repeat_rows(self.logits(tokens), given.mask.shape[0] // max(tokens.shape[0], 1))
         return given._replace(**dict(zip(("log_probs", "num_nonfinite"), token_log_probs(logits), strict=True)))
 

@@ -15,7 +15,7 @@ SETTINGS = "adaptive_masking"  # attribute of the model's config
 
 
 class HuggingFaceHost(AdaptiveHost):
-    """Modifications:
+    """Base of the Hugging Face hosts. Modifications:
 
     - save_pretrained writes the sampler's settings into the configuration;
     - from_pretrained of the patched class builds the sampler and loads its weights.
@@ -86,12 +86,12 @@ class HuggingFaceHost(AdaptiveHost):
             )
 
     def install(self, sampler: TokenSampler, sampling_weight: float, settings: Mapping[str, Any] | None = None) -> None:
-        """As `AdaptiveHost.install`; keeps the settings for save_pretrained."""
+        """Does what `AdaptiveHost.install` does, and keeps the settings for save_pretrained."""
         super().install(sampler, sampling_weight, settings)
         self._settings = settings
 
     def remove(self) -> None:
-        """As `AdaptiveHost.remove`."""
+        """Does what `AdaptiveHost.remove` does, and drops the settings."""
         self.__dict__.pop("_settings", None)
         super().remove()
 

@@ -69,7 +69,7 @@ class AdaptiveMAE(AdaptiveHost):
         """The host's arguments -> the host's loss, and in training the weighted sampling loss with it."""
         host_loss = super().forward_loss  # type: ignore[misc]
         loss: Tensor = host_loss(imgs, pred, mask, *more, **named)
-        if self._sample is None:  # called by itself
+        if self._sample is None:  # the method was called by itself
             return loss
 
         def sampling(log_probs: Tensor) -> Tensor:
@@ -112,7 +112,7 @@ def check_forward_loss(model: Any, shape: tuple[int, ...], num_tokens: int) -> N
     )
     first = (torch.arange(num_tokens, device=weight.device) < num_tokens // 2).float()[None]
     second = 1 - first
-    attributes = dict(model.__dict__)  # mae_st's patchify leaves one behind
+    attributes = dict(model.__dict__)  # mae_st's patchify leaves an attribute behind
     with torch.no_grad():
         try:
             losses = [float(model.forward_loss(imgs, pred, mask)) for mask in (first, second, 3 * first + second)]

@@ -37,7 +37,7 @@ class AdaptiveMAEST(AdaptiveMAE):
 
     @staticmethod
     def probe(model: Any) -> None:
-        """Checks as `AdaptiveMAE.probe`. Also raises HostInterfaceError unless each token has exactly one error."""
+        """Raises HostInterfaceError as `AdaptiveMAE.probe`, or unless each token has exactly one error."""
         embed = model.patch_embed
         frames = embed.frames // embed.t_patch_size * model.t_pred_patch_size
         if frames != model.pred_t_dim:

@@ -97,7 +97,7 @@ def patch(
 
 
 def unpatch(model: Model) -> Model:
-    """Removes a patch. Type, attributes, methods and state-dict keys are then as before it.
+    """Removes a patch. Type, attributes, methods and state-dict keys are then as before the patch.
 
     The sampler and its weights are removed too. If you need them, keep a reference to `model.sampler`.
 
@@ -127,7 +127,7 @@ def unpatch(model: Model) -> Model:
 
 
 def patched_class(host_class: type[nn.Module]) -> type[Any]:
-    """The class that `patch` makes of a Hugging Face class, for its `from_pretrained`.
+    """The patched class of a Hugging Face class, for its `from_pretrained`.
 
     A patched model's `save_pretrained` writes a folder. `patched_class(VideoMAEForPreTraining).from_pretrained(folder)`
     loads the model from it, with its sampler.

@@ -23,7 +23,7 @@ from adamae_sampler.models import huggingface
 
 @dataclass(frozen=True)
 class LoadReport:
-    """The result of `load_checkpoint`, for print.
+    """The result of `load_checkpoint`; print it.
 
     Attributes:
         format: name of the recognised format.

@@ -233,7 +233,7 @@ class _AssembleTokens(torch.autograd.Function):
         visible_idx, masked_idx = ctx.saved_tensors
         needs_visible, needs_mask_token, needs_pos, *_ = ctx.needs_input_grad
         grad_visible = grad_mask_token = grad_pos = None
-        if needs_visible:  # in "concat" order they are the first rows as they stand
+        if needs_visible:  # in "concat" order the visible tokens are the first rows
             grad_visible = gather_op(grad, visible_idx, None) if ctx.restore else grad[:, : visible_idx.shape[1]]
         if needs_mask_token:
             grad_mask_token = _sum_masked_rows_op(grad, visible_idx, ctx.restore).to(ctx.mask_token_dtype)

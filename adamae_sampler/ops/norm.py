@@ -211,7 +211,7 @@ def _add_norm_backward_op(
         width,
         HAS_TOTAL=grad_total is not None,
         COLS=cols,
-        num_warps=max(1, min(cols // 256, 8)),  # eight values a thread
+        num_warps=max(1, min(cols // 256, 8)),  # eight values for each thread
     )
     return grad, sums.sum(1)
 

@@ -297,7 +297,7 @@ def scale_rows_op(unit: Tensor, grad_error: Tensor, factor: float) -> Tensor:
     """unit [B, M, P] times grad_error [B, M] times the factor, rounded once."""
     out = torch.empty_like(unit)
     draws, num_masked, values = unit.shape
-    tile = min(next_power_of_2(values), 512)  # 16 values a thread
+    tile = min(next_power_of_2(values), 512)  # 16 values for each thread
     rows, grad_error = draws * num_masked, grad_error.contiguous()
     launch(_scale_rows_kernel, rows, unit, grad_error, out, values, factor, TILE=tile, num_warps=1)
     return out
