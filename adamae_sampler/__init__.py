@@ -1,15 +1,16 @@
 """Adaptive masking for masked autoencoders. A reading map:
 
-    mask.py        what a mask is (MaskSample), and how many tokens a ratio leaves
+    mask.py        MaskSample, and the number of tokens that a mask ratio leaves visible
     sampler.py     tokens [B, N, D] -> MaskSample: adaptive, random, tube, frame
     networks.py    the adaptive sampler's score networks
-    transformer.py the blocks of all networks here; attention.py, which of torch's kernels they run
-    estimators.py  how likely a set of tokens is to be drawn, for the exact policy gradient
+    transformer.py the blocks of all networks here
+    attention.py   their attention, and the choice of torch's kernels for it
+    estimators.py  the log-probability of a set of tokens, for the exact policy gradient
     losses.py      reconstruction error, sampling loss, and both together
     ops/           the operations underneath, one file each
     integrations/  patch and unpatch, one file for each host
     models/        the reference encoder-decoder on timm's blocks, checkpoint formats
-    visualize.py   pictures of masks, probabilities and errors (needs matplotlib; imported by name)
+    visualize.py   pictures of masks, probabilities and errors (needs matplotlib; import it by name)
     env.py         versions and devices for a bug report: python -m adamae_sampler.env
 
 Data flows one way: models, integrations -> sampler, losses -> ops -> mask.

@@ -1,4 +1,4 @@
-"""The attention of all transformers here, and which of torch's kernels it runs."""
+"""The attention of all transformers here, and the choice of torch's kernels for it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from timm.models.eva import EvaAttention
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-# In the order that `prefer_cudnn` asks for.
+# `prefer_cudnn` tries them in this order.
 KERNEL_NAMES = {
     SDPBackend.CUDNN_ATTENTION: "cuDNN",
     SDPBackend.FLASH_ATTENTION: "flash",
@@ -20,8 +20,8 @@ KERNEL_NAMES = {
 
 
 class Attention(EvaAttention):
-    """timm's attention whose q and v have biases and k has none. The gradients of q, k and v are written side by side,
-    as the projection's backward pass reads them, and not copied there."""
+    """timm's attention, with biases for q and v and none for k. Its backward pass writes the gradients of q, k and v
+    side by side, as the projection reads them, so nothing is copied."""
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, N, D] -> [B, N, D]."""
@@ -33,21 +33,23 @@ class Attention(EvaAttention):
 
 
 def prefer_cudnn() -> AbstractContextManager[object]:
-    """Within it `F.scaled_dot_product_attention` takes cuDNN's kernels where they run, then FlashAttention's, the
-    memory-efficient ones and plain products, in that order. torch's own order changes with its version."""
+    """A context in which `F.scaled_dot_product_attention` tries cuDNN's kernels first, then FlashAttention's, the
+    memory-efficient ones and plain products. torch's own order changes with its version."""
     context: AbstractContextManager[object] = sdpa_kernel(list(KERNEL_NAMES), set_priority=True)
     return context
 
 
 def attention_kernels(model: nn.Module, num_tokens: int, device: torch.device, dtype: torch.dtype) -> list[str]:
-    """Names of the kernels that a model's attention trains with inside `prefer_cudnn`, as torch chooses them: "cuDNN",
-    "flash", "memory-efficient" or "math"; one or, where heads differ in width, several.
+    """The attention kernels that torch chooses for the training of a model inside `prefer_cudnn`.
 
     Args:
-        model: with `Attention` in it.
+        model: a module that contains `Attention`.
         num_tokens: N, tokens of a clip.
-        device: where it will run.
-        dtype: of its products, autocast's or the weights'.
+        device: device of the training.
+        dtype: dtype of the matrix products: autocast's, or else the weights'.
+
+    Returns:
+        "cuDNN", "flash", "memory-efficient" or "math"; several names if heads differ in width.
     """
     found: dict[str, None] = {}  # in the order of the model
     for module in model.modules():

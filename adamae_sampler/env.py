@@ -68,7 +68,7 @@ def torch_builds() -> dict[str, str]:
 
 
 def devices() -> list[torch.device]:
-    """All CUDA devices; without one, torch's accelerator of another kind; without that, the CPU."""
+    """All CUDA devices. Without any, torch's other accelerator; without that too, the CPU."""
     if torch.cuda.is_available():
         return [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
@@ -76,7 +76,7 @@ def devices() -> list[torch.device]:
 
 
 def describe_device(device: torch.device) -> str:
-    """What a device is: model, compute capability and memory of a CUDA device, threads of a CPU."""
+    """Model, compute capability and memory of a CUDA device; architecture and threads of a CPU; type of others."""
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         capability = f"compute capability {properties.major}.{properties.minor}"
@@ -87,7 +87,7 @@ def describe_device(device: torch.device) -> str:
 
 
 def describe_auto(device: torch.device) -> str:
-    """What the backend "auto" comes to for fp32 tensors on a device, with the reason if that is plain PyTorch."""
+    """The implementation that "auto" takes for fp32 tensors on a device, with the reason if that is plain PyTorch."""
     with use_backend("auto"):
         if backend_for(torch.empty(0, device=device)) == "triton":
             return "Triton kernels"

@@ -38,17 +38,17 @@ def reconstruction_error(
     Args:
         prediction: [B, M, P], the decoder's output in the order of `sample.target_idx`. That is `sample.masked_idx` if
             all masked tokens are decoded.
-        video: [B, C, T, H, W], uint8 pixels, or floating point as the target should be (see `mean`).
+        video: [B, C, T, H, W], uint8 pixels, or floating-point values; these are the target unless `mean` is given.
         sample: the mask.
         kind: "mse" or "l1".
         normalize: normalise the target per patch and channel (the default of the paper), or take raw pixels.
         patch_size: height and width of a patch, one number or a pair.
         tubelet_size: frames of a patch.
-        mean: the channel means that a floating-point video was normalised with, to turn it back into pixels.
+        mean: the channel means by which a floating-point video was normalised. They turn it back into pixels.
         std: the standard deviations that go with `mean`.
 
     Raises:
-        TypeError, ValueError: shapes, dtypes or arguments that do not fit each other.
+        TypeError, ValueError: shapes, dtypes or arguments do not fit each other.
     """
     _check_sample(sample)
     patches = PatchFormat.of(patch_size, tubelet_size, normalize, mean, std)
@@ -58,7 +58,7 @@ def reconstruction_error(
 def sampling_loss(
     sample: MaskSample, error: Tensor, *, estimator: Estimator = "categorical", num_masks: int = 1
 ) -> Tensor:
-    """L_S, a scalar whose gradient is the sampler's alone.
+    """L_S, a scalar. Its gradient goes to the sampler alone.
 
     "categorical" is the paper's: -mean over masked tokens of log p_i * stop_gradient(e_i). It raises p where the error
     of a token is large. It is not the gradient of an expected loss. Its fixed point has p_i proportional to the mean
@@ -80,7 +80,7 @@ def sampling_loss(
         num_masks: R, masks of each clip.
 
     Raises:
-        ValueError: the sample has no log-probabilities, an unknown estimator, or shapes that do not fit.
+        ValueError: the sample has no log-probabilities, the estimator is unknown, or shapes do not fit each other.
     """
     _check_sample(sample)
     if sample.log_probs is None:
@@ -98,14 +98,14 @@ def sampling_loss(
 
 
 class HeadInputs(NamedTuple):
-    """The input of the decoder's last layer, and that layer: they stand for a prediction that is never stored.
+    """The input of the decoder's last layer, and that layer's weight and bias. They replace the prediction.
 
     `AdaMAELoss(fused_head=True)` computes the error and the gradients in chunks, so no [B, M, P] tensor exists.
 
     Attributes:
         hidden: [B, M, D], in the order of `sample.target_idx`.
-        weight: [P, D].
-        bias: [P], or None.
+        weight: [P, D], of the last layer.
+        bias: [P], of the last layer, or None.
     """
 
     hidden: Tensor
@@ -114,14 +114,14 @@ class HeadInputs(NamedTuple):
 
 
 class LossOutput(NamedTuple):
-    """The terms of the loss; all fp32, fp64 for fp64 predictions.
+    """The terms of the loss, in fp32; in fp64 for fp64 predictions.
 
     Attributes:
         loss: scalar, reconstruction + sampling_weight * sampling; call backward on it.
         reconstruction: scalar, L_R.
         sampling: scalar, L_S before its weight; 0 for masks without a distribution.
-        token_error: [B, M], the error of each decoded token; a fused head gives it no gradient. With a decode_mask
-            [B, decoded tokens], 0 for visible tokens.
+        token_error: [B, M], the error of each decoded token. With a fused head it has no gradient. With a decode_mask
+            it is [B, decoded tokens], and 0 for visible tokens.
     """
 
     loss: Tensor
@@ -141,11 +141,11 @@ class AdaMAELoss(nn.Module):
         tubelet_size: see `reconstruction_error`.
         mean: see `reconstruction_error`.
         std: see `reconstruction_error`.
-        estimator: how the gradient of the sampler is estimated, see `adamae_sampler.sampling_loss`. It assumes that
-            masks are drawn from p, also masks that were given.
+        estimator: how the gradient of the sampler is estimated, see `adamae_sampler.sampling_loss`. Estimators assume
+            that masks are drawn from p, even masks that the caller passed.
         num_masks: R, masks of each clip; prediction and sample then have R rows for each clip of the video.
-        fused_head: also take `HeadInputs`, or (hidden, weight, bias), instead of a prediction. The forward pass then
-            computes the error and all gradients, and the prediction is never stored.
+        fused_head: whether to also take `HeadInputs`, or a tuple (hidden, weight, bias), instead of a prediction. The
+            forward pass then computes the error and all gradients, and the prediction is never stored.
 
     Raises:
         TypeError, ValueError: an unknown estimator or kind, a number of masks below 1, or sizes, `mean` and `std`
@@ -195,25 +195,25 @@ class AdaMAELoss(nn.Module):
             video: [B, C, T, H, W], see `reconstruction_error`.
             sample: the mask.
             decode_mask: [B, N] bool, True = not decoded, for decoders with a mask of their own (VideoMAEv2). The
-                prediction is then [B, decoded tokens, P], and the losses are means over its masked tokens.
+                prediction is then [B, decoded tokens, P], and the losses are means over the masked ones of these.
 
         Raises:
-            TypeError, ValueError: shapes, dtypes or arguments that do not fit each other.
+            TypeError, ValueError: shapes, dtypes or arguments do not fit each other.
         """
         _check_sample(sample)
         if sample.mask.shape[0] != video.shape[0] * self.num_masks:
             raise ValueError(
                 f"the sample has {sample.mask.shape[0]} rows, expected {video.shape[0]} clips x num_masks="
-                f"{self.num_masks}. Give AdaMAELoss the num_masks of the sampler, and to the model, where it is given "
-                "a mask, a row for each."
+                f"{self.num_masks}. Give AdaMAELoss the num_masks of the sampler. A mask passed to the model must have "
+                "num_masks rows for each clip."
             )
         if isinstance(prediction, tuple):
             reconstruction, error = self._fused(HeadInputs(*prediction), video, sample, decode_mask)
             return self._with_sampling(reconstruction, error, sample)
-        share: Tensor | float = 1.0  # of the decoded tokens, the share that is masked
+        share: Tensor | float = 1.0  # share of the decoded tokens that is masked
         if decode_mask is not None:
             if self.estimator != "categorical" and sample.log_probs is not None:
-                raise ValueError(f"estimator={self.estimator!r} takes no decode_mask; use decode_ratio of the model.")
+                raise ValueError(f"estimator={self.estimator!r} takes no decode_mask; use the model's decode_ratio.")
             sample = _decoded(sample, decode_mask, prediction.shape[1])
         error = token_errors(prediction, video, sample.target_idx, self.kind, self.patches)
         if decode_mask is not None:
@@ -225,9 +225,12 @@ class AdaMAELoss(nn.Module):
         self, inputs: HeadInputs, video: Tensor, sample: MaskSample, decode_mask: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         if not self.fused_head:
-            raise TypeError("the prediction is a tuple, hidden states and a layer: give AdaMAELoss fused_head=True.")
+            raise TypeError(
+                "the prediction is a tuple (hidden, weight, bias), expected a tensor. To pass the tuple, give "
+                "AdaMAELoss fused_head=True."
+            )
         if decode_mask is not None:
-            raise ValueError("a fused head takes no decode_mask; give the prediction itself.")
+            raise ValueError("a fused head takes no decode_mask; pass the prediction itself, a tensor.")
         return fused_error(*inputs, video, sample.target_idx, self.kind, self.patches)
 
     def _with_sampling(
@@ -250,8 +253,8 @@ class AdaMAELoss(nn.Module):
 def _check_sample(sample: MaskSample) -> None:
     if not isinstance(sample, MaskSample):
         raise TypeError(
-            f"sample is {type(sample).__name__}, expected a MaskSample, as samplers return it; "
-            "MaskSample.from_mask(mask, num_visible) makes one of a boolean mask."
+            f"sample is {type(sample).__name__}, expected a MaskSample, as samplers return it. To convert a boolean "
+            "mask, use MaskSample.from_mask(mask, num_visible)."
         )
 
 

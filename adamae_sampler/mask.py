@@ -1,8 +1,8 @@
-"""What a mask is: the indices of visible and masked tokens, and how many of each a ratio leaves.
+"""MaskSample, the indices of visible and masked tokens; and how many tokens of each kind a mask ratio leaves.
 
-One convention throughout the package: a mask is bool and True means *masked*; indices are int64 and
-ascend within a row. Indices are what code passes on, because their shapes are static; a boolean mask
-used as an index has a data-dependent shape and makes the host wait for the device.
+The whole package follows one convention. A mask is bool, and True means *masked*. Indices are int64 and ascend within
+a row. Code passes on indices, because their shapes are static. Indexing with a boolean mask has a data-dependent shape
+and makes the host wait for the device.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from torch import Tensor
 
 
 class MaskSample(NamedTuple):
-    """One mask for each clip of a batch, or R masks, whose B R rows follow each other clip by clip.
+    """One mask for each clip of a batch, or R masks for each: B R rows, clip by clip.
 
     B clips (or B R rows), N tokens, K visible, M = N - K masked.
 
-    A named tuple, so that autograd, DDP, `torch.compile` and data loaders traverse it as they are.
+    It is a named tuple, because autograd, DDP, `torch.compile` and data loaders traverse those.
 
     Attributes:
         visible_idx: [B, K] int64, ascending in each row.
@@ -42,7 +42,7 @@ class MaskSample(NamedTuple):
 
     @property
     def target_idx(self) -> Tensor:
-        """The tokens that a decoder predicts, and that have an error: `decoded_idx`, or `masked_idx`."""
+        """The tokens that a decoder predicts: `decoded_idx`, or `masked_idx` if that is None."""
         return self.masked_idx if self.decoded_idx is None else self.decoded_idx
 
     @property
@@ -61,13 +61,13 @@ class MaskSample(NamedTuple):
 
         Args:
             mask: [B, N] bool, True = masked, with exactly `num_visible` False in each row.
-            num_visible: K. It is asked for, not counted, because counting would read the device.
+            num_visible: K. Counting it here would make the host wait for the device.
 
         Raises:
             TypeError: the mask is not bool.
-            ValueError: it is not [B, N], K is not in 1..N-1, or a row leaves another number visible. The
-                last is checked on CPU in eager mode only, where it costs no wait for a device; elsewhere
-                a wrong K gives rows in which some indices are on the wrong side.
+            ValueError: the mask is not [B, N], K is not in 1..N-1, or a row does not leave K tokens visible. Rows are
+                checked on CPU in eager mode only, where that costs no wait for a device. Elsewhere a wrong K puts some
+                indices into the wrong list.
         """
         if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
             kind = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
@@ -84,12 +84,12 @@ class MaskSample(NamedTuple):
                 row = int((visible != num_visible).nonzero()[0])
                 found = int(visible[row])
                 remedy = (
-                    "True means masked: pass ~mask if yours is inverted, or pass MaskSample.from_mask(mask, "
-                    f"{found}) in its place if every row leaves that many."
+                    "True means masked: pass ~mask if yours is inverted. To keep the mask as it is, pass "
+                    f"MaskSample.from_mask(mask, {found}) instead."
                 )
                 if visible.min() != visible.max():
                     remedy = (
-                        f"Its rows leave from {int(visible.min())} to {int(visible.max())}; all must leave as many."
+                        f"Its rows leave from {int(visible.min())} to {int(visible.max())}; all must leave the same."
                     )
                 raise ValueError(
                     f"mask leaves {found} tokens visible in row {row}, expected {num_visible} in each of its "
@@ -119,8 +119,8 @@ def num_visible_tokens(num_tokens: int, mask_ratio: float) -> int:
 
 
 def num_masked_units(num_units: int, mask_ratio: float, unit: str) -> int:
-    """The whole units that a structured mask hides: floor(units x ratio), as VideoMAE rounds. Units are spatial
-    positions or frames.
+    """How many whole units a structured mask hides: floor(units x ratio), as VideoMAE rounds. Units are spatial
+    positions or time steps.
 
     Raises:
         ValueError: the ratio is not in (0, 1), or hides no unit.
@@ -129,7 +129,7 @@ def num_masked_units(num_units: int, mask_ratio: float, unit: str) -> int:
     num_masked = math.floor(num_units * mask_ratio + _ROUNDING)
     if not 1 <= num_masked < num_units:
         if num_units == 1:
-            raise ValueError(f"the grid has 1 of {unit}; to hide some and show some takes at least 2.")
+            raise ValueError(f"{unit}: the grid has 1, expected at least 2, one to hide and one to show.")
         smallest = math.ceil(1e4 / num_units) / 1e4
         raise ValueError(
             f"mask_ratio={mask_ratio} hides {num_masked} of {num_units} {unit}, expected between 1 and "
@@ -152,8 +152,8 @@ def check_num_visible(num_visible: int, num_tokens: int) -> None:
     """Raises unless num_visible is a whole number that leaves at least one token visible and one masked."""
     if not isinstance(num_visible, (int, torch.SymInt)):
         raise TypeError(
-            f"num_visible={num_visible!r}, expected a whole number; num_visible_tokens(num_tokens, mask_ratio) in "
-            "adamae_sampler.mask makes one of a ratio."
+            f"num_visible={num_visible!r}, expected a whole number. To compute it from a ratio, use "
+            "adamae_sampler.mask.num_visible_tokens(num_tokens, mask_ratio)."
         )
     if not 1 <= num_visible < num_tokens:
         raise ValueError(
@@ -167,5 +167,5 @@ def free_to_read(x: Tensor) -> bool:
     return x.device.type == "cpu" and type(x) in (Tensor, torch.nn.Parameter) and not torch.compiler.is_compiling()
 
 
-# Far above the error of one double-precision product of the sizes in use, far below 1/N of any grid.
+# It is far above the rounding error of a double-precision product of the sizes in use, and far below 1/N of any grid.
 _ROUNDING = 1e-9

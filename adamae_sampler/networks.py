@@ -18,7 +18,7 @@ class MHAScoreNetwork(nn.Module):
     """Pre-norm transformer blocks over all tokens, then one linear layer to a score (Figure 1b).
 
     The defaults are those of the official code: one block of the tokens' full width with 8 heads, qkv without
-    bias, dropout 0.1 on what each branch returns, and a learned position embedding of its own.
+    bias, dropout 0.1 on the output of each branch, and a learned position embedding of its own.
 
     Args:
         embed_dim: D, width of the tokens.
@@ -59,23 +59,23 @@ class MHAScoreNetwork(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         """[B, N, D] -> [B, N] fp32."""
         x = self.project(tokens)
-        x = x + self.pos_embed.to(x.dtype)  # in fp32 it would make all that follows fp32 under autocast
+        x = x + self.pos_embed.to(x.dtype)  # an fp32 embedding would make the sum fp32 under autocast
         return _score(self.head, self.blocks(x))
 
 
 class PooledScoreNetwork(nn.Module):
-    """Attention over cells of the grid in place of tokens, for a few percent of `MHAScoreNetwork`'s cost in ViT-B.
+    """Attention over cells of the grid instead of tokens. In ViT-B it costs a few percent of `MHAScoreNetwork`.
 
-    Tokens are projected to a narrower width and averaged over cells; the blocks run on the cells, and what they find is
-    added back to each token's own projection, so that tokens of a cell still differ. Not in the paper; measured in
-    benchmarks/study.py.
+    Tokens are projected to a narrower width and averaged over each cell. The blocks run on the cells. Their output is
+    added to each token's own projection, so tokens of one cell still differ. The paper does not have this network;
+    benchmarks/study.py measures it.
 
     Args:
         embed_dim: D, width of the tokens.
-        grid_size: (T, H, W) tokens; any, since cells at an end may be smaller.
-        pool: tokens of a cell in time, height and width. If None, (2, 2, 2), doubled along the axis with the most cells
-            until there are 200 or fewer, so that the cost grows with the tokens at most, not with their square.
-        width: of the blocks, whatever D is; give less to models that are narrow themselves.
+        grid_size: (T, H, W) tokens. Any size works, since the last cells of an axis may be smaller.
+        pool: tokens of a cell in time, height and width. None means (2, 2, 2), doubled along the axis with the most
+            cells until there are 200 cells or fewer. The cost then grows with the tokens, not with their square.
+        width: width of the blocks, independent of D; choose less for a narrow model.
         depth: number of blocks.
         num_heads: attention heads; they must divide the width.
         mlp_ratio: hidden width of a block's MLP over its width.
@@ -98,7 +98,7 @@ class PooledScoreNetwork(nn.Module):
     ) -> None:
         super().__init__()
         if width % num_heads:
-            raise ValueError(f"{num_heads} heads do not divide the score network's width {width}.")
+            raise ValueError(f"{num_heads} heads do not divide the score network's width {width}. Change one to fit.")
         self.grid_size = grid_size
         t, h, w = (min(cell, side) for cell, side in zip(pool or _default_pool(grid_size), grid_size, strict=True))
         self.pool = (t, h, w)  # no cell is longer than the grid
@@ -109,14 +109,14 @@ class PooledScoreNetwork(nn.Module):
         self.norm = LayerNorm(width, eps=1e-5)
         self.head = nn.Linear(width, 1)
         init_linear_layers(self)
-        nn.init.zeros_(self.head.weight)  # from even scores it learns faster than from random ones: benchmarks/study.py
+        nn.init.zeros_(self.head.weight)  # equal first scores train faster than random ones: benchmarks/study.py
 
     def forward(self, tokens: Tensor) -> Tensor:
         """[B, N, D] -> [B, N] fp32."""
         if tokens.shape[1] != math.prod(self.grid_size):
             raise ValueError(
                 f"tokens have shape {tuple(tokens.shape)}, expected {math.prod(self.grid_size)} tokens, for the "
-                f"network's grid {self.grid_size}. Build it with the sampler's grid_size."
+                f"network's grid {self.grid_size}. Build the network with the sampler's grid_size."
             )
         own = self.project(tokens)  # [B, N, width]
         x = self._pool(own) + self.pos_embed.to(own.dtype)  # [B, cells, width]
@@ -135,7 +135,7 @@ class PooledScoreNetwork(nn.Module):
         return grid.flatten(1, 3)
 
     def _expand(self, x: Tensor) -> Tensor:
-        """[B, cells, width] -> [B, N, width], each token its cell's."""
+        """[B, cells, width] -> [B, N, width]: each token gets the values of its cell."""
         grid = x.unflatten(1, self.cells)  # [B, cells in T, H, W, width]
         for axis, (cell, side) in enumerate(zip(self.pool, self.grid_size, strict=True), start=1):
             grid = grid.repeat_interleave(cell, axis).narrow(axis, 0, side)
@@ -147,7 +147,7 @@ class PooledScoreNetwork(nn.Module):
 
 
 def _cells(grid_size: tuple[int, int, int], pool: tuple[int, int, int]) -> tuple[int, int, int]:
-    """How many cells there are along each axis."""
+    """The number of cells along each axis."""
     t, h, w = (-(-side // cell) for side, cell in zip(grid_size, pool, strict=True))
     return t, h, w
 
@@ -162,8 +162,8 @@ def _default_pool(grid_size: tuple[int, int, int]) -> tuple[int, int, int]:
 class MLPScoreNetwork(nn.Module):
     """Linear(D, D), then Linear(D, 1), for each token by itself (Figure 1a).
 
-    The supplement names the two linear layers and no activation; two of them in a row are one linear map, so a
-    GELU stands between. `act_layer=nn.Identity` gives the text to the letter.
+    The supplement names the two linear layers and no activation. Without one they would be a single linear map, so a
+    GELU stands between them. `act_layer=nn.Identity` follows the text to the letter.
 
     Args:
         embed_dim: D, width of the tokens.

@@ -1,7 +1,7 @@
 """Token samplers: modules from tokens [B, N, D] to a MaskSample.
 
-One learned (adaptive) and three fixed ones (random, tube, frame), behind the same call, so that a training
-script compares them by changing one argument.
+One sampler is learned (adaptive), three are fixed (random, tube, frame). All have the same call, so a training script
+compares them by changing one argument.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ GridSize = tuple[int, int, int]
 
 
 class TokenSampler(nn.Module, abc.ABC):
-    """Base of all samplers: the grid, the ratio, the checks, and masks given from outside.
+    """Base of all samplers: the grid, the ratio, the checks, and masks that the caller passes.
 
     Args:
         grid_size: (T, H, W), tokens in time, height and width; N = T H W tokens in t-h-w order.
         mask_ratio: share of tokens to mask, strictly between 0 and 1.
-        num_masks: R, masks of each clip; the rows of a sample are then B R, those of a clip after each other.
+        num_masks: R, masks of each clip. A sample then has B R rows, clip by clip.
     """
 
     num_visible: int  # K; set by each sampler, since each rounds to whole units of its own
@@ -67,12 +67,12 @@ class TokenSampler(nn.Module, abc.ABC):
             tokens: [B, N, D].
             mask: used instead of a draw. [B, N] bool, True = masked, with `num_visible` False in each row; or a
                 MaskSample, which may leave any number visible. It has B or B `num_masks` rows, clip by clip.
-            generator: source of the draw's randomness; torch's default one of the tokens' device if None. A score
-                network's dropout, in training mode, always takes the default one.
+            generator: source of the draw's randomness; None means torch's default generator of the tokens' device.
+                Dropout in the score network always takes the default generator.
 
         Raises:
-            TypeError, ValueError: tokens that are not [B, N, D] or do not fill the grid; a mask that does not
-                fit them.
+            TypeError, ValueError: the tokens are not [B, N, D] or do not fill the grid; or the mask does not fit the
+                tokens.
         """
         check_tokens("tokens", tokens)
         if tokens.shape[1] != self.num_tokens:
@@ -114,7 +114,7 @@ class TokenSampler(nn.Module, abc.ABC):
 
 
 class AdaptiveTokenSampler(TokenSampler):
-    """AdaMAE's sampler: a network scores every token, K are drawn from the softmax of the scores (Algorithm 1).
+    """AdaMAE's sampler: a network scores all tokens, then K are drawn from the softmax of the scores (Algorithm 1).
 
     Args:
         embed_dim: D, width of the tokens.
@@ -125,7 +125,7 @@ class AdaptiveTokenSampler(TokenSampler):
         detach_tokens: whether to stop the gradient of the sampling loss before the tokenizer. The official code does
             not stop it.
         num_masks: R, masks of each clip, see `TokenSampler`; all are drawn from one p.
-        temperature: of p = softmax(scores / temperature); larger ones spread it.
+        temperature: p = softmax(scores / temperature); a higher temperature makes p more even.
         exploration: share of p that is spread evenly over all tokens, so that every token can be drawn.
 
     Raises:
@@ -173,10 +173,11 @@ class AdaptiveTokenSampler(TokenSampler):
             )
 
     def scores(self, tokens: Tensor) -> Tensor:
-        """[B, N, D] -> [B, N], the network's; p = softmax(scores) but for temperature and exploration."""
+        """[B, N, D] -> [B, N], the network's scores, before temperature and exploration."""
         if tokens.shape[-1] != self.embed_dim:
             raise ValueError(
-                f"tokens are {tokens.shape[-1]} wide, the sampler was built with embed_dim={self.embed_dim}."
+                f"tokens are {tokens.shape[-1]} wide, expected embed_dim={self.embed_dim}. Build the sampler with the "
+                "width of the tokens."
             )
         scores: Tensor = self.network(tokens.detach() if self.detach_tokens else tokens)
         if scores.shape != tokens.shape[:2]:
@@ -192,7 +193,7 @@ class AdaptiveTokenSampler(TokenSampler):
         if self.temperature != 1:
             scores = scores / self.temperature
         if self.exploration:
-            finite = scores.isfinite()  # others keep their meaning: drawn first or last, and counted
+            finite = scores.isfinite()  # non-finite scores keep their meaning: drawn first or last, and counted
             log_probs, _ = token_log_probs(torch.where(finite, scores, -torch.inf))
             even = torch.full_like(log_probs, math.log(self.exploration / self.num_tokens))
             mixed = torch.logaddexp(log_probs + math.log1p(-self.exploration), even)
@@ -200,30 +201,30 @@ class AdaptiveTokenSampler(TokenSampler):
         return scores
 
     def draw(self, tokens: Tensor, generator: torch.Generator | None) -> MaskSample:
-        """K tokens of each clip, or R times K, without replacement from p."""
+        """Draws K tokens of each clip from p, without replacement; with R masks, R times."""
         logits = _repeat_rows(self.logits(tokens), self.num_masks)
         return draw_mask(logits, self.num_visible, generator=generator)
 
     def complete(self, tokens: Tensor, given: MaskSample) -> MaskSample:
-        """The given mask with the sampler's log-probabilities, so that the losses work as for a drawn one."""
+        """The given mask with the sampler's log-probabilities, so the losses work as for a drawn mask."""
         logits = _repeat_rows(self.logits(tokens), given.mask.shape[0] // max(tokens.shape[0], 1))
         return given._replace(**dict(zip(("log_probs", "num_nonfinite"), token_log_probs(logits), strict=True)))
 
 
 class RandomTokenSampler(TokenSampler):
-    """Every set of K tokens equally likely, as in MAE and MAE-ST. K = floor(N (1 - ratio))."""
+    """Shows K tokens; every set of K is equally likely, as in MAE and MAE-ST. K = floor(N (1 - ratio))."""
 
     def __init__(self, grid_size: GridSize, mask_ratio: float = 0.9, num_masks: int = 1) -> None:
         super().__init__(grid_size, mask_ratio, num_masks)
         self.num_visible = num_visible_tokens(self.num_tokens, mask_ratio)
 
     def draw(self, tokens: Tensor, generator: torch.Generator | None) -> MaskSample:
-        """K of N tokens, uniformly."""
+        """Draws K of N tokens uniformly."""
         return _draw_uniform(tokens, self.num_masks, self.num_tokens, self.num_visible, generator)
 
 
 class TubeTokenSampler(TokenSampler):
-    """The same random spatial positions in every frame. floor(H W ratio) positions are masked, as VideoMAE rounds."""
+    """Masks the same random spatial positions in all time steps: floor(H W ratio) of them, as VideoMAE rounds."""
 
     def __init__(self, grid_size: GridSize, mask_ratio: float = 0.9, num_masks: int = 1) -> None:
         super().__init__(grid_size, mask_ratio, num_masks)
@@ -232,7 +233,7 @@ class TubeTokenSampler(TokenSampler):
         self.num_visible = frames * self.visible_positions
 
     def draw(self, tokens: Tensor, generator: torch.Generator | None) -> MaskSample:
-        """The spatial positions of one frame, uniformly, repeated over time."""
+        """Draws spatial positions uniformly, then repeats them over time."""
         frames, positions = self.grid_size[0], self.grid_size[1] * self.grid_size[2]
         frame = _draw_uniform(tokens, self.num_masks, positions, self.visible_positions, generator)
         start = torch.arange(frames, device=tokens.device)[:, None] * positions  # [T, 1]
@@ -244,7 +245,7 @@ class TubeTokenSampler(TokenSampler):
 
 
 class FrameTokenSampler(TokenSampler):
-    """Whole time steps. floor(T ratio) of them are masked, so that 95% of 8 steps masks 7."""
+    """Masks whole time steps: floor(T ratio) of them, so a ratio of 0.95 masks 7 of 8."""
 
     def __init__(self, grid_size: GridSize, mask_ratio: float = 0.875, num_masks: int = 1) -> None:
         super().__init__(grid_size, mask_ratio, num_masks)
@@ -252,7 +253,7 @@ class FrameTokenSampler(TokenSampler):
         self.num_visible = self.visible_frames * grid_size[1] * grid_size[2]
 
     def draw(self, tokens: Tensor, generator: torch.Generator | None) -> MaskSample:
-        """Time steps, uniformly, with all their spatial positions."""
+        """Draws time steps uniformly; all spatial positions of a step go with it."""
         frames, positions = self.grid_size[0], self.grid_size[1] * self.grid_size[2]
         steps = _draw_uniform(tokens, self.num_masks, frames, self.visible_frames, generator)
         position = torch.arange(positions, device=tokens.device)  # [positions]
@@ -265,7 +266,7 @@ class FrameTokenSampler(TokenSampler):
 
 
 def draw_decoded(sample: MaskSample, num_decoded: int, generator: torch.Generator | None = None) -> MaskSample:
-    """The sample with `decoded_idx`: so many of each row's masked tokens, uniformly.
+    """Adds `decoded_idx` to a sample: `num_decoded` masked tokens of each row, drawn uniformly.
 
     All masked tokens are equally likely to be decoded. So the mean error of the decoded tokens is an unbiased estimate
     of the mean error of all masked tokens, for a decoder that sees this many mask tokens.

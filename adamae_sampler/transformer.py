@@ -1,4 +1,4 @@
-"""Pre-norm transformer blocks, of the encoder, the decoder and the score networks."""
+"""Pre-norm transformer blocks for the encoder, the decoder and the score networks."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ class LayerNorm(nn.LayerNorm):
         return self.of_sum(x, None)[1]
 
     def of_sum(self, x: Tensor, branch: Tensor | None) -> tuple[Tensor, Tensor]:
-        """x + branch (x if it is None), and the norm of that."""
+        """x + branch, and the norm of the sum. A branch of None adds nothing."""
         return add_norm(x, branch, self.weight, self.bias, self.eps)
 
 
 class Block(nn.Module):
-    """A pre-norm block that leaves its last sum to the norm that follows, which makes both in one pass.
+    """A pre-norm block without its last residual sum. The norm after the block computes sum and norm in one pass.
 
     Args:
-        width: D.
+        width: D, width of the tokens.
         num_heads: attention heads; they must divide the width.
         mlp_ratio: hidden width of the MLP over D.
         qkv_bias: whether q and v have biases.
-        drop: dropout of what attention and MLP return.
-        drop_path: stochastic depth.
-        eps: of the norms.
+        drop: dropout rate of the outputs of attention and MLP.
+        drop_path: rate of stochastic depth.
+        eps: eps of the norms.
     """
 
     def __init__(
@@ -53,11 +53,11 @@ class Block(nn.Module):
         self.norm1 = LayerNorm(width, eps)
         self.attn = Attention(width, num_heads, qkv_bias=qkv_bias, proj_drop=drop, scale_norm=False)
         self.norm2 = LayerNorm(width, eps)
-        self.mlp = Mlp(width, int(width * mlp_ratio), drop=(0.0, drop))  # VideoMAE's drops after its second layer alone
+        self.mlp = Mlp(width, int(width * mlp_ratio), drop=(0.0, drop))  # VideoMAE drops after the second layer only
         self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
 
     def forward(self, x: Tensor, branch: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """[B, N, D], and what is still to be added to it -> the same two."""
+        """x [B, N, D] and the branch still to be added to x -> the same two."""
         x, normed = self.norm1.of_sum(x, branch)
         x, normed = self.norm2.of_sum(x, self.drop_path(self.attn(normed)))
         return x, self.drop_path(self.mlp(normed))
@@ -68,13 +68,13 @@ class Transformer(nn.ModuleList):
 
     Args:
         depth: number of blocks.
-        width: D.
+        width: D, width of the tokens.
         num_heads: attention heads.
-        mlp_ratio: see `Block`, as for `qkv_bias`, `drop` and `eps`.
-        qkv_bias: see there.
-        drop: see there.
+        mlp_ratio: see `Block`.
+        qkv_bias: see `Block`.
+        drop: see `Block`.
         drop_path: stochastic depth of the last block, rising linearly from 0 at the first.
-        eps: see there.
+        eps: see `Block`.
 
     Raises:
         ValueError: the heads do not divide the width.
@@ -93,8 +93,8 @@ class Transformer(nn.ModuleList):
     ) -> None:
         if width % num_heads:
             raise ValueError(
-                f"{num_heads} heads do not divide the width {width}; choose num_heads and embed_dim (of the "
-                "decoder decoder_num_heads and decoder_embed_dim) to fit."
+                f"{num_heads} heads do not divide the width {width}. Choose num_heads and embed_dim to fit, or for the "
+                "decoder decoder_num_heads and decoder_embed_dim."
             )
         rates = [drop_path * index / max(depth - 1, 1) for index in range(depth)]
         super().__init__(Block(width, num_heads, mlp_ratio, qkv_bias, drop, rate, eps) for rate in rates)
@@ -106,7 +106,7 @@ class Transformer(nn.ModuleList):
         return nn.ModuleList(blocks) if isinstance(blocks, list) else blocks
 
     def forward(self, x: Tensor, norm: LayerNorm | None = None, last: int | None = None) -> Tensor:
-        """[B, N, D] -> [B, N, D], or the norm of it; of the `last` tokens alone, if that is given."""
+        """[B, N, D] -> [B, N, D], normed if `norm` is given; only the `last` tokens, if that is given."""
         branch: Tensor | None = None
         for block in self:
             if self.grad_checkpointing and torch.is_grad_enabled():

@@ -1,4 +1,7 @@
-"""Pictures and animations of what a masked autoencoder sees and predicts. Needs matplotlib; import this by name."""
+"""Pictures and animations of what a masked autoencoder sees and predicts.
+
+This module needs matplotlib, so the package does not import it: use `import adamae_sampler.visualize`.
+"""
 
 from __future__ import annotations
 
@@ -43,16 +46,16 @@ def predicted_video(
 ) -> Tensor:
     """The clip with its masked patches predicted and its visible ones as they are.
 
-    With a normalised target the decoder knows neither brightness nor contrast of a patch. "true" takes them from the
-    true patch, which makes the picture readable and better than the model: say so where you show it. "visible" takes
-    the averages over the visible patches of the clip, and so shows nothing that the model was not shown.
+    With a normalised target the decoder predicts neither brightness nor contrast of a patch. "true" takes both from the
+    true patch. The picture is then readable, and better than the model: say so where you show it. "visible" takes the
+    averages over the visible patches of the clip, so it uses only what the model saw.
 
     Args:
         prediction: [B, M, P].
         video: [B, C, T, H, W] uint8.
         sample: the mask.
         normalize: whether the target was normalised per patch and channel.
-        statistics: where brightness and contrast of a normalised prediction come from.
+        statistics: source of brightness and contrast of a normalised prediction, "true" or "visible".
         patch_size: height and width of a patch, one number or a pair.
         tubelet_size: frames of a patch.
 
@@ -121,7 +124,7 @@ def overview(
         statistics: see `predicted_video`.
         patch_size: height and width of a patch, one number or a pair.
         tubelet_size: frames of a patch.
-        clip: which of the B clips.
+        clip: index of the clip in the batch.
     """
     patches = PatchFormat.of(patch_size, tubelet_size, normalize)
     rows = _rows(video, prediction, sample, token_error, patches, statistics, clip)
@@ -140,10 +143,10 @@ def mask_overview(
 
     Args:
         video: [B, C, T, H, W] uint8 with one or three channels.
-        samples: what to call each mask, such as "95%"; p is that of the first.
+        samples: the masks by title, such as "95%". The row of p is from the first mask.
         patch_size: height and width of a patch, one number or a pair.
         tubelet_size: frames of a patch.
-        clip: which of the B clips.
+        clip: index of the clip in the batch.
     """
     patches = PatchFormat.of(patch_size, tubelet_size)
     frames, grid = _frames(video, clip), patches.grid(video.shape)
@@ -167,7 +170,7 @@ def animation(
 ) -> Tensor:
     """The panels of `overview` side by side, frame after frame (supplement, section K): [T, height, width, 3] uint8.
 
-    Arguments are those of `overview`; `save_animation` writes the result.
+    It takes the arguments of `overview`. `save_animation` writes the result.
     """
     patches = PatchFormat.of(patch_size, tubelet_size, normalize)
     rows = _rows(video, prediction, sample, token_error, patches, statistics, clip)
@@ -179,10 +182,10 @@ def animation(
 
 
 def save_animation(frames: Tensor, path: str | os.PathLike[str], fps: float = 8.0) -> None:
-    """Writes [T, H, W, 3] uint8 frames as a .gif (Pillow) or an .mp4 (PyAV, which then has to be installed).
+    """Writes [T, H, W, 3] uint8 frames as a .gif (with Pillow) or an .mp4 (with PyAV, which must be installed).
 
     Raises:
-        ValueError: another suffix, or frames of another kind.
+        ValueError: the suffix is another, or the frames have another dtype or shape.
     """
     path = Path(path)
     if frames.dtype != torch.uint8 or frames.dim() != 4 or frames.shape[-1] != 3:
@@ -201,7 +204,7 @@ def save_animation(frames: Tensor, path: str | os.PathLike[str], fps: float = 8.
                 container.mux(stream.encode(av.VideoFrame.from_ndarray(frame.contiguous().numpy(), format="rgb24")))
             container.mux(stream.encode(None))
     else:
-        raise ValueError(f"{path}: name a .gif or .mp4 file.")
+        raise ValueError(f"{path} has another suffix than expected; name a .gif or .mp4 file.")
 
 
 def _rows(
@@ -234,7 +237,7 @@ def _rows(
 def _frames(video: Tensor, clip: int) -> Tensor:
     """[T, H, W, C] of one clip, on the CPU."""
     if video.shape[1] not in (1, 3):
-        raise ValueError(f"video has {video.shape[1]} channels; pictures can be made of 1 (grey) or 3 (RGB).")
+        raise ValueError(f"video has {video.shape[1]} channels, expected 1 (grey) or 3 (RGB).")
     return video[clip].permute(1, 2, 3, 0).cpu()
 
 
@@ -256,7 +259,7 @@ def _seen(frames: Tensor, sample: MaskSample, clip: int, grid: tuple[int, int, i
 
 
 def _draw_rows(rows: list[_Row], tubelet_size: int) -> Figure:
-    """A column for the first frame of each tubelet."""
+    """A figure with one column for each tubelet. A column shows the tubelet's first frame."""
     shown = range(0, rows[0].images.shape[0], tubelet_size)
     columns = len(shown)
     height, width = rows[0].images.shape[1:3]
@@ -291,9 +294,9 @@ def _draw_panels(panels: list[_Row], limits: Mapping[str, tuple[float, float]]) 
 
 
 def _colour_map(row: _Row, limits: tuple[float, float] | None = None) -> Callable[[Axes, Tensor], object]:
-    """How to draw one image of a row; maps share one scale, so that its frames compare."""
+    """A function that draws one image of a row. All maps of a row share one colour scale, so frames compare."""
     if row.colours is None:
-        top = 1 if row.images.is_floating_point() else 255  # for grey ones; matplotlib takes RGB as it is
+        top = 1 if row.images.is_floating_point() else 255  # for grey images; matplotlib takes RGB as it is
         return lambda cell, image: cell.imshow(image.squeeze(-1).numpy(), cmap="gray", vmin=0, vmax=top)
     low, high = limits or (float(row.images.min()), float(row.images.max()))
     return lambda cell, image: cell.imshow(image.numpy(), cmap=row.colours, vmin=low, vmax=high)

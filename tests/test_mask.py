@@ -47,7 +47,7 @@ def test_the_remedies_work(tokens):
     with pytest.raises(ValueError, match="Use at least") as caught:
         num_masked_units(tokens, 1e-6, "places")
     assert num_masked_units(tokens, float(str(caught.value).split("at least ")[1].split(",")[0]), "places") >= 1
-    with pytest.raises(ValueError, match="has 1 of time steps"):
+    with pytest.raises(ValueError, match="time steps: the grid has 1"):
         num_masked_units(1, 0.5, "time steps")
 
 

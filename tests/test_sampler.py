@@ -140,7 +140,7 @@ def test_bad_input():
         (ValueError, r"grid_size=\(4, 3\), expected three", lambda: RandomTokenSampler((4, 3))),
         (
             ValueError,
-            "tokens are 8 wide, the sampler was built with embed_dim=16",
+            "tokens are 8 wide, expected embed_dim=16",
             lambda: sampler(torch.zeros(1, 60, 8)),
         ),
         (

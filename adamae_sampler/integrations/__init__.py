@@ -1,4 +1,4 @@
-"""Adaptive masking for the masked autoencoders that people already have. README.md in this folder tells how to use it.
+"""Adaptive masking for existing masked autoencoders. README.md in this folder tells how to use it.
 
     patching.py       patch, unpatch, and the table of hosts
     checks.py         checks of a model before it is patched

@@ -22,7 +22,7 @@ def check_host(model: nn.Module, mixin: type[AdaptiveHost]) -> None:
 
 
 def check_sampler(sampler: TokenSampler, shape: HostShape, name: str) -> None:
-    """Raises unless a given sampler is one for the host's tokens."""
+    """Raises TypeError or ValueError unless the sampler fits the host's tokens."""
     if not isinstance(sampler, TokenSampler):
         raise TypeError(f"sampler is {sampler!r:.80}, expected a TokenSampler, such as TubeTokenSampler(grid, 0.9).")
     if sampler.grid_size != tuple(shape.grid_size):
@@ -32,7 +32,7 @@ def check_sampler(sampler: TokenSampler, shape: HostShape, name: str) -> None:
         )
     if sampler.num_masks > 1:
         raise ValueError(
-            f"the sampler draws {sampler.num_masks} masks of each clip, and {name} takes one; use num_masks=1, or "
+            f"the sampler draws {sampler.num_masks} masks of each clip, and {name} takes one. Use num_masks=1, or "
             "repeat the clips in the batch."
         )
     if getattr(sampler, "embed_dim", shape.embed_dim) != shape.embed_dim:
@@ -43,13 +43,13 @@ def check_sampler(sampler: TokenSampler, shape: HostShape, name: str) -> None:
 
 
 def check_weight(model: nn.Module, mixin: type[AdaptiveHost], weight: float | None) -> None:
-    """Raises ValueError if the weight is not a number of at least 0, or if this host has no use for one."""
+    """Raises ValueError if the weight is not a number of at least 0, or if the host computes no loss."""
     if weight is None:
         return
     if not mixin.computes_loss:
         raise ValueError(
-            f"sampling_weight={weight!r} has no use here: the loss of {type(model).__name__} is made in its training "
-            "engine. Give it to AdaMAELoss there, AdaMAELoss(sampling_weight=...)."
+            f"sampling_weight={weight!r} has no use here: the training engine computes the loss of "
+            f"{type(model).__name__}. Give the weight to the loss there, AdaMAELoss(sampling_weight=...)."
         )
     if not isinstance(weight, (int, float)) or not 0 <= weight < math.inf:
         raise ValueError(f"sampling_weight={weight!r}, expected a number of at least 0, such as 1e-4.")
@@ -58,7 +58,7 @@ def check_weight(model: nn.Module, mixin: type[AdaptiveHost], weight: float | No
 def check_same(
     model: AdaptiveHost, mask_ratio: float | None, network: Any, sampler: TokenSampler | None, weight: float | None
 ) -> None:
-    """Raises ValueError if a patched model is patched again with other settings: it would lose its sampler."""
+    """Raises ValueError if a patched model is patched again with other settings: its sampler would be lost."""
     own = getattr(model.sampler, "network", None)
     kinds = {"mha": MHAScoreNetwork, "mlp": MLPScoreNetwork, "pooled": PooledScoreNetwork}
     same_network = own is network or (network in kinds and isinstance(own, kinds[network]))
@@ -69,21 +69,19 @@ def check_same(
         "sampling_weight": (weight, model.sampling_weight, weight == model.sampling_weight),
     }
     other = [
-        f"{name}={new!r}, where it has {old!r}"
-        for name, (new, old, same) in asked.items()
-        if new is not None and not same
+        f"{name}={new!r} instead of {old!r}" for name, (new, old, same) in asked.items() if new is not None and not same
     ]
     if other:
         raise ValueError(
-            f"this {type(model).__name__} is patched already, and now asked for {'; '.join(other)}. To change that, "
-            "unpatch(model) first, which drops its sampler, weights and all."
+            f"this {type(model).__name__} is patched already, and the call asks for {'; '.join(other)}. To change the "
+            "settings, unpatch(model) first; that drops its sampler with all weights."
         )
 
 
 def has_own_forward(module: nn.Module) -> bool:
-    """Whether the instance has a forward that differs from that of its class.
+    """Whether the instance has a forward other than that of its class.
 
-    Accelerate's unwrapping leaves the forward of the class behind on the instance; that one does not count.
+    Accelerate's unwrapping leaves the class's forward on the instance, which does not count.
     """
     own = vars(module).get("forward")
     return own is not None and getattr(own, "__func__", None) is not type(module).forward
@@ -113,7 +111,7 @@ def _check_interface(model: nn.Module, mixin: type[AdaptiveHost]) -> None:
         raise HostInterfaceError(
             f"{type(model).__module__}.{type(model).__qualname__} is not the {mixin.names[0]} that the patch knows:\n  "
             + "\n  ".join(problems)
-            + "\nIt is another version of it, or another model of that name. The model was left as it was."
+            + "\nThe class is of another version, or another model has the same name. The model was left as it was."
         )
 
 
@@ -123,7 +121,7 @@ def _check_names(model: nn.Module, mixin: type[AdaptiveHost]) -> None:
     added = {"sampler", "sampling_weight", *dir(mixin)} - overridden
     if taken := sorted(name for name in added if hasattr(model, name) and not name.startswith("__")):
         raise HostInterfaceError(
-            f"{type(model).__module__}.{type(model).__qualname__} has attributes of its own that the patch would hide: "
+            f"{type(model).__module__}.{type(model).__qualname__} has attributes that the patch would hide: "
             f"{', '.join(taken)}. Rename them, or use AdaptiveTokenSampler directly, see the README."
         )
 
@@ -138,13 +136,14 @@ def _check_wrappers(model: nn.Module, mixin: type[AdaptiveHost]) -> None:
             )
         if has_own_forward(module) or hasattr(module, "parametrizations") or hasattr(module, "_hf_hook"):
             raise HostInterfaceError(
-                f"{name} has a forward of its own, a parametrization or a hook of Accelerate, which a patch would not "
-                "get along with. Patch first, then wrap; or unwrap with accelerate.utils.extract_model_from_parallel("
-                "model, keep_fp32_wrapper=False)."
+                f"{name} has a forward of its own, a parametrization or a hook of Accelerate, and a patch would break "
+                "it. Patch first, then wrap; or unwrap with accelerate.utils.extract_model_from_parallel(model, "
+                "keep_fp32_wrapper=False)."
             )
     if any(each.is_meta for each in model.get_submodule(mixin.tokenizer).parameters()):
         raise HostInterfaceError(
-            "the model is on the meta device; give it its weights (model.to_empty, then load), then patch it."
+            "the model is on the meta device, expected real weights. Load them (model.to_empty, then load), then patch "
+            "the model."
         )
 
 

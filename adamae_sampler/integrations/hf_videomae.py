@@ -18,9 +18,9 @@ from adamae_sampler.ops import sampling_loss
 class AdaptiveHFVideoMAE(HuggingFaceHost):
     """`output = model(pixel_values)`. Modifications:
 
-    - the mask is drawn, not passed; a given one is taken too, also as `mask=`;
-    - the loss has the sampling loss in it, of the errors that the host's own loss averages;
-    - boolean indexing goes by the sample's indices.
+    - the sampler draws the mask; a mask can still be passed, also as `mask=`;
+    - the loss includes the sampling loss, computed from the errors that the host's own loss averages;
+    - boolean indexing uses the sample's indices.
     """
 
     names: ClassVar[tuple[str, ...]] = ("VideoMAEForPreTraining",)
@@ -35,7 +35,7 @@ class AdaptiveHFVideoMAE(HuggingFaceHost):
 
     @staticmethod
     def host_shape(model: Any) -> HostShape:
-        """The shape in the configuration."""
+        """The shape that the configuration gives."""
         config = model.config
         return HostShape(config.hidden_size, (config.num_frames // config.tubelet_size, *image_grid(config)))
 
@@ -49,7 +49,7 @@ class AdaptiveHFVideoMAE(HuggingFaceHost):
         mask_ratio: float | None = None,
         **kwargs: Any,
     ) -> Any:
-        """pixel_values [B, T, C, H, W]; bool_masked_pos or mask [B, N] bool, True = masked -> what the host returns."""
+        """pixel_values [B, T, C, H, W]; bool_masked_pos or mask [B, N] bool, True = masked -> the host's output."""
         self.check_ratio(mask_ratio)
         with self.masking(pixel_values, one_of(bool_masked_pos, mask)) as sample:
             output = super().forward(pixel_values, indexed_mask(sample), return_dict=True, **kwargs)
@@ -63,7 +63,7 @@ class AdaptiveHFVideoMAE(HuggingFaceHost):
         return self.finish(output, return_dict)
 
     def token_error(self, prediction: Tensor, pixel_values: Tensor, sample: MaskSample) -> Tensor:
-        """[B, M]: of the target that the host makes, which undoes ImageNet's normalisation of RGB video."""
+        """The errors [B, M] against the host's target, which undoes ImageNet's normalisation of RGB video."""
         rgb = self.config.num_channels == 3
         return reconstruction_error(
             prediction.detach(),

@@ -16,16 +16,16 @@ from adamae_sampler.ops import sampling_loss
 class GivenMask(PatchedSubmodule):
     """Mixin of the embeddings. Modifications:
 
-    - random_masking takes the sampler's tokens.
+    - random_masking follows the sampler's mask.
     """
 
     def random_masking(self, sequence: Tensor, noise: Tensor | None = None) -> tuple[Tensor, ...]:
         """Sequence [B, N, D] -> its visible tokens [B, K, D], the mask [B, N] with 1 = masked, ids_restore [B, N]."""
         if self._sample is None:
             raise HostInterfaceError(
-                "the encoder of a patched ViTMAEForPreTraining was called by itself, without a mask; or its embeddings "
-                "are recomputed in the backward pass, where the mask is gone. Call the model as a whole, and leave the "
-                "embeddings out of activation checkpointing; for features, unpatch(model)."
+                "the encoder of a patched ViTMAEForPreTraining was called by itself, without a mask; or the backward "
+                "pass recomputes its embeddings, when the mask is gone. Call the model as a whole, and leave the "
+                "embeddings out of activation checkpointing. For features, unpatch(model)."
             )
         return visible_first(sequence, self._sample)
 
@@ -34,7 +34,7 @@ class AdaptiveHFViTMAE(HuggingFaceHost):
     """`output = model(pixel_values)`. Modifications:
 
     - forward takes `mask=` (or `bool_masked_pos=`), and no noise;
-    - the loss has the sampling loss in it, of the errors that the host's own loss averages.
+    - the loss includes the sampling loss, computed from the errors that the host's own loss averages.
     """
 
     names: ClassVar[tuple[str, ...]] = ("ViTMAEForPreTraining",)
@@ -55,7 +55,7 @@ class AdaptiveHFViTMAE(HuggingFaceHost):
 
     @staticmethod
     def host_shape(model: Any) -> HostShape:
-        """The shape and the ratio in the configuration."""
+        """The shape and the ratio that the configuration gives."""
         return HostShape(model.config.hidden_size, (1, *image_grid(model.config)), model.config.mask_ratio)
 
     def forward(
@@ -70,9 +70,9 @@ class AdaptiveHFViTMAE(HuggingFaceHost):
         mask_ratio: float | None = None,
         **kwargs: Any,
     ) -> Any:
-        """pixel_values [B, C, H, W]; mask [B, N] bool, True = masked -> what the host returns."""
+        """pixel_values [B, C, H, W]; mask [B, N] bool, True = masked -> the host's output."""
         if noise is not None:
-            raise ValueError("noise chooses the host's random mask, which a patched model does not draw; pass mask=.")
+            raise ValueError("noise chooses the host's random mask, and a patched model has its own. Pass mask=.")
         self.check_ratio(mask_ratio)
         kwargs["interpolate_pos_encoding"] = interpolate_pos_encoding
         with self.masking(pixel_values, one_of(mask, bool_masked_pos)) as sample:
@@ -86,7 +86,7 @@ class AdaptiveHFViTMAE(HuggingFaceHost):
         return self.finish(output, return_dict)
 
     def token_error(self, prediction: Tensor, pixel_values: Tensor, interpolate_pos_encoding: bool) -> Tensor:
-        """[B, N]: of the target that the host makes; the channels of a patch are normalised together."""
+        """The errors [B, N] against the host's target, which normalises the channels of a patch together."""
         target = self.patchify(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding)
         if self.config.norm_pix_loss:
             variance, mean = target.var(dim=-1, keepdim=True), target.mean(dim=-1, keepdim=True)

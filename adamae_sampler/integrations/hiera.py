@@ -1,4 +1,4 @@
-"""facebookresearch/hiera, which masks units of several tokens, and whose masks are True where tokens are kept."""
+"""facebookresearch/hiera. It masks units of several tokens, and its masks are True where tokens are kept."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from adamae_sampler.ops import sampling_loss
 class AdaptiveHiera(AdaptiveHost):
     """`loss, pred, label, mask = model(x)`. Modifications:
 
-    - the mask is drawn over mask units, whose tokens are averaged for the sampler; a given one is taken too, True =
-      kept as the host's own;
-    - the loss has the sampling loss in it.
+    - the sampler draws mask units, from the mean of each unit's tokens; a mask can still be passed, True = kept, as in
+      the host;
+    - the loss includes the sampling loss.
     """
 
     names: ClassVar[tuple[str, ...]] = ("MaskedAutoencoderHiera",)
@@ -51,7 +51,7 @@ class AdaptiveHiera(AdaptiveHost):
     def forward(
         self, x: Tensor, mask_ratio: float | None = None, mask: Tensor | MaskSample | None = None, **more: Any
     ) -> Any:
-        """x as the host takes it; mask [B, mask units] bool, True = kept -> what the host returns."""
+        """x, as in the host; mask [B, mask units] bool, True = kept -> the host's outputs."""
         self.check_ratio(mask_ratio)
         with self.masking(x, self._hidden(mask) if isinstance(mask, Tensor) else mask) as sample:
             loss, pred, label, kept = super().forward(x, self.sampler.mask_ratio, ~sample.mask, **more)
@@ -66,10 +66,12 @@ class AdaptiveHiera(AdaptiveHost):
         try:
             return MaskSample.from_mask(~kept.bool(), self.sampler.num_visible)
         except ValueError as error:
-            raise ValueError(f"the mask was taken as Hiera's, True = kept, so inverted; then: {error}") from error
+            raise ValueError(
+                f"the mask was taken as Hiera's, True = kept, and inverted. The inverted mask is wrong: {error}"
+            ) from error
 
     def unit_error(self, error: Tensor, sample: MaskSample) -> Tensor:
-        """The errors of masked predictions, clip after clip in the order of space -> of mask units [B, M]."""
+        """Errors of the masked predictions, clip by clip in spatial order -> errors of the mask units [B, M]."""
         units, positions = self.mask_spatial_shape, self.tokens_spatial_shape_final
         masked = sample.mask.view(-1, *units)
         for axis, (unit, position) in enumerate(zip(units, positions, strict=True), start=1):
@@ -86,8 +88,8 @@ def unit_mean(x: Tensor, positions: list[int], units: list[int]) -> Tensor:
     """[B, positions, D] -> [B, units, D]: means over the spatial positions of each mask unit.
 
     Args:
-        x: a vector for each position.
-        positions: the grid of positions, one to three axes.
+        x: a vector for each spatial position.
+        positions: the grid of spatial positions, one to three axes.
         units: the grid of mask units, with as many axes.
     """
     sizes = [position // unit for position, unit in zip(positions, units, strict=True)]

@@ -21,11 +21,11 @@ from adamae_sampler.sampler import GridSize, TokenSampler
 
 
 class HostInterfaceError(TypeError):
-    """A host lacks a method or submodule that its patch needs: it is another version, or another model of that name."""
+    """A host lacks a method or submodule that its patch needs: another version, or another model of the same name."""
 
 
 class HostShape(NamedTuple):
-    """The shape of a host's tokens, and its ratio: a sampler is built from these.
+    """The shape of a host's tokens and its mask ratio, from which a sampler is built.
 
     Attributes:
         embed_dim: D, width of its tokens.
@@ -39,12 +39,13 @@ class HostShape(NamedTuple):
 
 
 class LastStep(NamedTuple):
-    """The latest forward of a patched model, without gradients.
+    """The mask and losses of the latest forward of a patched model, without gradients.
 
     Attributes:
         sample: the mask.
-        reconstruction: scalar, the host's own loss; None if the host leaves its loss to the training engine.
-        sampling: scalar, L_S before its weight; None in evaluation, for masks without a distribution, and as above.
+        reconstruction: scalar, the host's own loss; None if the training engine computes the loss.
+        sampling: scalar, L_S before its weight; None in evaluation, for masks without a distribution, and if the
+            training engine computes the loss.
     """
 
     sample: MaskSample
@@ -53,13 +54,13 @@ class LastStep(NamedTuple):
 
 
 class Patched(nn.Module):
-    """A module whose class was exchanged. Deepcopy and pickle can make that class again."""
+    """A module of an exchanged class. Deepcopy and pickle can rebuild that class."""
 
     host_class: ClassVar[type[nn.Module]]  # the class before the exchange
     mixin: ClassVar[type[Patched]]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        """`type(patched)(...)` makes an unpatched host, since there are no settings to patch it with."""
+        """`type(patched)(...)` builds an unpatched host, since it gets no settings for a patch."""
         self.__class__ = self.host_class  # type: ignore[assignment]
         self.__init__(*args, **kwargs)  # type: ignore[misc]
 
@@ -74,8 +75,8 @@ def _empty(host_class: type[nn.Module], mixin: type[Patched]) -> nn.Module:
 
 
 def patched_type(host_class: Any, mixin: Any) -> Any:
-    """The class with both bases; every call returns the same one. Libraries recognise models by the class's name, so it
-    has that of the host."""
+    """The class with both bases; every call returns the same class. It has the host's class name, because libraries
+    recognise models by that name."""
     found = _TYPES.get((host_class, mixin))
     if found is None:
         names = ("__module__", "__qualname__", "__doc__")
@@ -88,7 +89,7 @@ _TYPES: WeakValueDictionary[tuple[Any, Any], Any] = WeakValueDictionary()
 
 
 class PatchedSubmodule(Patched):
-    """Mixin of a submodule of a host. During a forward of the host it has the mask, as `_sample`."""
+    """Mixin of a host's submodule. During a forward of the host, `_sample` is the mask."""
 
     _sample: MaskSample | None = None
 
@@ -96,12 +97,13 @@ class PatchedSubmodule(Patched):
 class CachedTokenizer(PatchedSubmodule):
     """Mixin of a host's tokenizer. Modifications:
 
-    - the tokens of the sampler are cached, and the host's forward gets them from the cache.
+    - the tokens made for the sampler are cached, and the host's forward gets them from the cache.
 
-    Forward hooks run after the cache, so each hook is called twice, and a hook that changes tokens changes them once.
+    Forward hooks are called twice, once for the sampler and once for the host. The cache holds tokens from before the
+    hooks, so a hook that changes tokens changes them once.
     """
 
-    _keep = False  # True while the sampler's tokens are made
+    _keep = False  # True while tokens are made for the sampler
     _kept: tuple[Any, Tensor] | None = None  # the cache: the input, and its tokens
 
     def forward(self, x: Any, *args: Any, **kwargs: Any) -> Tensor:
@@ -112,8 +114,8 @@ class CachedTokenizer(PatchedSubmodule):
                 return kept[1]
             if not torch.compiler.is_compiling():
                 warnings.warn(
-                    f"the forward of a patched model gives its {type(self).__name__} another tensor than it got itself "
-                    "(does it normalise?), so tokens are computed twice, and the sampler scores those of the input.",
+                    f"the forward of a patched model passed its {type(self).__name__} another tensor than the model's "
+                    "input (does it normalise?). Tokens are computed twice, and the sampler scores those of the input.",
                     stacklevel=2,
                 )
         tokens: Tensor = super().forward(x, *args, **kwargs)
@@ -127,11 +129,11 @@ class AdaptiveHost(Patched):
 
     Attributes:
         names: class names of the host; subclasses are taken too.
-        expected_interface: the methods and submodules that a host must have. Keys are dotted names; a value is the
-            names of a method's first parameters, or the type of an attribute.
+        expected_interface: the methods and attributes that a host must have. Keys are dotted names. A value is a tuple
+            of the method's first parameters, or the type of the attribute.
         tokenizer: dotted name of the submodule that makes the tokens.
         patched_submodules: dotted names of the submodules that are patched too, with their mixins.
-        sampler: the sampler. It is a submodule, so its parameters are trained and saved with those of the host.
+        sampler: the sampler, a submodule. Its parameters are trained and saved with those of the host.
         sampling_weight: weight of the sampling loss in training. In evaluation the loss is that of the host.
         overrides: further methods of the host that the mixin overrides, beside those in `expected_interface`.
         computes_loss: whether the host's forward computes the loss. If not, the training engine calls AdaMAELoss.
@@ -166,12 +168,12 @@ class AdaptiveHost(Patched):
     def host_shape(model: Any) -> HostShape:
         """The shape of an unpatched host. Every mixin defines it."""
         raise HostInterfaceError(
-            f"the mixin for {type(model).__name__} has no host_shape(model), which returns a HostShape."
+            f"the mixin for {type(model).__name__} has no host_shape(model). Define it, and return a HostShape."
         )
 
     @staticmethod
     def probe(model: Any) -> None:
-        """Raises HostInterfaceError if a host with the expected interface still cannot be patched."""
+        """Raises HostInterfaceError if a host has the expected interface and still cannot be patched."""
 
     def tokenize(self, video: Tensor) -> Tensor:
         """The host's input -> the tokens of its tokenizer, before the position embedding, as in the paper."""
@@ -191,8 +193,8 @@ class AdaptiveHost(Patched):
         Args:
             sampler: the sampler; it is moved to the device, dtype and mode of the tokenizer.
             sampling_weight: weight of the sampling loss.
-            settings: mask_ratio and network, from which a new process can build the sampler; None for a sampler that
-                the user made.
+            settings: mask_ratio and network, from which a new process can rebuild the sampler; None for a sampler that
+                the user built.
         """
         for name, mixin in self.patched_submodules.items():
             module = self.get_submodule(name)
@@ -202,7 +204,7 @@ class AdaptiveHost(Patched):
         self.sampling_weight = sampling_weight
 
     def remove(self) -> None:
-        """Undoes `install`, and the exchange of classes."""
+        """Undoes `install` and the exchange of classes."""
         for module in self.patched_modules():
             for attribute in ("_sample", "_keep", "_kept"):
                 module.__dict__.pop(attribute, None)
@@ -217,13 +219,13 @@ class AdaptiveHost(Patched):
         """A context for one forward of the host: draws the mask, or takes the given one, and caches the tokens.
 
         Raises:
-            ValueError: no mask in evaluation, or one that does not fit.
+            ValueError: there is no mask in evaluation, or the mask does not fit.
             HostInterfaceError: a patched submodule was replaced, or the host's forward did not call the tokenizer.
             RuntimeError: another forward is under way, in another thread.
         """
         if mask is None and not self.training:
             raise ValueError(
-                f"{type(self).__name__} is in evaluation mode and got no mask; a fresh one for every call would give "
+                f"{type(self).__name__} is in evaluation mode and got no mask; a fresh mask for every call would give "
                 "another result each time. Pass one, such as mask = model.draw_mask(inputs), or call model.train()."
             )
         if mask is not None and self.training and not torch.compiler.is_compiling():
@@ -234,8 +236,8 @@ class AdaptiveHost(Patched):
             )
         if self._sample is not None:
             raise RuntimeError(
-                f"a forward of this patched {type(self).__name__} is under way, in another thread or from within; it "
-                "keeps its mask on the module. Give each thread a copy.deepcopy of the model."
+                f"a forward of this patched {type(self).__name__} is under way, in another thread or from within. The "
+                "module holds the mask of one forward at a time. Give each thread a copy.deepcopy of the model."
             )
         submodules = [self._patched_submodule(name) for name in self.patched_submodules]
         tokenizers = [each for each in submodules if isinstance(each, CachedTokenizer)]  # one, or none
@@ -253,8 +255,8 @@ class AdaptiveHost(Patched):
             yield sample
             if any(each._kept is not None for each in tokenizers):
                 raise HostInterfaceError(
-                    f"the forward of {self.host_class.__name__} was expected to call {self.tokenizer}, and did not: it "
-                    "is of another version than the patch knows."
+                    f"the forward of {self.host_class.__name__} was expected to call {self.tokenizer}, and did not. "
+                    "The patch knows another version of this model."
                 )
         finally:
             self._sample = None
@@ -264,7 +266,7 @@ class AdaptiveHost(Patched):
                 each._keep, each._kept = False, None
 
     def patched_modules(self) -> list[PatchedSubmodule]:
-        """The patched submodules, also inside wrappers that were added later (activation checkpointing, FSDP)."""
+        """The patched submodules, even inside wrappers that were added later (activation checkpointing, FSDP)."""
         inside = (module for name in self.patched_submodules for module in self.get_submodule(name).modules())
         return list(dict.fromkeys(module for module in inside if isinstance(module, PatchedSubmodule)))
 
@@ -283,12 +285,12 @@ class AdaptiveHost(Patched):
         """The mask of the forward that is under way.
 
         Raises:
-            HostInterfaceError: there is none, since a submodule or method of the host was called by itself.
+            HostInterfaceError: no forward is under way; a submodule or method of the host was called by itself.
         """
         if self._sample is None:
             raise HostInterfaceError(
                 f"a method of a patched {self.host_class.__name__} was called by itself, without a mask. Call the "
-                "model as a whole, model(inputs); for features of all tokens use the host's encoder class, or "
+                "model as a whole, model(inputs). For features of all tokens use the host's encoder class, or "
                 "unpatch(model)."
             )
         return self._sample
@@ -298,7 +300,7 @@ class AdaptiveHost(Patched):
         if mask_ratio is not None and abs(mask_ratio - self.sampler.mask_ratio) > 1e-9:
             raise ValueError(
                 f"the call asks for mask_ratio={mask_ratio}, but the model was patched for {self.sampler.mask_ratio}. "
-                f"Call it with that or without a ratio, or patch(model, mask_ratio={mask_ratio}) before training."
+                f"Leave the ratio out of the call, or patch(model, mask_ratio={mask_ratio}) before training."
             )
 
     def total(self, reconstruction: Tensor, sampling: Callable[[Tensor], Tensor]) -> Tensor:
@@ -326,7 +328,7 @@ class AdaptiveHost(Patched):
 
 
 def default_ratio(model: nn.Module) -> float | None:
-    """The default mask_ratio of the host's forward; None if it has none."""
+    """The default mask_ratio of the host's forward; None if the forward has no default."""
     default = inspect.signature(model.forward).parameters["mask_ratio"].default
     return default if isinstance(default, float) else None
 

@@ -11,14 +11,14 @@ from adamae_sampler.integrations.host import AdaptiveHost, Patched
 from adamae_sampler.mask import MaskSample
 from adamae_sampler.sampler import AdaptiveTokenSampler, TokenSampler
 
-SETTINGS = "adaptive_masking"  # of the model's config
+SETTINGS = "adaptive_masking"  # attribute of the model's config
 
 
 class HuggingFaceHost(AdaptiveHost):
-    """Modifications:
+    """Base of the Hugging Face hosts. Modifications:
 
-    - save_pretrained notes in the configuration how to build the sampler;
-    - from_pretrained of the patched class builds and loads it.
+    - save_pretrained writes the sampler's settings into the configuration;
+    - from_pretrained of the patched class builds the sampler and loads its weights.
     """
 
     overrides = ("from_pretrained", "save_pretrained")
@@ -26,7 +26,7 @@ class HuggingFaceHost(AdaptiveHost):
     _settings: Mapping[str, Any] | None = None
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
-        """As from_pretrained calls it; `patch` does not.
+        """Called by from_pretrained, not by `patch`.
 
         Raises:
             ValueError: the configuration does not describe a sampler.
@@ -35,14 +35,15 @@ class HuggingFaceHost(AdaptiveHost):
         plain = f"{self.host_class.__name__}.from_pretrained"
         if settings is None:
             raise ValueError(
-                f"the configuration has no {SETTINGS}: these weights were saved from a model that was not patched. Use "
+                f"the configuration has no {SETTINGS}, so these weights come from a model that was not patched. Use "
                 f"{plain}, then patch(model)."
             )
         if "network" not in settings:
             raise ValueError(
-                f"these weights were saved with a sampler of its own making, a {settings.get('sampler')}, which its "
-                f"configuration cannot describe. Use {plain}, delete model.config.{SETTINGS}, then patch(model, "
-                "sampler=...) with one like it, and load the file's sampler.* with model.sampler.load_state_dict."
+                f"these weights were saved with a sampler that the user built, a {settings.get('sampler')}, and the "
+                f"configuration cannot describe it. Use {plain}, delete model.config.{SETTINGS}, then patch(model, "
+                "sampler=...) with a sampler like it, and load the file's sampler.* with "
+                "model.sampler.load_state_dict."
             )
         super(Patched, self).__init__(config, *args, **kwargs)
         shape = self.host_shape(self)
@@ -52,21 +53,21 @@ class HuggingFaceHost(AdaptiveHost):
 
     @classmethod
     def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
-        """As the host's, with the sampler.
+        """The host's from_pretrained, which also loads the sampler.
 
         Raises:
-            ValueError: the weights lack the sampler's.
+            ValueError: the file lacks weights of the sampler.
         """
         model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)  # type: ignore[misc]
         if missing := sorted(name for name in info["missing_keys"] if name.startswith("sampler.")):
             raise ValueError(
-                f"the weights lack {len(missing)} of the sampler's, such as {missing[0]}: they were saved from a model "
+                f"the file lacks {len(missing)} weights of the sampler, such as {missing[0]}, so it comes from a model "
                 f"that was not patched. Use {cls.host_class.__name__}.from_pretrained, then patch(model)."
             )
         return (model, info) if output_loading_info else model
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
-        """As the host's, with the sampler and its settings; the model's configuration stays as it is."""
+        """The host's save_pretrained, which also saves the sampler and its settings. `self.config` does not change."""
         settings = self._settings or {"sampler": type(self.sampler).__name__}
         setattr(self.config, SETTINGS, {**settings, "sampling_weight": self.sampling_weight})
         try:
@@ -76,26 +77,26 @@ class HuggingFaceHost(AdaptiveHost):
 
     @staticmethod
     def probe(model: Any) -> None:
-        """Raises ValueError if the weights were saved with a sampler, which a fresh one would silently replace."""
+        """Raises ValueError if the weights were saved with a sampler, since a fresh one would silently replace it."""
         if getattr(model.config, SETTINGS, None) is not None:
             raise ValueError(
-                f"this {type(model).__name__} was saved with a sampler, which its from_pretrained left out. Load it "
-                f"with patched_class({type(model).__name__}).from_pretrained(folder), or start with a fresh sampler: "
-                f"del model.config.{SETTINGS}, then patch(model)."
+                f"this {type(model).__name__} was saved with a sampler, and its from_pretrained left the sampler out. "
+                f"Load it with patched_class({type(model).__name__}).from_pretrained(folder). To start with a fresh "
+                f"sampler, del model.config.{SETTINGS}, then patch(model)."
             )
 
     def install(self, sampler: TokenSampler, sampling_weight: float, settings: Mapping[str, Any] | None = None) -> None:
-        """As `AdaptiveHost.install`; keeps the settings for save_pretrained."""
+        """Does what `AdaptiveHost.install` does, and keeps the settings for save_pretrained."""
         super().install(sampler, sampling_weight, settings)
         self._settings = settings
 
     def remove(self) -> None:
-        """As `AdaptiveHost.remove`."""
+        """Does what `AdaptiveHost.remove` does, and drops the settings."""
         self.__dict__.pop("_settings", None)
         super().remove()
 
     def finish(self, output: Any, return_dict: bool | None) -> Any:
-        """The output, as a tuple if the caller or the configuration asks for one."""
+        """The output; as a tuple if the caller or the configuration asks for one."""
         wanted = getattr(self.config, "return_dict", True) if return_dict is None else return_dict
         return output if wanted else output.to_tuple()
 
@@ -109,7 +110,7 @@ def image_grid(config: Any) -> tuple[int, int]:
 
 
 def one_of(mask: Tensor | MaskSample | None, other: Tensor | MaskSample | None) -> Tensor | MaskSample | None:
-    """The mask, which has two names; raises ValueError if both are given."""
+    """The mask, an argument with two names. Raises ValueError if both are given."""
     if mask is not None and other is not None:
-        raise ValueError("got both mask and bool_masked_pos; they are the same argument, pass one.")
+        raise ValueError("got both mask and bool_masked_pos, two names of one argument; pass one of them.")
     return other if mask is None else mask

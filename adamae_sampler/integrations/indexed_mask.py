@@ -15,9 +15,10 @@ from adamae_sampler.mask import MaskSample
 class IndexedMask(Tensor):
     """A boolean mask [B, N], True = masked, for which `x[mask]` and `x[~mask]` have static shapes.
 
-    Indexing with a boolean mask makes the host wait for the device, to learn how many rows come out; here they are
-    [B, M, ...] and [B, K, ...], the same values, one axis less flattened. Whatever else is done with it gives what
-    the plain mask gives; changing it in place is an error, since the indices would stay.
+    Indexing with a plain boolean mask makes the host wait for the device, to learn the number of rows. Here `x[mask]`
+    is [B, M, ...] and `x[~mask]` is [B, K, ...]: the same values, with B and tokens as separate axes. All other
+    operations give the results of the plain mask. Changing this mask in place is an error, since its indices would
+    not follow.
     """
 
     rows: Tensor  # [B, 1]
@@ -28,14 +29,15 @@ class IndexedMask(Tensor):
     def __torch_function__(
         cls, func: Callable[..., Any], types: Sequence[type], args: Sequence[Any] = (), kwargs: Any = None
     ) -> Any:
-        """x[mask] and ~mask by indices, all else as for the plain mask."""
+        """Does x[mask] and ~mask by indices, everything else as the plain mask."""
         if func is Tensor.__getitem__ and isinstance(args[1], IndexedMask) and not isinstance(args[0], IndexedMask):
             mask = args[1]
             return args[0][mask.rows, mask.true_idx]
         name = getattr(func, "__name__", "")
         if isinstance(args[0], IndexedMask) and _IN_PLACE.fullmatch(name):
             raise TypeError(
-                f"{name} would change this mask and not its indices; change mask.as_subclass(torch.Tensor).clone()."
+                f"{name} would change this mask and not its indices. Change a copy, "
+                "mask.as_subclass(torch.Tensor).clone()."
             )
         with torch._C.DisableTorchFunctionSubclass():
             result = func(*args, **(kwargs or {}))
@@ -45,7 +47,7 @@ class IndexedMask(Tensor):
 
 
 def indexed_mask(sample: MaskSample) -> Tensor:
-    """The mask of a sample as its hosts index with it; the plain one before torch 2.11."""
+    """The sample's mask as an `IndexedMask`; before torch 2.11, the plain mask."""
     if not SUPPORTED:
         return sample.mask
     rows = torch.arange(sample.mask.shape[0], device=sample.mask.device)[:, None]
@@ -60,5 +62,5 @@ def _indexed(mask: Tensor, rows: Tensor, true_idx: Tensor, false_idx: Tensor) ->
 
 _IN_PLACE = re.compile(r"[a-z]\w*[^_]_|__setitem__")
 
-# Older versions do not ask an index for its __torch_function__, and cannot compile what makes such a tensor.
+# Older versions do not call the __torch_function__ of an index, and cannot compile the making of such a tensor.
 SUPPORTED = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 11)

@@ -17,9 +17,9 @@ from adamae_sampler.ops.sampling import LOG_PROB_RANGE
 class AdaptiveMAE(AdaptiveHost):
     """`loss, pred, mask = model(imgs)`. Modifications:
 
-    - forward takes `mask=`, and the ratio need not be passed;
-    - random_masking takes the sampler's tokens;
-    - forward_loss adds the sampling loss, of the errors that the host's own forward_loss sees.
+    - forward takes `mask=`, and the ratio may be left out;
+    - random_masking follows the sampler's mask;
+    - forward_loss adds the sampling loss, computed from the errors of the host's own forward_loss.
     """
 
     names: ClassVar[tuple[str, ...]] = ("MaskedAutoencoderViT",)
@@ -40,14 +40,14 @@ class AdaptiveMAE(AdaptiveHost):
 
     @staticmethod
     def host_shape(model: Any) -> HostShape:
-        """The shape of the patch embedding, which is timm's, of any version."""
+        """The shape of the patch embedding, which any version of timm provides."""
         embed = model.patch_embed
         height, width = (size // patch for size, patch in zip(embed.img_size, embed.patch_size, strict=True))
         return HostShape(embed.proj.out_channels, (1, height, width), default_ratio(model))
 
     @staticmethod
     def probe(model: Any) -> None:
-        """Raises HostInterfaceError unless forward_loss is a mean weighted by the mask, as the sampling loss needs."""
+        """Raises HostInterfaceError unless forward_loss is a mean weighted by the mask; the sampling loss needs one."""
         embed = model.patch_embed
         check_forward_loss(
             model, (1, embed.proj.in_channels, *embed.img_size), math.prod(AdaptiveMAE.host_shape(model).grid_size)
@@ -56,7 +56,7 @@ class AdaptiveMAE(AdaptiveHost):
     def forward(
         self, imgs: Tensor, mask_ratio: float | None = None, *, mask: Tensor | MaskSample | None = None, **more: Any
     ) -> Any:
-        """imgs as the host takes them; mask [B, N] bool, True = masked -> what the host returns."""
+        """imgs, as in the host; mask [B, N] bool, True = masked -> the host's outputs."""
         self.check_ratio(mask_ratio)
         with self.masking(imgs, mask):
             return super().forward(imgs, self.sampler.mask_ratio, **more)
@@ -69,11 +69,11 @@ class AdaptiveMAE(AdaptiveHost):
         """The host's arguments -> the host's loss, and in training the weighted sampling loss with it."""
         host_loss = super().forward_loss  # type: ignore[misc]
         loss: Tensor = host_loss(imgs, pred, mask, *more, **named)
-        if self._sample is None:  # called by itself
+        if self._sample is None:  # the method was called by itself
             return loss
 
         def sampling(log_probs: Tensor) -> Tensor:
-            # The host's loss is sum(e w) / sum(w) for a mask w; with w = -log p on masked tokens it gives L_S.
+            # The host's loss is sum(e w) / sum(w) for a mask w. With w = -log p on masked tokens it gives L_S.
             weight = -log_probs.clamp(*LOG_PROB_RANGE) * mask
             mean: Tensor = host_loss(imgs, pred.detach(), weight, *more, **named)
             return mean * weight.sum() / mask.sum()
@@ -82,7 +82,7 @@ class AdaptiveMAE(AdaptiveHost):
 
 
 def visible_first(x: Tensor, sample: MaskSample) -> tuple[Tensor, Tensor, Tensor]:
-    """What MAE's random_masking returns: visible tokens, the mask with 1 = masked, and where each token then stands.
+    """The results of MAE's random_masking: visible tokens, the mask with 1 = masked, and ids_restore.
 
     Args:
         x: [B, N, D].
@@ -102,7 +102,7 @@ def check_forward_loss(model: Any, shape: tuple[int, ...], num_tokens: int) -> N
 
     Args:
         model: the unpatched host.
-        shape: of its input for one clip.
+        shape: the shape of its input for one clip.
         num_tokens: N.
     """
     weight = model.decoder_pred.weight
@@ -112,7 +112,7 @@ def check_forward_loss(model: Any, shape: tuple[int, ...], num_tokens: int) -> N
     )
     first = (torch.arange(num_tokens, device=weight.device) < num_tokens // 2).float()[None]
     second = 1 - first
-    attributes = dict(model.__dict__)  # mae_st's patchify leaves one behind
+    attributes = dict(model.__dict__)  # mae_st's patchify leaves an attribute behind
     with torch.no_grad():
         try:
             losses = [float(model.forward_loss(imgs, pred, mask)) for mask in (first, second, 3 * first + second)]
@@ -128,7 +128,7 @@ def check_forward_loss(model: Any, shape: tuple[int, ...], num_tokens: int) -> N
     expected = (shares[0] * losses[0] + shares[1] * losses[1]) / sum(shares)
     if not math.isclose(losses[2], expected, rel_tol=1e-2 if weight.dtype.itemsize < 4 else 1e-4):
         raise HostInterfaceError(
-            f"forward_loss of {type(model).__name__} was expected to be a mean over tokens weighted by the mask, and "
-            f"gives {losses[2]:.6g} where that would be {expected:.6g}; the sampling loss cannot be had from it. Use "
+            f"forward_loss of {type(model).__name__} was expected to be a mean over tokens weighted by the mask. On a "
+            f"trial input it gave {losses[2]:.6g}, expected {expected:.6g}, so it cannot give the sampling loss. Use "
             "AdaptiveTokenSampler directly, see the README. The model was left as it was."
         )

@@ -1,4 +1,4 @@
-"""facebookresearch/mae_st, masked autoencoders for video, with or without class token and separable positions."""
+"""facebookresearch/mae_st, masked autoencoders for video, with or without a class token and separable positions."""
 
 from __future__ import annotations
 
@@ -37,11 +37,14 @@ class AdaptiveMAEST(AdaptiveMAE):
 
     @staticmethod
     def probe(model: Any) -> None:
-        """As `AdaptiveMAE.probe`; and raises HostInterfaceError unless each token has exactly one error."""
+        """Raises HostInterfaceError as `AdaptiveMAE.probe`, or unless each token has exactly one error."""
         embed = model.patch_embed
         frames = embed.frames // embed.t_patch_size * model.t_pred_patch_size
         if frames != model.pred_t_dim:
-            raise HostInterfaceError(f"the decoder predicts {model.pred_t_dim} frames, expected {frames}.")
+            raise HostInterfaceError(
+                f"the decoder predicts {model.pred_t_dim} frames, expected {frames}. Build the model with a pred_t_dim "
+                "that is a multiple of its time steps."
+            )
         shape = (1, embed.proj.in_channels, embed.frames, *embed.img_size)
         check_forward_loss(model, shape, math.prod(embed.input_size))
 
@@ -50,5 +53,5 @@ class AdaptiveMAEST(AdaptiveMAE):
         return tokens.flatten(1, 2)
 
     def random_masking(self, x: Tensor, *_: Any, **__: Any) -> tuple[Tensor, ...]:
-        """x [B, N, D] -> what `AdaptiveMAE` gives, and the visible tokens' indices [B, K]."""
+        """x [B, N, D] -> the results of `AdaptiveMAE.random_masking`, and the indices of the visible tokens [B, K]."""
         return *super().random_masking(x), self.current.visible_idx

@@ -44,10 +44,10 @@ def patch(
 ) -> Model:
     """Gives an existing masked autoencoder adaptive masking, in place.
 
-    The model keeps its type (as a subclass), parameters and outputs; it draws its masks with `model.sampler`, a new
-    submodule, and adds the sampling loss to its loss in training. `model.last_step` has the latest mask and the two
-    losses apart. Patch before the optimizer is made, and before DDP or `torch.compile` wraps the model. Other models
-    of the same class are untouched. Patching again with the same settings, or with them left out, changes nothing.
+    The model keeps its type (as a subclass), parameters and outputs. It draws its masks with `model.sampler`, a new
+    submodule. In training it adds the sampling loss to its loss. `model.last_step` has the latest mask and both losses
+    separately. Patch before you make the optimizer, and before DDP or `torch.compile` wraps the model. Other models of
+    the same class do not change. Patching again with the same settings, or without any, changes nothing.
 
     Args:
         model: one of the hosts in adamae_sampler/integrations/README.md, or a subclass of one.
@@ -56,15 +56,15 @@ def patch(
         sampler: a sampler of your own (random, tube, frame, or adaptive with other settings), instead of `mask_ratio`
             and `network`.
         sampling_weight: weight of the sampling loss, 1e-4 if None.
-        host: a key of `adamae_sampler.integrations.HOSTS`, for a fork that renamed the class of that host.
+        host: a key of `adamae_sampler.integrations.HOSTS`, for a fork that renamed the host's class.
 
     Returns:
         The model itself.
 
     Raises:
         TypeError: the model is none of the hosts, or lacks a method or submodule of the host (`HostInterfaceError`).
-        ValueError: a ratio that the host cannot take, a sampler for another grid, or a model that is patched with
-            other settings.
+        ValueError: the host cannot take the ratio, the sampler is for another grid, or the model is already patched
+            with other settings.
     """
     if isinstance(model, AdaptiveHost):
         check_same(model, mask_ratio, network, sampler, sampling_weight)
@@ -80,14 +80,14 @@ def patch(
         sampler = AdaptiveTokenSampler(shape.embed_dim, shape.grid_size, ratio, network)
         settings = {"mask_ratio": ratio, "network": network} if isinstance(network, str) else None
     elif mask_ratio is not None or network is not None:
-        raise ValueError("mask_ratio and network are the sampler's own: give them or a sampler, not both.")
+        raise ValueError("a sampler has a mask_ratio and a network already: give these or a sampler, not both.")
     else:
         check_sampler(sampler, shape, type(model).__name__)
-    # Nothing above has changed the model; from here on a failure takes back what was done.
+    # Nothing above changes the model. From here on, a failure undoes the changes.
     patched: Any = model
     try:
         patched.__class__ = patched_type(type(model), mixin)
-        patched.__dict__.pop("forward", None)  # the class's own, see has_own_forward
+        patched.__dict__.pop("forward", None)  # at most the class's forward, see has_own_forward
         patched.install(sampler, PAPER_WEIGHT if sampling_weight is None else sampling_weight, settings)
     except BaseException:
         if isinstance(model, AdaptiveHost):
@@ -97,9 +97,9 @@ def patch(
 
 
 def unpatch(model: Model) -> Model:
-    """Removes a patch. Type, attributes, methods and state-dict keys are as before.
+    """Removes a patch. Type, attributes, methods and state-dict keys are then as before the patch.
 
-    The sampler and its weights are removed too. Keep a reference to `model.sampler` if you need them.
+    The sampler and its weights are removed too. If you need them, keep a reference to `model.sampler`.
 
     Returns:
         The model itself.
@@ -109,7 +109,7 @@ def unpatch(model: Model) -> Model:
     """
     if not isinstance(model, AdaptiveHost):
         inner = _inner(model)
-        hint = f" It wraps a {type(inner).__name__}: unpatch that." if inner is not None else ""
+        hint = f" It wraps a {type(inner).__name__}: unpatch that model." if inner is not None else ""
         raise TypeError(f"{type(model).__name__} is not patched.{hint}")
     modules: list[Any] = [model, *model.patched_modules()]
     for module in modules:
@@ -117,8 +117,8 @@ def unpatch(model: Model) -> Model:
         if type(module) is not expected or has_own_forward(module):
             raise TypeError(
                 f"something else has changed the class or the forward of this {expected.__name__} since it was patched "
-                f"(it is a {type(module).__name__}; FSDP, Accelerate and parametrizations do that). Undo that first: "
-                "accelerate.utils.extract_model_from_parallel(model, keep_fp32_wrapper=False) for Accelerate."
+                f"(it is a {type(module).__name__} now; FSDP, Accelerate and parametrizations do that). Undo that "
+                "first; for Accelerate, accelerate.utils.extract_model_from_parallel(model, keep_fp32_wrapper=False)."
             )
     for module in modules:
         module.__dict__.pop("forward", None)
@@ -127,21 +127,22 @@ def unpatch(model: Model) -> Model:
 
 
 def patched_class(host_class: type[nn.Module]) -> type[Any]:
-    """The class that `patch` makes of a Hugging Face class, for its `from_pretrained`.
+    """The patched class of a Hugging Face class, for its `from_pretrained`.
 
-    Use: `patched_class(VideoMAEForPreTraining).from_pretrained(folder)` loads what a patched model's `save_pretrained`
-    wrote, the sampler with it.
+    A patched model's `save_pretrained` writes a folder. `patched_class(VideoMAEForPreTraining).from_pretrained(folder)`
+    loads the model from it, with its sampler.
 
     Raises:
-        TypeError: a class of another library, or none that can be patched.
+        TypeError: the class is from another library, or cannot be patched.
     """
-    host_class = getattr(host_class, "host_class", host_class)  # of a patched class, its host's
+    host_class = getattr(host_class, "host_class", host_class)  # a patched class stands for its host's
     for mixin in (AdaptiveHFVideoMAE, AdaptiveHFViTMAE):
         if set(mixin.names) & {base.__name__ for base in host_class.__mro__}:
             return cast(type[Any], patched_type(host_class, mixin))
     raise TypeError(
-        f"{host_class.__name__} has no from_pretrained that would keep a sampler: expected a Hugging Face class, "
-        "VideoMAEForPreTraining or ViTMAEForPreTraining. For other hosts make the model, patch it, then load its state."
+        f"{host_class.__name__} has no from_pretrained that loads a sampler: expected a Hugging Face class, "
+        "VideoMAEForPreTraining or ViTMAEForPreTraining. For other hosts build the model, patch it, then call "
+        "load_state_dict."
     )
 
 
@@ -149,7 +150,8 @@ def find_host(model: nn.Module, host: str | None = None) -> type[AdaptiveHost]:
     """The mixin for a model.
 
     Raises:
-        TypeError: there is none.
+        TypeError: no mixin fits the model.
+        ValueError: `host` is not a key of `HOSTS`.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"expected a model (nn.Module) to patch, got {type(model).__name__}: {model!r:.80}.")
@@ -166,15 +168,15 @@ def find_host(model: nn.Module, host: str | None = None) -> type[AdaptiveHost]:
     got = f"cannot patch {type(model).__module__}.{type(model).__qualname__}"
     inner = _inner(model)
     if inner is not None:
-        raise TypeError(f"{got}: it wraps a {type(inner).__name__}. Patch that first, then wrap it.")
+        raise TypeError(f"{got}: it wraps a {type(inner).__name__}. Patch that first, then wrap it again.")
     raise TypeError(
-        f"{got}: expected one of {known}, or a subclass of one; found the classes {', '.join(names[:-2])}. For a fork "
-        f"that renamed its class name the host, patch(model, host=...), one of {', '.join(HOSTS)}; for other code use "
+        f"{got}: expected one of {known}, or a subclass of one; found the classes {', '.join(names[:-2])}. If a fork "
+        f"renamed the class, use patch(model, host=...) with one of {', '.join(HOSTS)}. For other models use "
         "AdaptiveTokenSampler directly, see the README."
     )
 
 
 def _inner(model: nn.Module) -> nn.Module | None:
-    """What DDP, DataParallel or torch.compile has wrapped."""
+    """The model inside DDP, DataParallel or torch.compile; None if the model is not wrapped."""
     inner = getattr(model, "module", getattr(model, "_orig_mod", None))
     return inner if isinstance(inner, nn.Module) else None

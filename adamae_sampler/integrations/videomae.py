@@ -15,10 +15,10 @@ from adamae_sampler.mask import MaskSample
 class AdaptiveVideoMAE(AdaptiveHost):
     """`prediction, sample = model(videos)`. Modifications:
 
-    - the mask is drawn, not passed; a given one is taken too;
-    - the sample is returned beside the prediction, for AdaMAELoss in the training engine;
-    - boolean indexing goes by the sample's indices;
-    - weight decay leaves the score network's position embedding alone.
+    - the sampler draws the mask; a mask can still be passed;
+    - forward also returns the sample, for AdaMAELoss in the training engine;
+    - boolean indexing uses the sample's indices;
+    - the score network's position embedding gets no weight decay.
     """
 
     names: ClassVar[tuple[str, ...]] = ("PretrainVisionTransformer",)
@@ -36,12 +36,12 @@ class AdaptiveVideoMAE(AdaptiveHost):
 
     @staticmethod
     def fits(model: Any) -> bool:
-        """Whether the forward takes no decode_mask; VideoMAEv2 has the same class name, and takes one."""
+        """Whether the forward takes no decode_mask. VideoMAEv2 has the same class name and takes one."""
         return "decode_mask" not in inspect.signature(model.forward).parameters
 
     @staticmethod
     def host_shape(model: Any) -> HostShape:
-        """The shape of the patch embedding. It stores the number of tokens, from which the time steps follow."""
+        """The shape of the patch embedding. The number of its tokens gives the time steps."""
         embed = model.encoder.patch_embed
         height, width = (size // patch for size, patch in zip(embed.img_size, embed.proj.kernel_size[1:], strict=True))
         return HostShape(embed.proj.out_channels, (embed.num_patches // (height * width), height, width))
@@ -53,6 +53,6 @@ class AdaptiveVideoMAE(AdaptiveHost):
         return prediction, sample
 
     def no_weight_decay(self) -> set[str]:
-        """The names of the host, and the position embedding of the sampler."""
+        """The host's names, and that of the sampler's position embedding."""
         own = {name for name, _ in self.named_parameters() if name.startswith("sampler.") and "pos_embed" in name}
         return cast(set[str], super().no_weight_decay()) | own  # type: ignore[misc]

@@ -1,4 +1,4 @@
-"""OpenGVLab/VideoMAEv2, whose decoder has a mask of its own."""
+"""OpenGVLab/VideoMAEv2. Its decoder has a mask of its own."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from adamae_sampler.mask import MaskSample
 class AdaptiveVideoMAEv2(AdaptiveVideoMAE):
     """`prediction, sample = model(images, decode_mask=decode_mask)`. Modifications: those of `AdaptiveVideoMAE`.
 
-    The decoder's mask stays the host's.
+    The caller still passes the decoder's mask.
     """
 
     expected_interface: ClassVar[dict[str, Any]] = {
@@ -32,7 +32,7 @@ class AdaptiveVideoMAEv2(AdaptiveVideoMAE):
     ) -> tuple[Tensor, MaskSample]:
         """x [B, C, T, H, W]; mask, decode_mask [B, N] bool, True = masked -> the host's prediction, and the sample.
 
-        The prediction is [B, M, P] without a decoder mask, else of the tokens that it leaves, [B, tokens left, P];
-        AdaMAELoss takes the same decode_mask.
+        Without a decode_mask the prediction is [B, M, P]. With one it is [B, decoded tokens, P], and AdaMAELoss takes
+        the same decode_mask.
         """
         return super().forward(x, mask, decode_mask=decode_mask, **more)

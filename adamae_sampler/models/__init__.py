@@ -1,5 +1,7 @@
-"""The reference video MAE, its classifier, and the formats they read and write. Importing this registers the models
-with timm."""
+"""The reference video MAE, its classifier, and the checkpoint formats they read and write.
+
+The import of this package registers the models with timm.
+"""
 
 from adamae_sampler.models.adamae import (
     AdaMAE,

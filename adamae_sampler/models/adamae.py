@@ -32,11 +32,11 @@ from adamae_sampler.sampler import (
 from adamae_sampler.transformer import LayerNorm, Transformer
 
 Masking = Literal["adaptive", "random", "tube", "frame"]
-_LEARNED = {"score_network": "mha", "temperature": 1.0, "exploration": 0.0}  # defaults of arguments of adaptive masking
+_LEARNED = {"score_network": "mha", "temperature": 1.0, "exploration": 0.0}  # defaults; adaptive masking alone has them
 
 
 class Decoder(nn.Module):
-    """Transformer over all tokens, then a linear layer from the masked ones to pixels."""
+    """A transformer over all tokens, then a linear layer from the masked tokens to pixels."""
 
     def __init__(self, width: int, depth: int, num_heads: int, patch_values: int) -> None:
         super().__init__()
@@ -45,7 +45,7 @@ class Decoder(nn.Module):
         self.head = nn.Linear(width, patch_values)
 
     def features(self, x: Tensor, num_masked: int) -> Tensor:
-        """[B, K + M, D], the masked tokens last -> what the head makes their pixels of, [B, M, D]."""
+        """[B, K + M, D], the masked tokens last -> the input of the head [B, M, D]."""
         normed: Tensor = self.blocks(x, self.norm, last=num_masked)
         return normed
 
@@ -73,24 +73,23 @@ class AdaMAE(nn.Module):
         decoder_depth: blocks of the decoder.
         decoder_num_heads: attention heads of the decoder.
         mask_ratio: share of tokens to mask.
-        masking: "adaptive", "random", "tube", "frame", or a `TokenSampler` of your own, which then has the ratio.
+        masking: "adaptive", "random", "tube", "frame", or a `TokenSampler`. The sampler has its own mask ratio.
         score_network: the score network of adaptive masking, see `AdaptiveTokenSampler`.
         temperature: see `AdaptiveTokenSampler`.
         exploration: see `AdaptiveTokenSampler`.
         num_masks: R, masks of each clip, drawn from one p. The batch is R times as large from the encoder on.
-            Predictions and the sample have B R rows; the rows of a clip follow each other.
+            Predictions and the sample have B R rows, clip by clip.
         sample_from: the input of the sampler: "tokens", or "pixels", which are patches shrunk to 4 x 4. With "pixels"
-            only the visible tokens are embedded, which saves time with fixed masks too.
-        decode_ratio: share of the masked tokens that is decoded in training, drawn uniformly; all in evaluation.
-        mean: a number for each channel, as a share of 255, by which uint8 video is normalised; with three channels
-            None means the mean of ImageNet.
+            only the visible tokens are embedded. This saves time with fixed masks too.
+        decode_ratio: share of the masked tokens that is decoded in training, drawn uniformly. Evaluation decodes all.
+        mean: the channel means of uint8 video, as a share of 255. With three channels None means ImageNet's.
         std: the standard deviations that go with `mean`.
         fused_head: in training return `HeadInputs` instead of the prediction. `AdaMAELoss(fused_head=True)` takes it
             and computes the last layer and the error together.
 
     Raises:
-        ValueError: sizes that do not divide, a number out of range, an unknown masking, options that do not fit the
-            masking, or a sampler for another grid.
+        ValueError: patches do not divide the clip, or heads the width; a number is out of range; the masking is
+            unknown; options do not fit the masking; or the sampler is for another grid.
     """
 
     def __init__(
@@ -137,7 +136,7 @@ class AdaMAE(nn.Module):
         self.decoder = Decoder(decoder_embed_dim, decoder_depth, decoder_num_heads, self.size.patch_values)
         init_linear_layers(self)
         trunc_normal_(self.mask_token, std=0.02, a=-0.02, b=0.02)
-        # Last, because a sampler given from outside keeps the weights it came with.
+        # Last, so that initialisation leaves the weights of a given sampler alone.
         width = embed_dim if sample_from == "tokens" else shrunk(self.size.patches).pixels * in_chans
         learned = {"score_network": score_network, "temperature": temperature, "exploration": exploration}
         self.sampler = _make_sampler(masking, width, self.size.grid, mask_ratio, num_masks, learned)
@@ -151,17 +150,17 @@ class AdaMAE(nn.Module):
         """Predicts the masked part of each clip.
 
         Args:
-            video: [B, C, T, H, W], uint8 pixels, or floating point, normalised as you wish. With uint8 no
-                fp32 copy of the video is made on a GPU.
-            mask: a mask in place of a draw, see `TokenSampler.forward`; log_probs are still the sampler's.
+            video: [B, C, T, H, W], uint8 pixels, or floating point, normalised as you wish. uint8 video needs no
+                fp32 copy on a GPU.
+            mask: a mask to use instead of a draw, see `TokenSampler.forward`. log_probs still come from the sampler.
             generator: source of the draw's randomness.
 
         Returns:
-            prediction [B, M, P], in the order of `sample.target_idx`, values laid out (t p1 p2 c); and the sample.
+            The prediction [B, M, P], in the order of `sample.target_idx`, values laid out (t p1 p2 c); and the sample.
 
         Raises:
-            TypeError: video of other integers than uint8.
-            ValueError: a video of another size than the model's, or a mask that does not fit it.
+            TypeError: the video is neither uint8 nor floating point.
+            ValueError: the video has another size than the model, or the mask does not fit the video.
         """
         self.size.check(video)
         x, sample = self._encode(video, mask, generator)  # [B, K, D], B times num_masks
@@ -172,7 +171,7 @@ class AdaMAE(nn.Module):
         x = assemble_tokens(x, self.mask_token, self.decoder_pos_embed, sample)  # [B, K + M, decoder D]
         num_masked = sample.target_idx.shape[1]
         if self.training and self.fused_head:
-            # Copies: a parameter that leaves the forward pass is taken back by FSDP2 and counts as unused for DDP.
+            # Copies: FSDP2 takes parameters back after the forward pass, and DDP counts returned parameters as unused.
             head = self.decoder.head
             return HeadInputs(self.decoder.features(x, num_masked), head.weight.clone(), head.bias.clone()), sample
         prediction: Tensor = self.decoder(x, num_masked)  # [B, M, P]
@@ -191,15 +190,15 @@ class AdaMAE(nn.Module):
                 return self.encoder(tokens, sample.visible_idx), sample
         else:
             sample = self.draw_mask(video, mask=mask, generator=generator)
-        # Where scores give the tokens a gradient, the visible ones are embedded once more: that is a few rows of a
-        # product, and a gather's gradient would be zeros for all tokens, and a sum over all of them.
+        # Where the scores give the tokens a gradient, the visible tokens are embedded again. That costs a few rows of a
+        # matrix product. A gather would cost more: its gradient has a row for every token, and is summed over them all.
         visible = embed(video, sample.visible_idx, layer=layer)
         return self.encoder.of_visible(visible, sample.visible_idx), sample
 
     def draw_mask(
         self, video: Tensor, mask: Tensor | MaskSample | None = None, generator: torch.Generator | None = None
     ) -> MaskSample:
-        """A mask for each clip, as `forward` draws it: for evaluation with `forward(video, mask=...)`, and pictures."""
+        """A mask for each clip, as `forward` draws it. Use it for pictures, and for `forward(video, mask=...)`."""
         self.size.check(video)
         embed = self.encoder.patch_embed
         if self.sample_from == "tokens":
@@ -210,18 +209,18 @@ class AdaMAE(nn.Module):
         return sample
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute activations of encoder and decoder in the backward pass. The draw is never recomputed."""
+        """Recomputes activations of encoder and decoder in the backward pass. The draw is never recomputed."""
         self.encoder.blocks.grad_checkpointing = enable
         self.decoder.blocks.grad_checkpointing = enable
 
     @torch.no_grad()
     def init_non_persistent_buffers(self) -> None:
-        """Fills what no checkpoint holds, after `to_empty` of a model made on the meta device (timm's convention)."""
+        """Fills the buffers that checkpoints lack, after `to_empty` of a model on the meta device (timm's name)."""
         self.decoder_pos_embed.copy_(sinusoid_table(*self.decoder_pos_embed.shape[1:]))
         fill_constants(self)
 
     def no_weight_decay(self) -> set[str]:
-        """Parameters with more than one axis that weight decay should still leave alone, as timm asks for them."""
+        """Names of the parameters with several axes that need no weight decay, for timm."""
         return {name for name, _ in self.named_parameters() if name.rpartition(".")[2] in ("mask_token", "pos_embed")}
 
 
@@ -236,21 +235,20 @@ def _make_sampler(
     if masking != "adaptive" and (given := [name for name, value in learned.items() if value != _LEARNED[name]]):
         what = "the sampler given has its own" if isinstance(masking, TokenSampler) else f"masking={masking!r} has none"
         values = ", ".join(f"{name}={learned[name]!r}" for name in given)
-        raise ValueError(f"{values}: only masking='adaptive' takes it, and {what}. Leave it out.")
+        raise ValueError(f"{values}: only masking='adaptive' takes it; {what}. Leave it out.")
     if isinstance(masking, TokenSampler):
         if num_masks not in (1, masking.num_masks):
             raise ValueError(
-                f"num_masks={num_masks}, and the sampler given has {masking.num_masks}: give it to the sampler."
+                f"num_masks={num_masks}, but the sampler given has {masking.num_masks}. Set num_masks of the sampler."
             )
         if masking.grid_size != grid_size:
             raise ValueError(
-                f"the sampler's grid_size is {masking.grid_size}, the model's {grid_size}; build it with the model's."
+                f"the sampler's grid_size is {masking.grid_size}, the model's {grid_size}. Build both with one grid."
             )
         if isinstance(masking, AdaptiveTokenSampler) and masking.embed_dim != embed_dim:
             raise ValueError(
-                f"the sampler's embed_dim is {masking.embed_dim}, and it gets {embed_dim} values of a token, "
-                f"which are the model's embed_dim, or with sample_from='pixels' a patch shrunk to 4 x 4; build it with "
-                "that."
+                f"the sampler's embed_dim is {masking.embed_dim}, expected {embed_dim}: the embed_dim of the model, or "
+                "with sample_from='pixels' the values of a patch shrunk to 4 x 4. Build the sampler with that."
             )
         return masking
     if masking == "adaptive":

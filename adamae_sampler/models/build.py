@@ -1,4 +1,4 @@
-"""How the models are made for timm's registry."""
+"""Builds the models for timm's registry."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ Model = TypeVar("Model", bound=nn.Module)
 def build_variant(
     kind: type[Model], variant: str, pretrained: bool, kwargs: dict[str, Any], num_classes: int = -1, **size: Any
 ) -> Model:
-    """A model of `kind` with the arguments of its variant, which those of the caller override.
+    """A model of `kind` with the arguments of its variant. The caller's arguments override these.
 
     Raises:
-        ValueError: pretrained weights are asked for; there are none to download.
+        ValueError: `pretrained` is True; there are no weights to download.
     """
     if pretrained:
         raise ValueError(

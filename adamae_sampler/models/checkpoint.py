@@ -1,7 +1,7 @@
-"""Loading weights: which formats there are, and how much of a model a file must cover.
+"""Loading weights: the known formats, and how much of a model a file must cover.
 
-A format is a way to recognise a file and a renaming of its keys; a new one is one entry in FORMATS. Nothing is
-unpickled beyond tensors and plain containers.
+A format recognises a file and renames its keys. To add a format, add an entry to FORMATS. Only tensors and plain
+containers are unpickled.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from adamae_sampler.models import huggingface
 
 @dataclass(frozen=True)
 class LoadReport:
-    """What `load_checkpoint` did; print it.
+    """The result of `load_checkpoint`; print it.
 
     Attributes:
-        format: name of the format recognised.
+        format: name of the recognised format.
         matched: parameters of the model that were loaded.
-        missing: parameters of the model that the file does not have and that keep their present values.
-        unused: keys of the file that the model has no place for.
+        missing: parameters of the model that the file lacks; they keep their values.
+        unused: keys of the file that the model lacks.
     """
 
     format: str
@@ -49,12 +49,12 @@ class Format:
     """A checkpoint format.
 
     Attributes:
-        name: for reports and errors.
-        marker: a regular expression that some key of such a file matches.
+        name: name in reports and errors.
+        marker: a regular expression that matches at least one key of such a file.
         renames: (pattern, replacement) pairs, applied in order to every key.
-        convert: the file's weights under our names, where renaming is not enough.
+        convert: a function from the file's weights to ours, where renaming is not enough.
         lacks: prefixes of the model's keys that files of this format never have.
-        hint: for the error about missing parameters.
+        hint: a sentence for the error about missing parameters.
     """
 
     name: str
@@ -84,20 +84,20 @@ FORMATS = (
             (r"^encoder\.get_token_probs\.1\.", "sampler.network.head."),
         ),
     ),
-    # Also our own model with a fixed sampler, which has no parameters, and our classifier: the keys are the same.
+    # Also our own model with a fixed sampler, which has no parameters, and our classifier. Their keys are the same.
     Format("VideoMAE (no sampler)", r"^encoder\.blocks\..*\.q_bias$", lacks=("sampler.",)),
     Format(
         "fine-tuned VideoMAE", r"^blocks\..*\.q_bias$", renames=((r"^(?=(patch_embed|blocks|norm)\.)", "encoder."),)
     ),
 )
 
-_CONTAINERS = ("model", "state_dict", "module", "model_state_dict")  # where files keep the weights
+_CONTAINERS = ("model", "state_dict", "module", "model_state_dict")  # keys under which files keep the weights
 _WRAPPERS = (
     "module.",
     "_orig_mod.",
     "model.",
     "_fsdp_wrapped_module.",
-)  # what DDP, compile, ... put before keys
+)  # prefixes that DDP, torch.compile and FSDP add to keys
 
 
 def load_checkpoint(
@@ -109,26 +109,27 @@ def load_checkpoint(
 ) -> LoadReport:
     """Loads weights into a reference model: official AdaMAE's, VideoMAE's, Hugging Face VideoMAE's or our own.
 
-    Everything is checked before anything is written: on an error the model is as it was. A file without a sampler
-    (VideoMAE's, Hugging Face's, or ours with a fixed mask) leaves an adaptive model its fresh one, and the report says
-    so. Numbers of heads are in no file, and without a sampler neither is the grid: give the model the checkpoint's.
+    Everything is checked before anything is written, so on an error the model does not change. A file may have no
+    sampler (VideoMAE's, Hugging Face's, or ours with a fixed mask). An adaptive model then keeps its fresh sampler, and
+    the report says so. No file states the numbers of heads; a file without a sampler does not state the grid either.
+    Build the model with the checkpoint's heads and grid.
 
     Args:
         model: `AdaMAE` or `VideoClassifier`, bare or wrapped (DDP, torch.compile).
-        checkpoint: a path to a .safetensors file, to one that torch.save wrote or to a folder with model.safetensors,
-            or a state dict.
+        checkpoint: a state dict; or a path to a .safetensors file, to a file of torch.save, or to a folder with
+            model.safetensors.
         only: a prefix of the model's parameters; the others are neither loaded nor needed. "encoder." starts a
-            classifier from a pre-trained file, or from one fine-tuned on other classes.
+            classifier from a pre-trained file, or from a classifier of other classes.
         allow_missing: prefixes of the model's parameters that the file need not have, such as "sampler." or
             "decoder.".
 
     Returns:
-        LoadReport: what matched, what was missing, what was left over.
+        LoadReport: the matched, missing and unused names.
 
     Raises:
-        FileNotFoundError: no such file.
-        TypeError: the weights are something other than tensors.
-        ValueError: the file is damaged or holds foreign objects, the format is not known, a shape differs, or a
+        FileNotFoundError: the file does not exist.
+        TypeError: the weights are not all tensors.
+        ValueError: the file is damaged or holds foreign objects, the format is unknown, a shape differs, or a
             parameter of the model is missing.
     """
     tensors = _strip_wrappers(
@@ -137,7 +138,7 @@ def load_checkpoint(
     own = {_strip(name): tensor for name, tensor in model.state_dict().items() if _strip(name).startswith(only)}
     if not own:
         raise ValueError(
-            f"only={only!r} matches no parameter of the model; it has {_summary(list(model.state_dict()))}."
+            f"only={only!r} matches no parameter of the model, which has {_summary(list(model.state_dict()))}."
         )
     file_format = _recognise(tensors, own)
     weights = file_format.convert({_rename(name, file_format): tensor for name, tensor in tensors.items()})
@@ -163,9 +164,9 @@ def load_checkpoint(
         hint = file_format.hint + ("It has no decoder: it is an encoder alone, or a classifier. " if no_decoder else "")
         raise ValueError(
             f"the {file_format.name} checkpoint lacks {len(needed)} of the model's {len(own)} parameters: "
-            f"{_summary(needed)}. It has, without a place in the model: {_summary(unused) if unused else 'nothing'}. "
-            f"{hint}Build the model with the checkpoint's depth, or name in allow_missing what may keep "
-            "its present values."
+            f"{_summary(needed)}. In the file, not in the model: {_summary(unused) if unused else 'nothing'}. "
+            f"{hint}Build the model with the checkpoint's depth, or list in allow_missing the prefixes of parameters "
+            "that may keep their values."
         )
     parts = {name.partition(".")[0] for name in own} & {"encoder", "decoder"}  # a classifier has no decoder
     if deeper := [name for name in unused if name.startswith(tuple(f"{part}.blocks." for part in parts))]:
@@ -192,10 +193,10 @@ def _read(path: str | os.PathLike[str]) -> Mapping[str, Any]:
         # Training scripts of VideoMAE's family save their arguments beside the weights; a Namespace is plain data.
         with torch.serialization.safe_globals([argparse.Namespace]):
             loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # readers raise whatever a damaged file happens to trip
+    except Exception as error:  # readers raise many types of errors for a damaged file
         raise ValueError(
             f"{path} cannot be read as a checkpoint: it is damaged, or holds objects other than tensors and plain "
-            "containers, which are never unpickled. If you trust it, save its weights alone, as in "
+            "containers, which are never unpickled. If you trust the file, save its weights alone, as in "
             f"torch.save({{'model': checkpoint['model']}}, path). ({str(error).splitlines()[0]})"
         ) from error
     if not isinstance(loaded, Mapping):
@@ -212,7 +213,7 @@ def _find_weights(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
     if other:
         raise TypeError(
             f"the checkpoint holds {_summary([f'{name} ({kind})' for name, kind in other.items()])} where tensors were "
-            f"expected. Give its state dict, or a file that keeps it under one of {_CONTAINERS}."
+            f"expected. Give a state dict, or a file with a state dict under one of {_CONTAINERS}."
         )
     return dict(checkpoint)
 
@@ -233,7 +234,7 @@ def _recognise(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> Form
             return file_format
     raise ValueError(
         f"the checkpoint has keys such as {_summary(list(tensors))}, which is none of the formats known "
-        f"({', '.join(each.name for each in FORMATS)}). The model's keys are such as {_summary(list(own))}."
+        f"({', '.join(each.name for each in FORMATS)}). Rename its keys to the model's, such as {_summary(list(own))}."
     )
 
 

@@ -1,4 +1,4 @@
-"""The video classifier that a pre-trained encoder is fine-tuned as: mean pooling, fc_norm, a linear head."""
+"""The video classifier for fine-tuning a pre-trained encoder: mean pooling, fc_norm, a linear head."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from adamae_sampler.transformer import LayerNorm
 class VideoClassifier(nn.Module):
     """ViT over all tokens of a clip, mean-pooled (VideoMAE's and the paper's fine-tuning model).
 
-    The encoder has the weights' names of `AdaMAE`'s, without its last norm, whose place `fc_norm` takes.
-    The defaults are ViT-B's.
+    The encoder's weights have the names of `AdaMAE`'s encoder. `fc_norm` replaces the encoder's last norm. The defaults
+    are ViT-B's.
 
     Args:
         img_size: height and width of a frame in pixels, one number or a pair.
@@ -29,19 +29,19 @@ class VideoClassifier(nn.Module):
         patch_size: height and width of a patch in pixels, one number or a pair.
         tubelet_size: frames of a patch.
         in_chans: channels of the video.
-        num_classes: outputs of the head; 0 for none, which gives pooled features.
-        embed_dim: width.
-        depth: blocks.
+        num_classes: outputs of the head. 0 leaves the head out, and forward returns pooled features.
+        embed_dim: width of the tokens.
+        depth: number of blocks.
         num_heads: attention heads.
         drop_path_rate: stochastic depth of the last block, rising linearly from 0 at the first.
         drop_rate: dropout before the head.
-        head_init_scale: factor on the head's initial weights; small ones leave the encoder alone at first.
-        encoder_norm: keep the encoder's own last norm, for features of a frozen one.
-        mean: what uint8 video is normalised by, see `AdaMAE`.
+        head_init_scale: factor on the head's initial weights. With a small factor the encoder changes little at first.
+        encoder_norm: whether to keep the encoder's own last norm, for features of a frozen encoder.
+        mean: the channel means of uint8 video, see `AdaMAE`.
         std: the standard deviations that go with `mean`.
 
     Raises:
-        ValueError: sizes that do not divide.
+        ValueError: patches do not divide the clip, or heads the width.
     """
 
     def __init__(
@@ -78,11 +78,11 @@ class VideoClassifier(nn.Module):
                 self.head.weight.mul_(head_init_scale)
 
     def forward(self, video: Tensor) -> Tensor:
-        """[B, C, T, H, W] uint8, or floating point, normalised -> logits [B, num_classes].
+        """[B, C, T, H, W], uint8 pixels or normalised floating point -> logits [B, num_classes].
 
         Raises:
-            TypeError: video of other integers than uint8.
-            ValueError: a video of another size than the model's.
+            TypeError: the video is neither uint8 nor floating point.
+            ValueError: the video has another size than the model.
         """
         return self.forward_head(self.forward_features(video))
 
@@ -93,27 +93,27 @@ class VideoClassifier(nn.Module):
         return tokens
 
     def forward_head(self, tokens: Tensor, pre_logits: bool = False) -> Tensor:
-        """Encoded tokens [B, N, D] -> logits [B, num_classes], or what the head gets, [B, D]."""
+        """Encoded tokens [B, N, D] -> logits [B, num_classes]; with `pre_logits`, the head's input [B, D]."""
         pooled: Tensor = self.head_drop(self.fc_norm(tokens.mean(1)))
         return pooled if pre_logits else self.head(pooled)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute activations in the backward pass."""
+        """Recomputes activations in the backward pass."""
         self.encoder.blocks.grad_checkpointing = enable
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """timm's convention: layers for layer-wise learning-rate decay; what matches none (fc_norm, head) is last."""
+        """timm's layer groups for layer-wise learning-rate decay. Parameters in no group (fc_norm, head) come last."""
         return {
             "stem": r"^encoder\.patch_embed",
             "blocks": r"^encoder\.blocks" if coarse else [(r"^encoder\.blocks\.(\d+)", None)],
         }
 
     def no_weight_decay(self) -> set[str]:
-        """Parameters with more than one axis that weight decay should leave alone: none."""
+        """Names of the parameters with several axes that need no weight decay: none."""
         return set()
 
     def init_non_persistent_buffers(self) -> None:
-        """Fills what no checkpoint holds, after `to_empty` of a model made on the meta device (timm's convention)."""
+        """Fills the buffers that checkpoints lack, after `to_empty` of a model on the meta device (timm's name)."""
         fill_constants(self)
 
 
@@ -126,7 +126,7 @@ def adamae_vit_small_patch16_224(pretrained: bool = False, **kwargs: Any) -> Vid
 
 @register_model
 def adamae_vit_base_patch16_224(pretrained: bool = False, **kwargs: Any) -> VideoClassifier:
-    """ViT-B/16 classifier of 16x224x224 clips, that of the paper; any argument of `VideoClassifier` may be given."""
+    """The paper's ViT-B/16 classifier of 16x224x224 clips; any argument of `VideoClassifier` may be given."""
     return build_variant(VideoClassifier, "adamae_vit_base_patch16_224", pretrained, kwargs)
 
 

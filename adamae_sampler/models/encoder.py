@@ -1,4 +1,4 @@
-"""The encoder that pre-training and classification share, and the size of the clips it takes."""
+"""The encoder that pre-training and classification share, and the size of its clips."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class VideoSize:
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
     ) -> VideoSize:
-        """From a model's arguments. Without a mean and std, three channels get those of ImageNet.
+        """Builds the size from a model's arguments. Without mean and std, three channels get ImageNet's.
 
         Raises:
             TypeError, ValueError: see `PatchFormat.of` and `PatchFormat.grid`.
@@ -69,19 +69,18 @@ class VideoSize:
 
     @property
     def num_tokens(self) -> int:
-        """N."""
+        """N, tokens of a clip."""
         return math.prod(self.grid)
 
     @property
     def patch_values(self) -> int:
-        """P."""
+        """P, values of a patch."""
         return self.patches.pixels * self.video[0]
 
     def check(self, video: Tensor) -> None:
-        """Raises TypeError for integers other than uint8, and ValueError unless the shape is [B, C, T, H, W] of this
-        size."""
+        """Raises TypeError for integers other than uint8, and ValueError unless the shape is [B, *self.video]."""
         if not video.is_floating_point() and video.dtype != torch.uint8:
-            raise TypeError(f"video has dtype {video.dtype}, expected uint8 pixels, or floating point, normalised.")
+            raise TypeError(f"video has dtype {video.dtype}, expected uint8 pixels or normalised floating point.")
         if tuple(video.shape[1:]) != self.video:
             raise ValueError(
                 f"video has shape {tuple(video.shape)}, expected [B, {', '.join(map(str, self.video))}] (clips, "
@@ -90,15 +89,15 @@ class VideoSize:
 
 
 class Encoder(nn.Module):
-    """Patch embedding and transformer over the tokens it is given.
+    """Patch embedding, and a transformer over the visible tokens or over all.
 
     Args:
         size: the clips, and how they are cut and normalised.
-        width: D.
+        width: D, width of the tokens.
         depth: number of blocks.
         num_heads: attention heads.
         drop_path: stochastic depth of the last block, rising linearly from 0 at the first.
-        norm: whether a LayerNorm ends it.
+        norm: whether a LayerNorm follows the last block.
     """
 
     pos_embed: Tensor
@@ -119,7 +118,7 @@ class Encoder(nn.Module):
         self.norm = LayerNorm(width) if norm else None
 
     def forward(self, tokens: Tensor, visible_idx: Tensor | None = None) -> Tensor:
-        """All tokens [B, N, D] -> the encoded visible ones [B, K, D] (visible_idx [B, K]), or all [B, N, D]."""
+        """All tokens [B, N, D] -> all encoded [B, N, D]; or with visible_idx [B, K], those encoded [B, K, D]."""
         if visible_idx is None:
             x = tokens + self.pos_embed.to(tokens.dtype)
         else:
@@ -128,7 +127,7 @@ class Encoder(nn.Module):
         return encoded
 
     def of_visible(self, visible: Tensor, visible_idx: Tensor) -> Tensor:
-        """The visible tokens [B, K, D] alone, before positions, visible_idx [B, K] -> encoded [B, K, D]."""
+        """Visible tokens [B, K, D] without position embedding, and visible_idx [B, K] -> encoded [B, K, D]."""
         x = visible + select_rows(self.pos_embed.to(visible.dtype), visible_idx)
         encoded: Tensor = self.blocks(x, self.norm)
         return encoded
@@ -136,7 +135,7 @@ class Encoder(nn.Module):
 
 @torch.no_grad()
 def fill_constants(model: nn.Module) -> None:
-    """Fills the encoder's position table and the key biases. Checkpoints do not hold them (see timm's
+    """Fills the encoder's position table and the key biases, which checkpoints lack (see timm's
     init_non_persistent_buffers)."""
     for module in model.modules():
         if isinstance(module, Encoder):

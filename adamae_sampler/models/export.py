@@ -1,4 +1,4 @@
-"""Saving a pre-trained encoder for the code that fine-tunes it."""
+"""Saves a pre-trained encoder for other code to fine-tune."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from adamae_sampler.models.huggingface import configuration, to_huggingface
 def save_encoder(
     model: AdaMAE, path: str | os.PathLike[str], format: Literal["huggingface", "videomae"] = "huggingface"
 ) -> None:
-    """Writes the encoder as other code loads it; its outputs there are the same.
+    """Writes the encoder in the format of other code, which gets the same outputs from it.
 
     Args:
         model: `AdaMAE`, not wrapped.
         path: for "huggingface" a folder, which `VideoMAEModel.from_pretrained` and
             `VideoMAEForVideoClassification.from_pretrained` load; for "videomae" a file, which VideoMAE's
             `run_class_finetuning.py --finetune` loads.
-        format: whose.
+        format: "huggingface" or "videomae".
 
     Raises:
-        TypeError: another model.
-        ValueError: another format.
-        FileExistsError: there is something at the path already.
+        TypeError: the model is not an `AdaMAE`.
+        ValueError: the format is unknown, or the path of a folder has the suffix of a file.
+        FileExistsError: the path exists already.
     """
     if not isinstance(model, AdaMAE):
         inner = " (pass model.module, without its wrapper)" if hasattr(model, "module") else ""
@@ -38,7 +38,7 @@ def save_encoder(
     if path.exists():
         raise FileExistsError(f"{path} exists already; delete it, or choose another path.")
     if format == "huggingface" and path.suffix in (".pth", ".pt", ".bin", ".safetensors"):
-        raise ValueError(f"{path} is named like a file, and 'huggingface' writes a folder; leave the suffix out.")
+        raise ValueError(f"{path} is named like a file, but 'huggingface' writes a folder. Leave the suffix out.")
     if format == "videomae":
         path.parent.mkdir(parents=True, exist_ok=True)
         torch.save({"model": model.encoder.state_dict()}, path)

@@ -1,4 +1,4 @@
-"""The names of Hugging Face's VideoMAE for the weights of the reference model, and back."""
+"""Converts weights between the reference model and Hugging Face's VideoMAE."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from adamae_sampler.models.adamae import AdaMAE
 
 MARKER = r"(^|\.)encoder\.layer\.\d+\.attention\.attention\.query\.weight$"
 
-# Theirs, ours; within a block and outside. transformers 5 names the biases query.bias and value.bias, 4 and the files
-# that it wrote q_bias and v_bias.
+# (their name, our name), within a block and outside of blocks. The biases are query.bias and value.bias in
+# transformers 5; they are q_bias and v_bias in transformers 4 and its files.
 _BLOCK = (
     ("attention.attention.query.weight", "attn.q.weight"),
     ("attention.attention.key.weight", "attn.k.weight"),
@@ -47,7 +47,7 @@ def from_huggingface(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def to_huggingface(model: AdaMAE) -> dict[str, Tensor]:
-    """The encoder's weights as those of VideoMAEModel, in the layout that every version of transformers loads."""
+    """The encoder's weights under VideoMAEModel's names, in the layout that every version of transformers loads."""
     theirs: dict[str, Tensor] = {}
     names = {ours: name for name, ours in reversed(_BLOCK + _OUTSIDE)}
     for name, tensor in model.encoder.state_dict(prefix="encoder.").items():

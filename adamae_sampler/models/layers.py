@@ -10,7 +10,7 @@ from adamae_sampler.ops.checks import at_least_fp32
 from adamae_sampler.ops.patch_format import PatchFormat
 from adamae_sampler.ops.pixel_rows import rows_of_patches
 
-_MIDDLE = 128.0  # uint8 pixels less this keep the digits of sums in half precision, and are exact in it
+_MIDDLE = 128.0  # uint8 pixels minus 128 are exact in half precision, and their sums lose fewer digits
 
 
 class PatchEmbed3d(nn.Module):
@@ -20,12 +20,12 @@ class PatchEmbed3d(nn.Module):
     product equals that of normalised pixels up to rounding, and a GPU makes no fp32 copy of the video.
 
     Args:
-        patches: how the video is cut; with a mean and std if uint8 video is to be taken.
+        patches: how the video is cut. uint8 video needs a format with mean and std.
         in_chans: channels of the video.
         embed_dim: D, width of the tokens.
 
     Raises:
-        ValueError: a mean or std of other channels than the video's.
+        ValueError: mean and std have another number of channels than the video.
     """
 
     def __init__(self, patches: PatchFormat, in_chans: int, embed_dim: int) -> None:
@@ -37,7 +37,7 @@ class PatchEmbed3d(nn.Module):
             )
         self.patches = patches
         kernel = patches.patch
-        self.proj = nn.Conv3d(in_chans, embed_dim, kernel_size=kernel, stride=kernel)  # a checkpoint's name for it
+        self.proj = nn.Conv3d(in_chans, embed_dim, kernel_size=kernel, stride=kernel)  # checkpoints use this name
 
     def dtype_for(self, video: Tensor) -> torch.dtype:
         """The dtype of the product: autocast's; without autocast the video's, or for uint8 video the weights'."""
@@ -47,18 +47,18 @@ class PatchEmbed3d(nn.Module):
         return video.dtype if video.is_floating_point() else self.proj.weight.dtype
 
     def layer_for(self, video: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The weight [D, P] and bias [D] that patches of the video are multiplied by, in the dtype of the product.
+        """The weight [D, P] and bias [D] for patches of the video, in the dtype of the product.
 
         Raises:
-            TypeError: uint8 video, and no mean and std.
+            TypeError: the video is uint8, and there is no mean and std.
         """
         weight, bias = self.proj.weight, self.proj.bias
         if video.dtype == torch.uint8:
             mean, std = self.patches.mean, self.patches.std
             if mean is None or std is None:
-                raise TypeError("video is uint8, and the model has no mean and std to normalise it by; give it both.")
+                raise TypeError("video is uint8, and the model has no mean and std to normalise it. Give it both.")
             channels = list(zip(at_least_fp32(weight).unbind(1), mean, std, strict=True))
-            # Numbers, not tensors of them, which would be copied to the device and waited for.
+            # Plain numbers: a tensor of them would be copied to the device, and the host would wait.
             weight = torch.stack([x / (255 * scale) for x, _, scale in channels], dim=1)
             shifts = [x.sum((1, 2, 3)) * ((_MIDDLE / 255 - shift) / scale) for x, shift, scale in channels]
             bias = torch.stack([*shifts, *([] if bias is None else [bias])]).sum(0)
@@ -68,12 +68,12 @@ class PatchEmbed3d(nn.Module):
     def forward(
         self, video: Tensor, idx: Tensor | None = None, *, layer: tuple[Tensor, Tensor | None] | None = None
     ) -> Tensor:
-        """Embeds all patches, or some.
+        """Embeds all patches, or those of `idx`.
 
         Args:
             video: [B, C, T, H, W].
-            idx: [B R, K] int64, the tokens to make; all of them if None.
-            layer: what `layer_for` gave, so that a caller who embeds twice makes it once.
+            idx: [B R, K] int64, the tokens to embed; None embeds all.
+            layer: the result of `layer_for`, for a caller that embeds twice.
 
         Returns:
             [B, N, D], tokens in t-h-w order; or [B R, K, D].

@@ -18,7 +18,7 @@ def with_preset(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments of a model, with `preset` replaced by its settings.
 
     Args:
-        arguments: of `AdaMAE`, and `preset`. Without `preset` they are returned as they are: the defaults of `AdaMAE`
+        arguments: arguments of `AdaMAE`, and `preset`. Without `preset` they do not change: the defaults of `AdaMAE`
             are the settings of "exact".
 
     Raises:
@@ -34,14 +34,13 @@ def with_preset(arguments: Mapping[str, Any]) -> dict[str, Any]:
     for name, value in settings.items():
         if name in arguments and arguments[name] != value:
             raise ValueError(
-                f"{name}={arguments[name]!r} contradicts preset={preset!r}, which sets {name}={value!r}. Leave one of "
-                "them out."
+                f"{name}={arguments[name]!r} contradicts preset={preset!r}, which sets {name}={value!r}. Leave one out."
             )
     masking = arguments.get("masking", "adaptive")
     if masking != "adaptive" and preset != "exact":
         raise ValueError(
             f"masking={masking!r} contradicts preset={preset!r}, which sets score_network="
             f"{settings['score_network']!r}: only masking='adaptive' takes a score network. Leave the preset out, and "
-            "give sample_from and decode_ratio by name."
+            "pass its sample_from and decode_ratio yourself."
         )
     return {**arguments, **settings}

@@ -1,4 +1,4 @@
-"""assemble_tokens: the decoder's input, encoded visible tokens and mask tokens with their positions."""
+"""assemble_tokens: the decoder's input, made of encoded visible tokens and mask tokens, with position embeddings."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from adamae_sampler.ops.rows import as_table, cast_once, place_of_token, row_til
 
 Order = Literal["concat", "restore"]
 
-_MOST_PARTS = 1024  # of a sum's first stage; they depend on shapes alone, so that every GPU adds in the same order
+_MOST_PARTS = 1024  # parts of a sum. Their number depends on shapes alone, so every GPU adds in the same order
 
 # ---------------------------------------------------------------------------------------------------- reference
 
@@ -35,7 +35,8 @@ def _assemble_tokens_reference(
     batch, num_visible, width = visible.shape
     token_idx = torch.cat([sample.visible_idx, sample.target_idx], dim=1)  # [B, K + M], the order of "concat"
     fill = mask_token.to(visible.dtype).reshape(1, 1, width).expand(batch, 1, width)
-    fill = fill.expand(batch, token_idx.shape[1] - num_visible, width)  # apart: its gradient sums one axis at a time
+    # A second expand, so that its gradient sums one axis at a time.
+    fill = fill.expand(batch, token_idx.shape[1] - num_visible, width)
     concatenated = torch.cat([visible, fill], dim=1)  # [B, K + M, D]
     if order == "concat":
         return concatenated + select_rows(pos, token_idx).to(visible.dtype)
@@ -66,8 +67,8 @@ def _assemble_kernel(
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
 ):
-    """A row of the output, of which a clip has L: the visible token at `place`, or the mask token if that is -1; plus
-    the position of `token`, one of N."""
+    """Each row is the visible token at `place`, or the mask token if `place` is -1, plus the position embedding of
+    `token`. A clip has L rows and N tokens."""
     row, col, inside = tile_of(num_rows, D, ROWS, COLS)
     clip = (row // L).to(tl.int64)
     rank = row % L
@@ -180,7 +181,7 @@ def _empty_sum(grad: Tensor, visible_idx: Tensor, restore: bool) -> Tensor:
 
 @operator("sum_masked_rows(Tensor grad, Tensor visible_idx, bool restore) -> Tensor", _empty_sum)
 def _sum_masked_rows_op(grad: Tensor, visible_idx: Tensor, restore: bool) -> Tensor:
-    """grad [B, N, D], in the order that `restore` tells -> [D] fp32, the sum of its masked rows."""
+    """grad [B, N, D], in "restore" order if `restore`, else "concat" -> [D] fp32, the sum of its masked rows."""
     batch, num_tokens, width = grad.shape
     _, tile = row_tiles(batch * num_tokens, width)
     parts = min(_MOST_PARTS, -(-batch * num_tokens // tile["ROWS"]))
@@ -232,7 +233,7 @@ class _AssembleTokens(torch.autograd.Function):
         visible_idx, masked_idx = ctx.saved_tensors
         needs_visible, needs_mask_token, needs_pos, *_ = ctx.needs_input_grad
         grad_visible = grad_mask_token = grad_pos = None
-        if needs_visible:  # in "concat" order they are the first rows as they stand
+        if needs_visible:  # in "concat" order the visible tokens are the first rows
             grad_visible = gather_op(grad, visible_idx, None) if ctx.restore else grad[:, : visible_idx.shape[1]]
         if needs_mask_token:
             grad_mask_token = _sum_masked_rows_op(grad, visible_idx, ctx.restore).to(ctx.mask_token_dtype)
@@ -255,50 +256,52 @@ def assemble_tokens(
 
     Args:
         visible: [B, K, D] encoded visible tokens, in the order of `sample.visible_idx`.
-        mask_token: a tensor of D values, such as [D] or [1, 1, D]; the learned stand-in for a masked token.
+        mask_token: a tensor of D values, such as [D] or [1, 1, D]; the learned substitute for a masked token.
         pos: [N, D], [1, N, D] or [B, N, D] position embedding of the decoder.
         sample: the mask.
-        order: "concat" puts the K visible tokens first and the M masked ones after them, as VideoMAE's and
-            AdaMAE's decoders take them; "restore" puts every token back in its place, as MAE's does.
+        order: "concat" puts the K visible tokens first and the M masked tokens after them, as in VideoMAE and AdaMAE;
+            "restore" puts the tokens in t-h-w order, as in MAE.
 
     Returns:
-        [B, N, D] in the dtype of `visible`; [B, K + decoded, D] where the sample leaves masked tokens out.
+        [B, N, D] in the dtype of `visible`; [B, K + decoded, D] if the sample has `decoded_idx`.
 
     Raises:
-        TypeError, ValueError: a wrong dtype, shape, device or order; a part of the tokens in "restore" order, which has
-            a place for each; an index out of range (checked on CPU in eager mode only). The kernel, which cannot raise
-            without making the host wait, gives NaN for an index out of range, and in "restore" order for a token that
-            is visible twice.
+        TypeError, ValueError: a wrong dtype, shape, device or order; "restore" order for a sample with `decoded_idx`;
+            an index out of range (checked on CPU in eager mode only). The kernel cannot raise without making the host
+            wait. It gives NaN for an index out of range, and in "restore" order for a token that is visible twice.
     """
     check_tokens("visible", visible)
     if not isinstance(sample, MaskSample):
         raise TypeError(
-            f"sample is {type(sample).__name__}, expected a MaskSample; MaskSample.from_mask(mask, num_visible) makes "
-            "one of a mask."
+            f"sample is {type(sample).__name__}, expected a MaskSample. To convert a boolean mask, use "
+            "MaskSample.from_mask(mask, num_visible)."
         )
     batch, num_visible, width = visible.shape
     num_tokens = sample.mask.shape[1]
     if num_visible != sample.visible_idx.shape[1]:
         raise ValueError(
-            f"visible holds {num_visible} tokens, the sample leaves {sample.visible_idx.shape[1]} visible."
+            f"visible holds {num_visible} tokens, expected {sample.visible_idx.shape[1]}, the sample's visible tokens."
         )
     check_index_shape("sample.visible_idx", sample.visible_idx, batch, visible.device)
     check_index_shape("sample.target_idx", sample.target_idx, batch, visible.device)
     check_floating("mask_token", mask_token)
     if mask_token.numel() != width:
         raise ValueError(
-            f"mask_token has shape {tuple(mask_token.shape)}, expected {width} values, one row of visible."
+            f"mask_token has shape {tuple(mask_token.shape)}, expected {width} values, the width of visible."
         )
     check_device("mask_token", mask_token, visible.device)
     check_pos(pos, batch, num_tokens, width, visible.device)
     if order not in ("concat", "restore"):
-        raise ValueError(f"order={order!r}, expected 'concat' (visible first) or 'restore' (every token in its place).")
+        raise ValueError(f"order={order!r}, expected 'concat' (visible tokens first) or 'restore' (t-h-w order).")
     if sample.decoded_idx is not None and order == "restore":
-        raise ValueError("the sample leaves masked tokens out (decoded_idx), and order='restore' has places for all.")
+        raise ValueError(
+            "the sample leaves masked tokens out (decoded_idx), but order='restore' needs all tokens. Use "
+            "order='concat'."
+        )
     if visible.shape[1] + sample.masked_idx.shape[1] != num_tokens:
         raise ValueError(
             f"the sample has {visible.shape[1]} visible and {sample.masked_idx.shape[1]} masked tokens, expected "
-            f"{num_tokens} together, as its mask has."
+            f"{num_tokens} together, the tokens of its mask."
         )
     if free_to_read(visible):
         both = torch.cat([sample.visible_idx, sample.target_idx], 1)

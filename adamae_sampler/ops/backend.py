@@ -1,8 +1,8 @@
-"""Which implementation an op runs: its Triton kernel or its plain-PyTorch reference.
+"""The choice of an op's implementation: its Triton kernel or its plain-PyTorch reference.
 
-"auto", the default, takes the kernels where they run well (NVIDIA GPUs of compute capability 8.0 and newer, fp32,
-fp16 and bf16 tensors) and the reference everywhere else. "torch" always takes the reference. "triton" takes the
-kernels or raises. The environment variable ADAMAE_SAMPLER_BACKEND sets the choice at import.
+"auto", the default, takes the kernels for fp32, fp16, bf16 and uint8 tensors on NVIDIA GPUs of compute capability 8.0
+and newer, and the reference everywhere else. "torch" always takes the reference. "triton" takes the kernels or raises.
+The environment variable ADAMAE_SAMPLER_BACKEND sets the choice at import.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor
 try:
     import triton
     import triton.language as tl
-except ImportError:  # Triton has no wheels for this platform: the reference is what runs
+except ImportError:  # Triton has no wheels for this platform, so the reference runs
     triton = tl = None
 
 __all__ = [
@@ -49,12 +49,12 @@ def _checked(backend: str, source: str) -> Backend:
 
 
 _backend = _checked(os.environ.get(ENVIRONMENT_VARIABLE) or "auto", ENVIRONMENT_VARIABLE)
-# Triton's interpreter runs kernels on CPU tensors, for tests; the variable counts when a kernel is defined.
+# Triton's interpreter runs kernels on CPU tensors, for tests. Triton reads the variable when a kernel is defined.
 INTERPRETED = triton is not None and os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def get_backend() -> Backend:
-    """The choice in force: "auto", "triton" or "torch". `backend_for` tells what it comes to for a tensor."""
+    """The choice in force: "auto", "triton" or "torch". `backend_for` tells which implementation a tensor then gets."""
     return _backend
 
 
@@ -84,12 +84,12 @@ def use_backend(backend: Backend) -> Iterator[None]:
 
 
 def backend_for(x: Tensor, *others: Tensor, obstacle: str = "") -> Literal["triton", "torch"]:
-    """What an op runs on these tensors: "triton" or "torch".
+    """The implementation that an op runs on these tensors: "triton" or "torch".
 
     Args:
         x: one of the tensors.
-        others: the others, on the same device.
-        obstacle: why the op has no kernel for its input, empty if it has.
+        others: the other tensors, on the same device.
+        obstacle: the reason why the op has no kernel for its input; empty if it has one.
 
     Raises:
         TypeError: "triton" is asked for and a tensor is neither fp32, nor half precision, nor uint8.
@@ -104,7 +104,7 @@ def backend_for(x: Tensor, *others: Tensor, obstacle: str = "") -> Literal["trit
     for each in tensors:
         if each.dtype not in KERNEL_DTYPES:
             raise TypeError(
-                f"the Triton kernels take float32, float16, bfloat16 and uint8, got {each.dtype}. Cast it, or "
+                f"the Triton kernels take float32, float16, bfloat16 and uint8, got {each.dtype}. Cast the tensor, or "
                 'use set_backend("auto"), which takes plain PyTorch for other dtypes.'
             )
     obstacle = obstacle or device_obstacle(device)
@@ -118,7 +118,7 @@ def backend_for(x: Tensor, *others: Tensor, obstacle: str = "") -> Literal["trit
 
 @torch.compiler.assume_constant_result
 def device_obstacle(device: torch.device) -> str:
-    """Why kernels do not run on a device; empty if they do."""
+    """The reason why kernels do not run on a device; empty if they do."""
     return _find_obstacle(device)
 
 
@@ -129,7 +129,7 @@ def _find_obstacle(device: torch.device) -> str:
     if INTERPRETED:
         return ""
     if device.type != "cuda" or not torch.cuda.is_available() or torch.version.hip is not None:
-        return f"the tensors are on {device}, which is no NVIDIA GPU that this process can use"
+        return f"the tensors are on {device}, and that is no NVIDIA GPU that this process can use"
     capability = torch.cuda.get_device_capability(device)
     if capability < MIN_CAPABILITY:
         return f"{device} has compute capability {capability}, and the kernels are made for {MIN_CAPABILITY} and newer"
@@ -137,22 +137,22 @@ def _find_obstacle(device: torch.device) -> str:
 
 
 def jit(function: _Function | None = None, **options: Any) -> Any:
-    """`triton.jit`, where there is Triton; elsewhere the kernel is left alone, and never launched."""
+    """`triton.jit`. Without Triton it returns the function as it is, and nothing launches the kernel."""
     if function is None:
         return partial(jit, **options)
     return function if triton is None else triton.jit(function, **options)
 
 
 def next_power_of_2(n: int) -> int:
-    """The least power of two that is at least n; Triton's blocks have such sizes."""
+    """The smallest power of two that is at least n. Triton's blocks have such sizes."""
     return 1 << max(n - 1, 0).bit_length()
 
 
 def launch(kernel: Any, programs: int, *args: Any, **constants: Any) -> None:
-    """Launches `programs` programs of a kernel on its first argument's device, which need not be the current one.
+    """Launches `programs` programs of a kernel on the device of its first argument, not on the current device.
 
-    Products and sums are rounded one by one, as the references round them, whatever Triton's version prefers, unless
-    `enable_fp_fusion=True` lets a product and a sum be one instruction.
+    Products and sums are rounded separately, as in the references, in every version of Triton. With
+    `enable_fp_fusion=True` a product and a sum may be one instruction.
     """
     device = args[0].device
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():

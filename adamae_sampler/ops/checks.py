@@ -1,4 +1,4 @@
-"""What several ops share: checks of their input, none of which reads a value from a device, and precision."""
+"""Checks of input that several ops share, and their precision. No check reads a value from a device."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ def check_tokens(name: str, x: Tensor) -> None:
 
 
 def check_index_shape(name: str, idx: Tensor, batch: int, device: torch.device, several: bool = False) -> None:
-    """Raises unless idx is int64 [B, K] on the device given; or, where `several` masks of a clip may be, [B R, K]."""
+    """Raises unless idx is int64 [B, K] on the given device. With `several`, [B R, K] passes too."""
     check_tensor(name, idx)
     if idx.dtype == torch.bool:
         raise TypeError(
-            f"{name} is a boolean mask, expected int64 indices: visible_idx or masked_idx of a sample, such as "
-            "MaskSample.from_mask(mask, num_visible) makes of a mask."
+            f"{name} is a boolean mask, expected int64 indices. Convert it with MaskSample.from_mask(mask, "
+            "num_visible), then pass visible_idx or masked_idx."
         )
     if idx.dtype != torch.int64:
         raise TypeError(f"{name} has dtype {idx.dtype}, expected torch.int64; use {name}.long().")
@@ -48,10 +48,10 @@ def check_index_shape(name: str, idx: Tensor, batch: int, device: torch.device, 
 def check_indices(
     name: str, idx: Tensor, batch: int, num_tokens: int, device: torch.device, several: bool = False
 ) -> None:
-    """As `check_index_shape`; and raises, on CPU in eager mode, unless indices are distinct within 0..N-1 in each row.
+    """Checks as `check_index_shape`; on CPU in eager mode also that each row has distinct indices within 0..N-1.
 
-    On other devices the values are not checked, since that would make the host wait; what `draw_mask` and
-    `MaskSample.from_mask` return is always right.
+    Elsewhere the values are not checked, since that would make the host wait. Indices from `draw_mask` and
+    `MaskSample.from_mask` are always valid.
     """
     check_index_shape(name, idx, batch, device, several)
     if free_to_read(idx) and idx.numel():
@@ -63,19 +63,19 @@ def check_indices(
             row = int((named != idx.shape[1]).nonzero()[0])
             raise ValueError(
                 f"{name} names {int(named[row])} different tokens with {idx.shape[1]} indices in row {row}, expected "
-                "each token once at most."
+                "each token at most once."
             )
 
 
 def check_device(name: str, x: Tensor, device: torch.device) -> None:
-    """Raises unless x is a tensor on the device given."""
+    """Raises unless x is a tensor on the given device."""
     check_tensor(name, x)
     if x.device != device:
-        raise ValueError(f"{name} is on {x.device}, the other tensors on {device}; move one to the other.")
+        raise ValueError(f"{name} is on {x.device}, expected {device}, as the other tensors; use {name}.to(...).")
 
 
 def check_pos(pos: Tensor, batch: int, num_tokens: int, width: int, device: torch.device) -> None:
-    """Raises unless pos is floating point, [N, D], [1, N, D] or [B, N, D], and on the device given."""
+    """Raises unless pos is floating point, [N, D], [1, N, D] or [B, N, D], and on the given device."""
     check_floating("pos", pos)
     check_device("pos", pos, device)
     shape = tuple(pos.shape)
@@ -87,13 +87,13 @@ def check_pos(pos: Tensor, batch: int, num_tokens: int, width: int, device: torc
 
 
 def at_least_fp32(x: Tensor) -> Tensor:
-    """x in fp32, or as it is if it is fp64 already: probabilities and losses are never computed in less."""
+    """x in fp32; fp64 stays fp64. Probabilities and losses are never computed in lower precision."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def check_video(video: Tensor, patches: PatchFormat) -> int:
-    """N, the tokens of a clip. Raises unless the video is [B, C, T, H, W], uint8 or floating point, and patches divide
-    it."""
+    """Returns N, the tokens of a clip. Raises unless the video is [B, C, T, H, W], uint8 or floating point, and patches
+    divide it."""
     check_tensor("video", video)
     tokens_t, tokens_h, tokens_w = patches.grid(video.shape)
     if video.dtype != torch.uint8 and not video.is_floating_point():
@@ -102,18 +102,19 @@ def check_video(video: Tensor, patches: PatchFormat) -> int:
 
 
 def check_channels(video: Tensor, patches: PatchFormat) -> None:
-    """Raises unless mean and std, if the format has them, are as many as the channels of the video."""
+    """Raises unless mean and std, if given, have one value for each channel of the video."""
     if patches.mean is not None and patches.std is not None and len(patches.mean) != video.shape[1]:
         raise ValueError(
-            f"mean has {len(patches.mean)} values, std {len(patches.std)}, the video {video.shape[1]} channels."
+            f"mean has {len(patches.mean)} values, std {len(patches.std)}, the video {video.shape[1]} channels. Give "
+            "one mean and one std for each channel."
         )
 
 
 def check_target(video: Tensor, patches: PatchFormat) -> int:
-    """N, the tokens of a clip. As `check_video`; and raises if the format's mean and std do not fit the video."""
+    """Returns N, as `check_video`. Also raises if mean and std do not fit the video."""
     num_tokens = check_video(video, patches)
     if patches.mean is not None:
         if video.dtype == torch.uint8:
-            raise ValueError("video is uint8, which is pixels already: leave mean and std out.")
+            raise ValueError("video is uint8, so its values are pixels already. Leave mean and std out.")
         check_channels(video, patches)
     return num_tokens

@@ -16,13 +16,13 @@ from adamae_sampler.ops.checks import at_least_fp32, check_device, check_floatin
 from adamae_sampler.ops.registration import operator
 from adamae_sampler.ops.selection import split_by_largest
 
-# Keys are kept where fp32 still resolves Gumbel noise, which stays within about [-4.5, 88], to a hundredth.
+# Keys stay in a range where fp32 resolves Gumbel noise to a hundredth. The noise itself is within about [-4.5, 88].
 _LOWEST_FINITE = -(2.0**17)
 _BELOW_FINITE = 2 * _LOWEST_FINITE
 _ABOVE_FINITE = 100.0
 
-_LARGEST_TILE = 4096  # a longer row does not stay in registers, but is gone through in tiles
-_MOST_TOKENS = 2**21 - 1  # three counts of them share the 63 bits of an int64
+_LARGEST_TILE = 4096  # a longer row does not fit into registers, and is read in tiles
+_MOST_TOKENS = 2**21 - 1  # three counts of tokens share the 63 bits of an int64
 
 
 # ---------------------------------------------------------------------------------------------------- reference
@@ -45,20 +45,20 @@ def _log_probs(scores: Tensor, finite: Tensor | None) -> tuple[Tensor, Tensor]:
 
 
 def _finite(scores: Tensor) -> Tensor | None:
-    """[B, N] bool; None if all are, where it costs nothing to know."""
+    """Which scores are finite, [B, N] bool. None if all are, where a check costs nothing."""
     scores = scores.detach()
     if free_to_read(scores) and scores.numel() > 0:
         low, high = scores.aminmax()
-        if -math.inf < float(low) and float(high) < math.inf:  # neither is so for NaN
+        if -math.inf < float(low) and float(high) < math.inf:  # both are False for NaN
             return None
-    return scores.abs() < torch.inf  # `isfinite` is four operators
+    return scores.abs() < torch.inf  # `isfinite` would run four operators
 
 
 def _ranking_keys(scores: Tensor, noise: Tensor, finite: Tensor | None) -> Tensor:
-    """Scores + noise with every key finite: +inf ranks above all numbers, -inf and NaN below, each in random order.
+    """Scores + noise, with every key finite: +inf ranks above all numbers, -inf and NaN below, each in random order.
 
-    The scores are shifted by their row's maximum first, so that the likely tokens keep full precision. Those 2^17
-    below it and further, which padding such as -1e9 is, count as equal: their probability is 0 in any precision.
+    The scores are shifted by their row's maximum first, so that likely tokens keep full precision. Scores that are 2^17
+    or more below the maximum, such as padding of -1e9, count as equal: their probability is 0 in any precision.
     """
     noise = noise.to(scores.dtype)
     if finite is None:
@@ -71,7 +71,7 @@ def _ranking_keys(scores: Tensor, noise: Tensor, finite: Tensor | None) -> Tenso
 def gumbel_noise(like: Tensor, generator: torch.Generator | None = None) -> Tensor:
     """Standard Gumbel noise, fp32, of the shape and on the device of `like`."""
     uniform = torch.rand(like.shape, device=like.device, generator=generator)  # multiples of 2^-24 below 1
-    return uniform.clamp_min_(2.0**-25).log_().neg_().log_().neg_()  # a third of the time of `exponential_` on a CPU
+    return uniform.clamp_min_(2.0**-25).log_().neg_().log_().neg_()  # three times as fast as `exponential_` on a CPU
 
 
 # ------------------------------------------------------------------------------------------------------- kernel
@@ -87,7 +87,7 @@ def _gumbel(seed, clip, token):
 
 @jit
 def _as_ordered_bits(key):
-    """fp32 -> uint32 in the same order, 0 left free. NaN is greatest and -0 equals 0, as torch sorts them."""
+    """fp32 -> uint32 in the same order; 0 stays unused. NaN is largest and -0 equals 0, as in torch's sort."""
     bits = key.to(tl.uint32, bitcast=True)
     ordered = tl.where(bits >> 31 == 1, bits ^ 0xFFFFFFFF, bits | 0x80000000)
     ordered = tl.where(key == 0.0, 0x80000000, ordered)
@@ -114,15 +114,15 @@ def _draw_mask_kernel(
     ONE_TILE: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """One program draws one clip's mask. What a loop adds up stays with its thread until the loop is done."""
+    """One program draws one clip's mask. Each thread keeps its own sums until a loop ends."""
     INF: tl.constexpr = float("inf")
     clip = tl.program_id(0).to(tl.int64)
     scores_ptr += clip * N
     lane = tl.arange(0, TILE)
-    stop = TILE if ONE_TILE else N  # a loop known to run once is none
+    stop = TILE if ONE_TILE else N  # Triton drops a loop that is known to run once
     score = tl.load(scores_ptr + lane, mask=lane < N, other=0.0).to(tl.float32)
 
-    top = tl.full((TILE,), -INF, tl.float32)  # of the finite scores
+    top = tl.full((TILE,), -INF, tl.float32)  # the largest finite scores
     nonfinite = tl.full((TILE,), 0, tl.int32)
     for start in range(0, stop, TILE):
         token = start + lane
@@ -167,8 +167,8 @@ def _draw_mask_kernel(
             shifted = tl.load(log_probs_ptr + clip * N + token, mask=token < N, other=0.0)
         tl.store(log_probs_ptr + clip * N + token, shifted - log_total, mask=token < N)
 
-    # The K-th largest key, found from its highest bits to its lowest, two at a time: of the three candidates for
-    # the next two bits, count the keys at or above each, and take the largest that at least K keys reach.
+    # Find the K-th largest key from its highest bits to its lowest, two bits at a time. For each of three candidates,
+    # count the keys at or above it. Take the largest candidate that at least K keys reach.
     COUNT_BITS: tl.constexpr = 21
     COUNT_MASK: tl.constexpr = (1 << 21) - 1
     threshold = tl.full((), 0, tl.uint32)
@@ -196,10 +196,10 @@ def _draw_mask_kernel(
             token = start + lane
             keys = tl.load(keys_ptr + clip * N + token, mask=token < N, other=0).to(tl.uint32, bitcast=True)
         above += (keys > threshold).to(tl.int32)
-    num_ties_taken = K - tl.sum(above)  # of the keys equal to the threshold, those of the lowest tokens
+    num_ties_taken = K - tl.sum(above)  # keys equal to the threshold that are drawn: the lowest tokens
 
-    # Both lists in ascending order: a visible token's place is the number of visible tokens before it. One prefix
-    # sum counts the keys above the threshold in its low half, and those equal to it in its high half.
+    # Write both lists in ascending order. A visible token's index in its list is the number of visible tokens before
+    # it. One prefix sum counts keys above the threshold in its low half, and keys equal to it in its high half.
     before_tile = tl.full((), 0, tl.int64)
     for start in range(0, stop, TILE):
         token = start + lane
@@ -244,7 +244,7 @@ def _obstacle(num_tokens: int) -> str:
 
 
 def _tile_and_warps(num_tokens: int) -> dict[str, int]:
-    """A row a tile where it fits, and eight tokens a thread."""
+    """One tile for a row if it fits, and eight tokens for each thread."""
     tile = min(next_power_of_2(num_tokens), _LARGEST_TILE)
     return {"TILE": tile, "num_warps": max(1, min(tile // 256, 16))}
 
@@ -270,7 +270,7 @@ def _empty_sample(
 def _draw_mask_op(
     scores: Tensor, num_visible: int, noise: Tensor | None, seed: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """MaskSample's tensors, log_probs first. The noise is given, or made from the seed, two int64 of 31 bits."""
+    """Returns MaskSample's tensors, log_probs first. The noise is `noise`, or made from `seed`, two 31-bit int64."""
     log_probs, visible_idx, masked_idx, mask, num_nonfinite = _empty_sample(scores, num_visible, noise, seed)
     (batch, num_tokens), tile = scores.shape, _tile_and_warps(scores.shape[1])
     one_tile = num_tokens <= tile["TILE"]
@@ -307,7 +307,7 @@ def _log_softmax_backward_op(grad: Tensor, log_probs: Tensor) -> Tensor:
 
 
 class _DrawMask(torch.autograd.Function):
-    """The draw has no gradient, its log-probabilities have."""
+    """The draw has no gradient; its log-probabilities have one."""
 
     @staticmethod
     def forward(
@@ -338,25 +338,24 @@ def draw_mask(
     """Draws the visible tokens of each clip without replacement from p = softmax(scores) (Algorithm 1).
 
     By the Gumbel-top-k identity (Kool et al., 2019, arXiv:1903.06059) the K largest of log p + Gumbel noise are
-    K successive draws from p without replacement. It is one selection in fp32 log space, so it always gives exactly
-    K distinct indices, for probabilities that underflow and for scores that are not finite too: +inf is drawn
-    first, -inf and NaN last, and the sample counts them.
+    K successive draws from p without replacement. This is one selection in fp32 log space, so it always gives exactly
+    K distinct indices, even for probabilities that underflow and for scores that are not finite. +inf is drawn first,
+    -inf and NaN last, and the sample counts the scores that are not finite.
 
-    The kernel keeps a clip of up to 4096 tokens in registers and passes over a longer one, of up to 2^21 - 1
-    tokens, in tiles of 4096; more tokens take the reference. Its noise is Philox, keyed by a number drawn from
-    the generator on the device, so that a replayed CUDA graph draws afresh; a generator of your own must be
-    registered with the graph.
+    The kernel keeps a clip of up to 4096 tokens in registers. It reads a longer clip, of up to 2^21 - 1 tokens, in
+    tiles of 4096. More tokens take the reference. The noise is Philox, keyed by a number that the generator draws on
+    the device, so a replayed CUDA graph draws afresh. If you pass a generator, register it with the graph.
 
     Args:
         scores: [B, N], floating point. The draw itself has no gradient; `log_probs` has.
         num_visible: K, between 1 and N - 1.
-        noise: [B, N] standard Gumbel noise in place of the op's own. The same noise gives the same draw on
-            every device and backend; equal keys are ranked by index, the lower first.
-        generator: source of the noise; torch's default generator of the scores' device if None.
+        noise: [B, N] standard Gumbel noise to use instead of the op's own. The same noise gives the same draw on
+            every device and backend. Of equal keys, the one with the lower index is drawn first.
+        generator: source of the noise; None means torch's default generator of the scores' device.
 
     Returns:
-        MaskSample with `log_probs` (fp32, log softmax of the scores as they are, non-finite ones included)
-        and `num_nonfinite`.
+        MaskSample with `log_probs` (fp32, log softmax of the scores, non-finite ones included) and
+        `num_nonfinite`.
 
     Raises:
         TypeError: scores or noise are not floating point.
@@ -375,9 +374,9 @@ def draw_mask(
     if noise is not None:
         check_floating("noise", noise)
         if generator is not None:
-            raise ValueError("noise and generator are both given; the generator would not be used. Give one.")
+            raise ValueError("noise and generator are both given, and noise leaves the generator unused. Give one.")
         if noise.shape != scores.shape:
-            raise ValueError(f"noise has shape {tuple(noise.shape)}, expected that of scores, {tuple(scores.shape)}.")
+            raise ValueError(f"noise has shape {tuple(noise.shape)}, expected {tuple(scores.shape)}, as scores.")
         check_device("noise", noise, scores.device)
     if backend_for(scores, obstacle=_obstacle(scores.shape[1])) == "triton":
         seed = None

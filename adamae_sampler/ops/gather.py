@@ -1,4 +1,4 @@
-"""gather_tokens: the visible tokens of each clip, with their position embedding; for one mask of it or for several."""
+"""gather_tokens: the visible tokens of each clip with their position embedding, for one mask or for several."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ def _gather_tokens_reference(x: Tensor, idx: Tensor, pos: Tensor | None) -> Tens
 
 
 def select_rows(x: Tensor, idx: Tensor) -> Tensor:
-    """x [B, N, D], [1, N, D] or [N, D], idx [B R, K] -> [B R, K, D], as whole rows of a flat table.
+    """x [B, N, D], [1, N, D] or [N, D], idx [B R, K] -> [B R, K, D].
 
-    `index_select` copies rows; `torch.gather` with an expanded index reads one index for every element.
+    `index_select` on a flat table copies whole rows. `torch.gather` would read one index for every element.
     """
     num_tokens, width = x.shape[-2:]
     if x.ndim == 3 and x.shape[0] > 1:
@@ -83,8 +83,8 @@ def _scatter_kernel(
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
 ):
-    """out[b, n] = the sum over the R masks i of clip b of grad[i, place[i, n]], 0 where token n has no place: the
-    transpose of a gather, as plain writes."""
+    """out[b, n] = the sum of grad[i, place[i, n]] over the R masks i of clip b; 0 if no mask has token n. This is the
+    transpose of a gather, with plain writes."""
     row, col, inside = tile_of(num_rows, D, ROWS, COLS)
     total = tl.zeros((ROWS, COLS), tl.float32)
     for r in range(R):
@@ -172,8 +172,8 @@ def _empty_scattered(grad: Tensor, idx: Tensor, batch: int, num_tokens: int, dty
     _empty_scattered,
 )
 def scatter_op(grad: Tensor, idx: Tensor, batch: int, num_tokens: int, dtype: torch.dtype) -> Tensor:
-    """grad [B R, K, D], idx [B R, K] -> [B, N, D] of the dtype, summed over a clip's masks, 0 where idx does not
-    lead."""
+    """grad [B R, K, D], idx [B R, K] -> [B, N, D] of the dtype, summed over a clip's masks; 0 for tokens not in
+    idx."""
     out = _empty_scattered(grad, idx, batch, num_tokens, dtype)
     draws, _, width = grad.shape
     rows = batch * num_tokens
@@ -233,22 +233,21 @@ class _GatherTokens(torch.autograd.Function):
 
 
 def gather_tokens(x: Tensor, idx: Tensor, pos: Tensor | None = None) -> Tensor:
-    """x[b, idx[b]] + pos[idx[b]] for every clip b, or x[i // R, idx[i]] + pos[idx[i]] for R masks of each clip.
+    """x[b, idx[b]] + pos[idx[b]] for every clip b; or x[i // R, idx[i]] + pos[idx[i]] for R masks of each clip.
 
     Args:
         x: [B, N, D] tokens.
-        idx: [B, K] or [B R, K] int64, the tokens to take; distinct within a row. R rows follow each other for each
-            clip.
-        pos: [N, D], [1, N, D] or [B, N, D] position embedding; added after the gather, so that only K of N
-            rows are touched. Cast to the tokens' dtype.
+        idx: [B, K] or [B R, K] int64, the tokens to take, distinct within a row; R rows for each clip, clip by clip.
+        pos: [N, D], [1, N, D] or [B, N, D] position embedding, cast to the tokens' dtype. It is added after the
+            gather, so only K of N rows are read.
 
     Returns:
         [B R, K, D] in the dtype of x.
 
     Raises:
-        TypeError, ValueError: a wrong dtype, shape or device; an index out of range (checked on CPU in eager
-            mode only). The kernel, which cannot raise without making the host wait, gives NaN for an index out of
-            range, and a NaN gradient to a token that a row of idx names twice.
+        TypeError, ValueError: a wrong dtype, shape or device; an index out of range (checked on CPU in eager mode
+            only). The kernel cannot raise without making the host wait. It gives NaN for an index out of range, and a
+            NaN gradient for a token that a row of idx names twice.
 
     >>> import torch
     >>> gather_tokens(torch.arange(8.0).view(1, 4, 2), torch.tensor([[1, 3]])).tolist()

@@ -1,4 +1,4 @@
-"""head_error: the decoder's last layer and the reconstruction error together, so that no prediction is stored."""
+"""head_error: the decoder's last layer and the reconstruction error in one op, which stores no prediction."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from adamae_sampler.ops.pixel_error import (
 from adamae_sampler.ops.registration import operator
 from adamae_sampler.ops.target import Kind, check_kind
 
-_CHUNK_BYTES = 24 * 2**20  # of predictions at a time: they stay in the second-level cache of a data-centre GPU
+_CHUNK_BYTES = 24 * 2**20  # bytes of predictions in a chunk, which fit into the L2 cache of a data-centre GPU
 
 
 def _chunks(draws: int, num_masked: int, masks: int, rows: int) -> Iterator[tuple[slice, slice, slice]]:
@@ -65,7 +65,7 @@ def _head_error_op(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The error [B, M], and with `gradient` the unit gradients of hidden, weight and bias (see `_error_op`).
 
-    Those of weight and bias are summed over the chunks in fp32."""
+    The gradients of weight and bias are summed over the chunks in fp32."""
     *plain, kernel, gradient = how
     kind, patches = from_plain(*plain)
     error, of_hidden, of_weight, of_bias = _empty_head_error(hidden, weight, bias, video, masked_idx, gradient)
@@ -75,10 +75,9 @@ def _head_error_op(
     cast_bias = None if bias is None else bias.to(hidden.dtype)
     (draws, num_masked), values = masked_idx.shape, weight.shape[0]
     rows = _CHUNK_BYTES // (values * hidden.element_size())
-    shrink = (
-        2.0**-8 if hidden.dtype == torch.float16 else 1.0
-    )  # sums of many rows, which are divided by their number later
-    with torch.autocast(hidden.device.type, enabled=False):  # all is in the dtype of the hidden states
+    # Keeps fp16 sums of many rows in range. The backward pass divides the sums by the number of rows.
+    shrink = 2.0**-8 if hidden.dtype == torch.float16 else 1.0
+    with torch.autocast(hidden.device.type, enabled=False):  # all products are in the dtype of the hidden states
         for masks, tokens, clips in _chunks(draws, num_masked, draws // max(len(video), 1), rows):
             idx = masked_idx[masks, tokens]
             flat = hidden[masks, tokens].reshape(-1, hidden.shape[2])
@@ -99,8 +98,8 @@ def _head_error_op(
 
 
 class _HeadError(torch.autograd.Function):
-    """The forward pass computes the gradients; the backward pass multiplies them by the gradient of the mean. The idea
-    is that of fused linear cross entropy (Liger-Kernel, arXiv:2410.10989)."""
+    """The forward pass computes the gradients. The backward pass multiplies them by the gradient of the mean. The idea
+    is from fused linear cross entropy (Liger-Kernel, arXiv:2410.10989)."""
 
     @staticmethod
     def forward(
@@ -131,7 +130,7 @@ class _HeadError(torch.autograd.Function):
         of_hidden, of_weight, of_bias = ctx.saved_tensors
         if ctx.kernel:
             grad_hidden = scale_rows_op(of_hidden, grad.expand(of_hidden.shape[:2]), ctx.factor)
-        else:  # one value that has axes, which half precision does not round
+        else:  # a scalar with axes makes the product fp32, so half precision does not round the factor
             grad_hidden = (of_hidden * (grad * ctx.factor).view(1, 1, 1)).to(of_hidden.dtype)
         of_weight_dtype, of_bias_dtype = ctx.dtypes
         grad_weight = (of_weight * (grad * ctx.factor)).to(of_weight_dtype)
@@ -153,14 +152,14 @@ def head_error(
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`reconstruction_error` of the prediction `F.linear(hidden, weight, bias)`, which is computed in chunks.
+    """`reconstruction_error` of the prediction `F.linear(hidden, weight, bias)`, computed in chunks.
 
     The forward pass also computes the gradients, while a chunk is in the cache. It keeps the gradients of the hidden
     states and the weights, not the prediction. Only the mean error has a gradient.
 
     Args:
         hidden: [B R, M, D], the input of the last layer, in the order of `masked_idx`; autocast casts it.
-        weight: [P, D] of the last layer, in any precision; the product has that of the hidden states.
+        weight: [P, D] of the last layer, in any precision. The product has the precision of the hidden states.
         bias: [P], or None.
         video: [B, C, T, H, W], see `reconstruction_error`.
         masked_idx: [B R, M] int64.
@@ -172,8 +171,8 @@ def head_error(
         std: see `reconstruction_error`.
 
     Returns:
-        The mean error, a scalar with a gradient; and the errors [B R, M], without one. Both are fp32, also under
-        autocast; fp64 for fp64 hidden states.
+        The mean error, a scalar with a gradient; and the errors [B R, M], without a gradient. Both are fp32, also
+        under autocast; fp64 for fp64 hidden states.
 
     Raises:
         TypeError, ValueError: as `reconstruction_error`; or hidden states, weight and bias do not fit each other.
@@ -203,7 +202,7 @@ def fused_error(
         if tuple(each.shape) != expected:
             raise ValueError(
                 f"{name} has shape {tuple(each.shape)}, expected {expected}: hidden states of {masked_idx.shape[1]} "
-                f"masked tokens, and a layer to {values} values, those of a {'x'.join(map(str, patches.patch))} patch."
+                f"masked tokens, and a layer to the {values} values of a {'x'.join(map(str, patches.patch))} patch."
             )
     check_indices("masked_idx", masked_idx, video.shape[0], num_tokens, video.device, several=True)
     kernel = backend_for(hidden, video, obstacle=error_obstacle(video, patches)) == "triton"

@@ -1,4 +1,4 @@
-"""From interleaved values to channels and back, within a thread, so that loads and stores are of 16 bytes."""
+"""From interleaved values to channels and back, within a thread. Loads and stores can then be of 16 bytes."""
 
 from __future__ import annotations
 
@@ -53,10 +53,10 @@ def _merged16(c0, c1, c2, c3, c4, c5, c6, c7, c8, c9, c10, c11, c12, c13, c14, c
 
 @jit
 def by_channel(a, b, c):
-    """16 pixels of 3 channels, as the prediction has them: [R, 16] three times, rgbrgb... -> all r, all g, all b.
+    """16 pixels of 3 channels, in the layout of the prediction: three [R, 16], rgbrgb... -> all r, all g, all b.
 
-    A thread that loads 48 values in runs of 16 bytes has all of a pixel's channels, so nothing moves between threads,
-    and once compiled nothing moves at all.
+    A thread that loads 48 values in runs of 16 bytes has all channels of a pixel. So no value moves between threads,
+    and in compiled code no value moves at all.
     """
     a0, a1, a2, a3, a4, a5, a6, a7, a8, a9, a10, a11, a12, a13, a14, a15 = _sixteenths(a)
     b0, b1, b2, b3, b4, b5, b6, b7, b8, b9, b10, b11, b12, b13, b14, b15 = _sixteenths(b)

@@ -1,4 +1,4 @@
-"""Where the modules of the ops are now. Each one was once named like its function, which hid the module."""
+"""The new names of the ops' modules. Each module once had the name of its function, which hid the module."""
 
 from __future__ import annotations
 

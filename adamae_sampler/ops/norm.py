@@ -1,4 +1,4 @@
-"""add_norm: a residual sum and its LayerNorm, in one pass over the rows in each direction."""
+"""add_norm: a residual sum and its LayerNorm, in one pass over the rows forward and one backward."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from adamae_sampler.ops.checks import check_device, check_floating
 from adamae_sampler.ops.registration import operator
 from adamae_sampler.ops.rows import rows_in_memory
 
-_WIDEST = 4096  # values of a row that a program holds
-_MOST_PARTS = 2112  # of the weights' gradient; they depend on shapes alone, so that every GPU adds in the same order
+_WIDEST = 4096  # the most values of a row that a program holds
+_MOST_PARTS = 2112  # parts of a sum. Their number depends on shapes alone, so every GPU adds in the same order
 
 # ---------------------------------------------------------------------------------------------------- reference
 
@@ -24,9 +24,9 @@ def _add_norm_reference(
     x: Tensor, branch: Tensor | None, weight: Tensor, bias: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
     total = x if branch is None else x + branch
-    if total.device.type != "cpu":  # torch takes weights of another dtype on a CPU alone
+    if total.device.type != "cpu":  # on a CPU alone, torch takes weights of another dtype
         weight, bias = weight.to(total.dtype), bias.to(total.dtype)
-    with torch.autocast(total.device.type, enabled=False):  # which would norm, and keep, a copy in fp32
+    with torch.autocast(total.device.type, enabled=False):  # autocast would norm and keep an fp32 copy
         return total, F.layer_norm(total, weight.shape, weight, bias, eps)
 
 
@@ -54,7 +54,7 @@ def _add_norm_kernel(
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
 ):
-    """total = x + branch, rounded; normed = its LayerNorm; and of all rows first the means, then 1 / deviation."""
+    """total = x + branch, rounded; normed = its LayerNorm; statistics = the means of all rows, then 1 / deviation."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
     col = tl.arange(0, COLS)[None, :]
     inside = (row < num_rows) & (col < D)
@@ -93,7 +93,7 @@ def _add_norm_backward_kernel(
     HAS_TOTAL: tl.constexpr,
     COLS: tl.constexpr,
 ):
-    """The gradient of both summands, a row at a time, and this program's part of those of weight and bias."""
+    """The gradient of both summands, row by row, and this program's part of the gradients of weight and bias."""
     col = tl.arange(0, COLS)
     inside = col < D
     weight = tl.load(weight_ptr + col, mask=inside, other=0.0).to(tl.float32)
@@ -123,7 +123,7 @@ def _add_norm_backward_kernel(
 
 
 def _as_tokens(x: Tensor) -> Tensor:
-    """[..., D] as [B, N, D] with the values of a row next to each other; its tokens may be a part of more."""
+    """[..., D] as [B, N, D], each row contiguous. Rows may have gaps between them, as in a slice of tokens."""
     return rows_in_memory(x) if x.ndim == 3 else x.reshape(1, -1, x.shape[-1]).contiguous()
 
 
@@ -145,8 +145,8 @@ def _empty_normed(
 def _add_norm_op(
     x: Tensor, branch: Tensor | None, weight: Tensor, bias: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """x [..., D], branch the same or None -> the sum (empty without a branch), its norm, and [2, ...] fp32, mean and
-    1 / deviation."""
+    """x [..., D], branch the same or None -> the sum (empty without a branch), its norm, and mean and 1 / deviation
+    [2, ...] fp32."""
     total, normed, statistics = _empty_normed(x, branch, weight, bias, eps)
     width = x.shape[-1]
     rows, cols = statistics.numel() // 2, next_power_of_2(width)
@@ -191,7 +191,7 @@ def _empty_grads(
 def _add_norm_backward_op(
     grad_normed: Tensor, grad_total: Tensor | None, total: Tensor, weight: Tensor, statistics: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The gradients of each summand (one tensor), and of weight and bias [2, D] fp32."""
+    """The gradient of the summands (one tensor for both), and the gradients of weight and bias [2, D] fp32."""
     grad = total.new_empty(*total.shape)
     rows, width, total = statistics.numel() // 2, total.shape[-1], total.contiguous()
     parts, cols = min(_MOST_PARTS, rows), next_power_of_2(width)
@@ -211,7 +211,7 @@ def _add_norm_backward_op(
         width,
         HAS_TOTAL=grad_total is not None,
         COLS=cols,
-        num_warps=max(1, min(cols // 256, 8)),  # eight values a thread
+        num_warps=max(1, min(cols // 256, 8)),  # eight values for each thread
     )
     return grad, sums.sum(1)
 
@@ -247,20 +247,20 @@ class _AddNorm(torch.autograd.Function):
 def add_norm(
     x: Tensor, branch: Tensor | None, weight: Tensor, bias: Tensor, eps: float = 1e-6
 ) -> tuple[Tensor, Tensor]:
-    """x + branch and its LayerNorm, as pre-norm blocks take them, in the dtype of the sum; statistics are fp32.
+    """x + branch and its LayerNorm, for pre-norm blocks, in the dtype of the sum; statistics are fp32.
 
-    Under autocast too, where torch's own norm casts its input to fp32, keeps that copy for the backward pass and
-    returns fp32. A code generator fuses these operations itself, so `torch.compile` sees plain PyTorch.
+    The dtype is the same under autocast. There torch's own norm casts its input to fp32, keeps that copy for the
+    backward pass and returns fp32. `torch.compile` gets plain PyTorch, since it fuses these operations itself.
 
     Args:
         x: [..., D], the residual stream.
-        branch: [..., D], what is added to it; None for nothing.
+        branch: [..., D], the summand; None adds nothing.
         weight: [D].
         bias: [D].
         eps: added to the variance.
 
     Returns:
-        the sum [..., D] (x itself without a branch), and the norm of the sum as it is rounded, [..., D].
+        The sum [..., D] (x itself without a branch), and the norm of the rounded sum [..., D].
 
     Raises:
         TypeError, ValueError: a wrong dtype, shape or device.

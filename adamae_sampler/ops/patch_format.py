@@ -1,4 +1,4 @@
-"""How a video is cut into patches and how its pixels are normalised, in one value for all operations on pixels."""
+"""PatchFormat: how a video is cut into patches, and how its pixels are normalised. All ops on pixels take one."""
 
 from __future__ import annotations
 
@@ -10,15 +10,14 @@ PatchSize = int | tuple[int, int]
 
 
 class PatchFormat(NamedTuple):
-    """How a video is cut and normalised; `PatchFormat.of` makes one of a public function's arguments and checks them.
+    """How a video is cut and normalised. `PatchFormat.of` checks a public function's arguments and builds the format.
 
-    A named tuple, because `torch.compile` traces it as it traces plain tuples.
+    It is a named tuple, because `torch.compile` traces it as it traces plain tuples.
 
     Attributes:
         patch: (frames, height, width) of a patch, in pixels.
         normalize: whether the target is normalised per patch and channel.
-        mean: a number for each channel, as a share of 255, by which floating-point pixels are normalised; None if
-            they are not.
+        mean: the channel means, as a share of 255, by which pixels are normalised; None if they are not.
         std: the standard deviations that go with `mean`.
     """
 
@@ -36,14 +35,14 @@ class PatchFormat(NamedTuple):
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
     ) -> PatchFormat:
-        """Checks the arguments, except for what depends on the video.
+        """Builds the format, and checks all arguments that do not depend on the video.
 
         Args:
             patch_size: height and width of a patch in pixels, one number or a pair.
             tubelet_size: frames of a patch.
-            normalize: see the attributes, as for `mean` and `std`.
-            mean: see there.
-            std: see there.
+            normalize: see `PatchFormat`.
+            mean: see `PatchFormat`.
+            std: see `PatchFormat`.
 
         Raises:
             TypeError: `mean` or `std` is neither a list nor a tuple.
@@ -55,7 +54,7 @@ class PatchFormat(NamedTuple):
         elif isinstance(patch_size, Sequence) and len(patch_size) == 2:
             patch = (tubelet_size, patch_size[0], patch_size[1])
         else:
-            raise ValueError(f"patch_size={patch_size}, expected a whole number, or a pair of them: height, width.")
+            raise ValueError(f"patch_size={patch_size}, expected a whole number, or a pair: height, width.")
         for each in patch:
             if not isinstance(each, int) or each < 1:
                 raise ValueError(
@@ -69,14 +68,14 @@ class PatchFormat(NamedTuple):
 
     @property
     def pixels(self) -> int:
-        """Pixels of a patch, which has C values for each."""
+        """The number of pixels of a patch. Each pixel has C values."""
         return math.prod(self.patch)
 
     def grid(self, video_shape: Sequence[int]) -> tuple[int, int, int]:
         """The (T, H, W) token grid of a [B, C, T, H, W] video.
 
         Raises:
-            ValueError: the shape has other axes, or patches do not divide the frames or the sides.
+            ValueError: the shape has another number of axes, or patches do not divide the frames or the sides.
         """
         if len(video_shape) != 5:
             raise ValueError(
@@ -87,7 +86,7 @@ class PatchFormat(NamedTuple):
         tubelet, p1, p2 = self.patch
         if frames % tubelet:
             raise ValueError(
-                f"video has {frames} frames, which tubelet_size={tubelet} does not divide. Take "
+                f"video has {frames} frames, which tubelet_size={tubelet} does not divide. Use "
                 f"{frames - frames % tubelet or tubelet} frames or another tubelet size, 1 for images."
             )
         if height % p1 or width % p2:
@@ -101,9 +100,9 @@ class PatchFormat(NamedTuple):
 def _check_statistics(mean: Sequence[float] | None, std: Sequence[float] | None) -> None:
     """Raises unless mean and std fit each other."""
     if mean is None or std is None:
-        raise ValueError(f"mean={mean} and std={std}: give both or neither.")
+        raise ValueError(f"mean={mean} and std={std}, expected both or neither.")
     if not isinstance(mean, Sequence) or not isinstance(std, Sequence):
-        raise TypeError(f"mean={mean} and std={std}, expected a list or tuple of numbers each, one for a channel.")
+        raise TypeError(f"mean={mean} and std={std}, expected lists or tuples with a number for each channel.")
     if len(mean) != len(std):
         raise ValueError(f"mean has {len(mean)} values, std {len(std)}; expected one of each for every channel.")
     for each in std:

@@ -1,4 +1,4 @@
-"""Video to patches and back, in the layout of the reconstruction target."""
+"""Converts video to patches and back, in the layout of the reconstruction target."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""reconstruction_error: the distance of each masked token's prediction from its pixels."""
+"""reconstruction_error: the distance between the prediction and the pixels of each masked token."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from adamae_sampler.ops.target import Kind, check_kind, epsilons, target_referen
 def error_reference(
     prediction: Tensor, video: Tensor, idx: Tensor, kind: str, patches: PatchFormat
 ) -> tuple[Tensor, Tensor]:
-    """The error [B, M], and its unit gradient [B, M, P] in the prediction's dtype: see `_error_op`."""
+    """The error [B, M], and its unit gradient [B, M, P] in the prediction's dtype, see `_error_op`."""
     wanted = target_reference(video, idx, patches)
     by_channel = prediction.unflatten(-1, (-1, video.shape[1])).transpose(-1, -2)  # (t p1 p2 c) to [.., C, pixels]
     unit = (by_channel - wanted).transpose(-1, -2).flatten(-2)
@@ -56,7 +56,7 @@ def _difference(
     NUM_PIXELS: tl.constexpr,
     PIXELS: tl.constexpr,
 ):
-    """One channel's prediction less its target, made here of the token's pixels; NaN if there is no such token."""
+    """One channel's prediction minus its target, computed from the token's pixels; NaN if the token does not exist."""
     PADDED: tl.constexpr = PIXELS != NUM_PIXELS
     value = tl.load(video_ptr, mask=inside & exists, other=0).to(tl.float32)
     keep = tl.where(exists, 1.0, float("nan"))
@@ -119,15 +119,15 @@ def _error_kernel(
     P2: tl.constexpr,
     PIXELS: tl.constexpr,
 ):
-    """One program, one masked token: its error, and with GRADIENT the unit gradient of its prediction, which may be
-    written over the prediction. NaN if its index is out of range.
+    """One program computes the error of one masked token, and with GRADIENT the unit gradient of its prediction. Both
+    are NaN if the token's index is out of range. The gradient may overwrite the prediction.
 
-    The target is made channel by channel and never stored. Blocks run over a patch's (t p1 p2), padded to a power of
-    two.
+    The target is computed channel by channel and never stored. Blocks run over a patch's (t p1 p2), padded to a power
+    of two.
     """
     NUM_PIXELS: tl.constexpr = TUBELET * P1 * P2
     row = tl.program_id(0).to(tl.int64)
-    drawn = row // M  # a mask, of which each clip has R
+    drawn = row // M  # index of the mask; each clip has R masks
     index = tl.load(idx_ptr + row)
     exists = (index >= 0) & (index < N)
     pixel = tl.arange(0, PIXELS)
@@ -140,7 +140,7 @@ def _error_kernel(
     unit_ptr += row * (NUM_PIXELS * C)
     UNIT: tl.constexpr = unit_ptr.dtype.element_ty
 
-    if (C == 3 and NUM_PIXELS == PIXELS) and PIXELS >= 16:  # each thread has whole pixels, 16 bytes a load and a store
+    if (C == 3 and NUM_PIXELS == PIXELS) and PIXELS >= 16:  # a thread has whole pixels; loads and stores are 16 bytes
         ROWS: tl.constexpr = PIXELS // 16
         place = pixel // 16 * 48 + pixel % 16
         a = tl.reshape(tl.load(prediction_ptr + place), (ROWS, 16))
@@ -178,7 +178,7 @@ def _error_kernel(
 
 @jit
 def _scale_rows_kernel(unit_ptr, grad_error_ptr, out_ptr, P, factor, TILE: tl.constexpr):
-    """out = unit * grad_error * factor, one masked token a program."""
+    """out = unit * grad_error * factor, one masked token for each program."""
     row = tl.program_id(0).to(tl.int64)
     upstream = tl.load(grad_error_ptr + row).to(tl.float32) * factor
     for start in range(0, P, TILE):
@@ -193,7 +193,7 @@ def _scale_rows_kernel(unit_ptr, grad_error_ptr, out_ptr, P, factor, TILE: tl.co
 
 
 def error_obstacle(video: Tensor, patches: PatchFormat) -> str:
-    """Why the kernel cannot compare with this video; empty if it can."""
+    """The reason why the kernel cannot take this video; empty if it can."""
     return (channel_obstacle(video) if patches.std is not None else "") or patch_obstacle(video, patches)
 
 
@@ -206,12 +206,12 @@ def launch_error(
     error: Tensor,
     unit: Tensor | None,
 ) -> None:
-    """Fills error [B, M]; and unit [B, M, P] if it is given, which may be the prediction itself."""
+    """Fills error [B, M], and unit [B, M, P] if it is given. `unit` may be the prediction itself."""
     (draws, num_masked), (batch, channels) = idx.shape, video.shape[:2]
     tubelet, p1, p2 = patches.patch
     tokens_t, tokens_h, tokens_w = patches.grid(video.shape)
     pixels = next_power_of_2(patches.pixels)
-    scales: Sequence[float] = []  # of the first four channels; further ones have the last one's
+    scales: Sequence[float] = []  # one for each of the first four channels; further channels use the last
     shifts: Sequence[float] = []
     if patches.normalize:
         scales = epsilons(video, patches)
@@ -247,17 +247,17 @@ def launch_error(
         P2=p2,
         PIXELS=pixels,
         num_warps=max(1, min(pixels // 512, 8)),  # one warp for 2x16x16 pixels: sums then need no barrier
-        enable_fp_fusion=True,  # its sums are rounded in an order of their own in any case
+        enable_fp_fusion=True,  # the kernel's order of summation differs from the reference in any case
     )
 
 
-# Operators take the kind of error and the format as plain values. Spelt out, since torch 2.6 does not infer lists.
+# Operators take plain values. Their schema is written out, since torch 2.6 cannot infer lists.
 HOW = "str kind, bool normalize, int[] patch, float[]? mean, float[]? std"
 Plain = tuple[str, bool, Sequence[int], Sequence[float] | None, Sequence[float] | None]
 
 
 def to_plain(kind: str, patches: PatchFormat) -> Plain:
-    """The values of `HOW`."""
+    """The kind and the format as the plain values of `HOW`."""
     return kind, patches.normalize, patches.patch, patches.mean, patches.std
 
 
@@ -280,8 +280,8 @@ def _empty_error(prediction: Tensor, video: Tensor, idx: Tensor, *how: Any) -> t
 def _error_op(prediction: Tensor, video: Tensor, idx: Tensor, *how: Any) -> tuple[Tensor, Tensor]:
     """The error [B, M], and with `gradient` the unit gradient [B, M, P] in the dtype of the prediction.
 
-    The unit gradient is the derivative of the error, times P / 2 for "mse" and P for "l1". It equals the difference, or
-    its sign, which half precision holds well.
+    The unit gradient is the derivative of the error, times P / 2 for "mse" and P for "l1". It is the difference for
+    "mse" and its sign for "l1"; half precision represents both well.
     """
     error, unit = _empty_error(prediction, video, idx, *how)
     launch_error(prediction, video, idx, *from_plain(*how[:-1]), error, unit if how[-1] else None)
@@ -297,14 +297,14 @@ def scale_rows_op(unit: Tensor, grad_error: Tensor, factor: float) -> Tensor:
     """unit [B, M, P] times grad_error [B, M] times the factor, rounded once."""
     out = torch.empty_like(unit)
     draws, num_masked, values = unit.shape
-    tile = min(next_power_of_2(values), 512)  # 16 values a thread
+    tile = min(next_power_of_2(values), 512)  # 16 values for each thread
     rows, grad_error = draws * num_masked, grad_error.contiguous()
     launch(_scale_rows_kernel, rows, unit, grad_error, out, values, factor, TILE=tile, num_warps=1)
     return out
 
 
 class _ReconstructionError(torch.autograd.Function):
-    """The kernel or the reference. The forward pass computes the gradient, so it keeps neither prediction nor video."""
+    """Runs the kernel or the reference. The forward pass computes the gradient and keeps no prediction or video."""
 
     @staticmethod
     def forward(
@@ -352,12 +352,12 @@ def reconstruction_error(
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
 ) -> Tensor:
-    """e_i, the mean squared (or absolute) difference of each masked token's prediction from its target.
+    """e_i, the mean squared (or absolute) difference between prediction and target of each masked token.
 
     Args:
-        prediction: [B R, M, P], in the order of `masked_idx`; its gradient is the only one.
+        prediction: [B R, M, P], in the order of `masked_idx`. Only the prediction gets a gradient.
         video: [B, C, T, H, W], see `reconstruction_target`.
-        masked_idx: [B R, M] int64, R rows after each other for each clip.
+        masked_idx: [B R, M] int64, R rows for each clip, clip by clip.
         kind: "mse" or "l1".
         normalize: see `reconstruction_target`.
         patch_size: see `reconstruction_target`.
@@ -369,8 +369,8 @@ def reconstruction_error(
         [B R, M] fp32, also under autocast; fp64 for fp64 predictions or video.
 
     Raises:
-        TypeError, ValueError: as `reconstruction_target`; an unknown kind; a prediction whose shape does not
-            fit the video, the mask or the patch size.
+        TypeError, ValueError: as `reconstruction_target`; or the kind is unknown, or the shape of the prediction does
+            not fit the video, the mask or the patch size.
     """
     return token_errors(
         prediction, video, masked_idx, kind, PatchFormat.of(patch_size, tubelet_size, normalize, mean, std)
@@ -389,8 +389,8 @@ def token_errors(prediction: Tensor, video: Tensor, masked_idx: Tensor, kind: Ki
         raise ValueError(
             f"prediction has shape {tuple(prediction.shape)}, expected {expected}: clips, masked tokens, and "
             f"{'x'.join(map(str, patches.patch))} pixels of {video.shape[1]} channels. Check patch_size and "
-            "tubelet_size; a decoder that predicts all tokens must be cut to the masked ones first, and one that "
-            "predicts a part of them goes with sample.target_idx."
+            "tubelet_size. If the decoder predicts all tokens, take the masked ones first. If it predicts some of the "
+            "masked tokens, use sample.target_idx."
         )
     check_indices("masked_idx", masked_idx, video.shape[0], num_tokens, video.device, several=True)
     kernel = backend_for(prediction, video, obstacle=error_obstacle(video, patches)) == "triton"

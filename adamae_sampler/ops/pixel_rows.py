@@ -1,4 +1,4 @@
-"""patch_tokens: the pixels of each token as a row, for a matrix product in place of a strided convolution."""
+"""patch_tokens: the pixels of each token as a row, for a matrix product instead of a strided convolution."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from adamae_sampler.ops.gather import select_rows
 from adamae_sampler.ops.patch_format import PatchFormat, PatchSize
 from adamae_sampler.ops.registration import operator
 
-_MOST_PIXELS = 8192  # of a patch that one program holds; a larger patch takes the reference
-_MOST_VALUES = 2**31 - 1  # of a clip, which the kernels address in 32 bits
-_MOST_CHANNELS = 4  # whose scale and shift a kernel takes
+_MOST_PIXELS = 8192  # pixels of a patch that one program holds; a larger patch takes the reference
+_MOST_VALUES = 2**31 - 1  # values of a clip, which the kernels address in 32 bits
+_MOST_CHANNELS = 4  # channels for which a kernel takes scale and shift
 
 # ---------------------------------------------------------------------------------------------------- reference
 
 
 def patch_rows(video: Tensor, idx: Tensor | None, patches: PatchFormat) -> Tensor:
-    """The pixels of tokens as rows, in the order of memory.
+    """The pixels of tokens as rows, in the memory order of the video.
 
     Args:
         video: [B, C, T, H, W].
-        idx: [B R, M] int64; all tokens if None.
+        idx: [B R, M] int64; None means all tokens.
         patches: how the video is cut.
 
     Returns:
@@ -54,7 +54,7 @@ def pixel_offsets(
     P1: tl.constexpr,
     P2: tl.constexpr,
 ):
-    """Where a token's pixels, counted (t p1 p2), lie in a channel of its clip."""
+    """The memory offsets of a token's pixels, in the order (t p1 p2), within a channel of its clip."""
     t = token // TOKENS_HW * TUBELET + pixel // (P1 * P2)
     h = token % TOKENS_HW // TOKENS_W * P1 + pixel // P2 % P1
     w = token % TOKENS_W * P2 + pixel % P2
@@ -108,7 +108,7 @@ def _patch_kernel(
 
 
 def patch_obstacle(video: Tensor, patches: PatchFormat) -> str:
-    """Why the kernels cannot read the patches of this video; empty if they can."""
+    """The reason why the kernels cannot read the patches of this video; empty if they can."""
     if patches.pixels > _MOST_PIXELS:
         return f"the kernel takes patches of up to {_MOST_PIXELS} pixels, not {'x'.join(map(str, patches.patch))}"
     if (
@@ -120,14 +120,14 @@ def patch_obstacle(video: Tensor, patches: PatchFormat) -> str:
 
 
 def channel_obstacle(video: Tensor) -> str:
-    """Why a kernel cannot take a mean and std for each channel; empty if it can."""
+    """The reason why a kernel cannot take a mean and std for each channel; empty if it can."""
     if video.shape[1] > _MOST_CHANNELS:
         return f"the kernel takes the mean and std of up to {_MOST_CHANNELS} channels, not {video.shape[1]}"
     return ""
 
 
 def channel_arguments(values: Sequence[float]) -> list[float | None]:
-    """The numbers of the first channels, padded with None: a kernel has a fixed number of such arguments."""
+    """The values of the first four channels, padded with None, since a kernel has a fixed number of arguments."""
     return [*values, *[None] * _MOST_CHANNELS][:_MOST_CHANNELS]
 
 
@@ -190,13 +190,13 @@ def patch_tokens(
     deviation into the weights, as `adamae_sampler.models.layers.PatchEmbed3d` does.
 
     Args:
-        video: [B, C, T, H, W], uint8 or floating point. A floating-point video that asks for its gradient takes the
-            reference, which has one.
-        idx: [B, M] int64, the tokens wanted, or [B R, M] for R masks of each clip; all N if None.
+        video: [B, C, T, H, W], uint8 or floating point. A video that requires a gradient takes the reference, which
+            has one.
+        idx: [B, M] int64, or [B R, M] for R masks of each clip, the tokens to take; None takes all N.
         patch_size: height and width of a patch in pixels, one number or a pair.
         tubelet_size: frames of a patch.
-        dtype: of the result; the video's if it is floating point, else fp32.
-        offset: subtracted from every value; pixels less 128 are as exact, and their sums have more digits.
+        dtype: dtype of the result; None means the video's if it is floating point, else fp32.
+        offset: number to subtract from every value. Pixels minus 128 are as exact, and their sums keep more digits.
 
     Returns:
         [B, N, P] or [B R, M, P], P = C * tubelet_size * p1 * p2, laid out (c t p1 p2); tokens in t-h-w order.
@@ -221,7 +221,7 @@ def rows_of_patches(
         check_indices("idx", idx, video.shape[0], num_tokens, video.device, several=True)
     dtype = dtype or (video.dtype if video.is_floating_point() else torch.float32)
     if not dtype.is_floating_point:
-        raise TypeError(f"dtype={dtype}, expected a floating-point one.")
+        raise TypeError(f"dtype={dtype}, expected a floating-point dtype.")
     needs_grad = video.requires_grad and torch.is_grad_enabled()
     obstacle = "the kernel has no gradient for the video" if needs_grad else patch_obstacle(video, patches)
     if dtype not in KERNEL_DTYPES:

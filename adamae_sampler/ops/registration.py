@@ -1,4 +1,4 @@
-"""How an op's kernels become torch operators, which FakeTensor, `torch.compile` and CUDA graphs know."""
+"""Registers an op's kernels as torch operators, which work with FakeTensor, `torch.compile` and CUDA graphs."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ _LIBRARY = torch.library.Library("adamae_sampler", "FRAGMENT")
 
 
 def operator(schema: str, fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Any]:
-    """Registers the function below it as torch.ops.adamae_sampler.<name>, and gives that in its place.
+    """A decorator that registers a function as torch.ops.adamae_sampler.<name>, and returns that operator.
 
-    The operator has no gradient of its own: an `autograd.Function` around it has. Both together cost a third of the
-    host time of `torch.library.custom_op` with a registered gradient (pytorch/pytorch#176592).
+    The operator has no gradient; an `autograd.Function` around it has one. Both together cost a third of the host time
+    of `torch.library.custom_op` with a registered gradient (pytorch/pytorch#176592).
 
     Args:
-        schema: "name(Tensor x, int n) -> Tensor".
-        fake: from the same arguments to empty outputs of the right shapes, dtypes and strides.
+        schema: the operator's name and types, such as "name(Tensor x, int n) -> Tensor".
+        fake: a function of the same arguments that returns empty outputs of the right shapes, dtypes and strides.
     """
     name = schema.partition("(")[0]
 

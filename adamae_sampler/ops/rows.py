@@ -1,4 +1,4 @@
-"""What the kernels that move whole rows share: tiles of rows and columns, and where a token's row went."""
+"""Helpers of the kernels that move whole rows: tiles of rows and columns, and the row of each token."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 from adamae_sampler.ops.backend import jit, launch, next_power_of_2, tl
 
-_TILE = 2048  # elements a program moves: 16 a thread
+_TILE = 2048  # elements that a program moves: 16 for each thread
 _MAX_ROWS = 2**30  # rows are counted in 32 bits, elements in 64
 
 
@@ -17,26 +17,26 @@ def as_table(pos: Tensor) -> Tensor:
 
 
 def cast_once(pos: Tensor, dtype: torch.dtype) -> Tensor:
-    """A table that every clip reads, in the clips' dtype; half the bytes then come from the cache for each of them."""
+    """A table shared by all clips, cast to their dtype. In half precision each clip then reads half the bytes."""
     return pos.to(dtype) if pos.shape[0] == 1 else pos
 
 
 def rows_in_memory(x: Tensor) -> Tensor:
-    """x [B, N, D] with the values of a row next to each other, as the kernels read them; it is so almost always."""
+    """x [B, N, D] with contiguous rows, as the kernels need them. Copies x only if its rows are not contiguous."""
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def row_tiles(num_rows: int, width: int) -> tuple[int, dict[str, int]]:
-    """How many programs cover num_rows rows of a width, and the tile of each, as the kernel's constants.
+    """The number of programs that cover num_rows rows of a width, and the tile of each, as the kernel's constants.
 
-    Columns are as many as divide the width, if that is a power of two worth its while, so that no lane idles: a
-    width of 768 is three tiles of 256.
+    A tile has as many columns as the largest power of two that divides the width, if that is at least 64, and at most
+    1024. Then no lane idles: a width of 768 is three tiles of 256.
 
     Raises:
-        ValueError: more rows than 32 bits count.
+        ValueError: there are more than 2^30 rows.
     """
     if num_rows > _MAX_ROWS:
-        raise ValueError(f"{num_rows} rows (clips x tokens), the kernels count up to {_MAX_ROWS}; split the batch.")
+        raise ValueError(f"{num_rows} rows (clips x tokens), expected at most {_MAX_ROWS}; split the batch.")
     even = width & -width  # the largest power of two that divides the width
     cols = min(even if even >= 64 else next_power_of_2(width), _TILE // 2)
     rows = _TILE // cols
@@ -46,9 +46,9 @@ def row_tiles(num_rows: int, width: int) -> tuple[int, dict[str, int]]:
 
 @jit
 def tile_of(num_rows, num_cols, ROWS: tl.constexpr, COLS: tl.constexpr):
-    """This program's rows [ROWS, 1] int32, columns [1, COLS] int64, and which of their places exist [ROWS, COLS].
+    """This program's rows [ROWS, 1] int32 and columns [1, COLS] int64, and which of its elements exist [ROWS, COLS].
 
-    Neighbouring programs take the columns of the same rows, which are neighbours in memory.
+    Neighbouring programs take neighbouring columns of the same rows.
     """
     tiles_across = tl.cdiv(num_cols, COLS)
     program = tl.program_id(0)
@@ -59,7 +59,7 @@ def tile_of(num_rows, num_cols, ROWS: tl.constexpr, COLS: tl.constexpr):
 
 @jit
 def _place_of_token_kernel(idx_ptr, place_ptr, N, K, TILE: tl.constexpr):
-    """One clip a program. Its threads write over each other's places, so a barrier parts the three steps."""
+    """One program handles one clip. Its threads overwrite each other's values, so barriers separate the three steps."""
     clip = tl.program_id(0).to(tl.int64)
     idx_ptr += clip * K
     place_ptr += clip * N
@@ -81,9 +81,9 @@ def _place_of_token_kernel(idx_ptr, place_ptr, N, K, TILE: tl.constexpr):
 
 
 def place_of_token(idx: Tensor, num_tokens: int) -> Tensor:
-    """The inverse of idx [B, K]: [B, N] int32, k where idx[b, k] is n, -1 where none is, -2 where several are.
+    """The inverse of idx [B, K], [B, N] int32: k if idx[b, k] = n; -1 if idx[b] lacks n; -2 if it has n several times.
 
-    Indices out of range are left out. Called inside of operators only.
+    Indices out of range are left out. Only operators call this function.
     """
     batch, places = idx.shape
     place = torch.empty(batch, num_tokens, dtype=torch.int32, device=idx.device)

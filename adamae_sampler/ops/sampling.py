@@ -1,4 +1,4 @@
-"""sampling_loss: the loss that teaches the sampler to show what is hard to reconstruct."""
+"""sampling_loss: the loss that teaches the sampler to show tokens that are hard to reconstruct."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from adamae_sampler.ops.checks import at_least_fp32, check_device, check_floatin
 from adamae_sampler.ops.registration import operator
 from adamae_sampler.ops.rows import place_of_token
 
-# Where the official code's Categorical stops: log of the fp32 epsilon, and of one minus it.
+# The official code's Categorical clamps log p to this range: log eps and log(1 - eps), with the eps of fp32.
 _EPS = torch.finfo(torch.float32).eps
 LOG_PROB_RANGE = (math.log(_EPS), math.log1p(-_EPS))
 
@@ -160,8 +160,8 @@ class _SamplingLoss(torch.autograd.Function):
 def sampling_loss(log_probs: Tensor, masked_idx: Tensor, error: Tensor) -> Tensor:
     """L_S = -mean over clips and masked tokens of log p_i * stop_gradient(e_i) (Algorithm 2).
 
-    log p is clamped to [log eps, log(1 - eps)], eps = 2^-23, as in the official code: a token that the sampler
-    has all but ruled out neither dominates the loss nor pushes further. NaN is not clamped away.
+    log p is clamped to [log eps, log(1 - eps)], eps = 2^-23, as in the official code. A token with almost no
+    probability then neither dominates the loss nor gets a gradient. NaN stays NaN.
 
     Args:
         log_probs: [B, N], log of the sampler's distribution.
@@ -176,16 +176,19 @@ def sampling_loss(log_probs: Tensor, masked_idx: Tensor, error: Tensor) -> Tenso
             mode only; the kernel gives NaN for it).
     """
     if log_probs is None:
-        raise TypeError("log_probs is None: masks that no network drew have no distribution to learn.")
+        raise TypeError(
+            "log_probs is None: masks that no network drew have no distribution to learn. Use AdaptiveTokenSampler."
+        )
     check_floating("log_probs", log_probs)
     check_floating("error", error)
     if log_probs.ndim != 2:
-        raise ValueError(f"log_probs have shape {tuple(log_probs.shape)}, expected [B, N]: one for each token.")
+        raise ValueError(f"log_probs have shape {tuple(log_probs.shape)}, expected [B, N]: one value for each token.")
     check_device("error", error, log_probs.device)
     check_indices("masked_idx", masked_idx, log_probs.shape[0], log_probs.shape[1], log_probs.device)
     if error.shape != masked_idx.shape:
         raise ValueError(
-            f"error has shape {tuple(error.shape)}, expected {tuple(masked_idx.shape)}: one for each masked token."
+            f"error has shape {tuple(error.shape)}, expected {tuple(masked_idx.shape)}: one value for each masked "
+            "token."
         )
     if backend_for(log_probs, error) == "triton":
         loss: Tensor = _SamplingLoss.apply(log_probs, masked_idx, error.detach())

@@ -29,7 +29,7 @@ def _token_scores_reference(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 @jit
 def _token_scores_kernel(x_ptr, weight_ptr, bias_ptr, out_ptr, num_rows, D, ROWS: tl.constexpr, COLS: tl.constexpr):
-    """out = x . weight + bias, some rows a program."""
+    """out = x . weight + bias, several rows for each program."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
     col = tl.arange(0, COLS)[None, :]
     place = row.to(tl.int64) * D + col
@@ -70,7 +70,8 @@ class _TokenScores(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        # Products of half precision, as autocast makes gradients; of a column up to 1, since fp16 has no small numbers.
+        # Products in half precision, as autocast does. The column is scaled to at most 1, since fp16 has no small
+        # numbers.
         scale = grad.abs().amax().clamp_min(torch.finfo(torch.float32).tiny) if grad.numel() else grad.sum()
         column = (grad / scale).to(x.dtype).reshape(-1, 1)  # [B N, 1]
         grad_x = (column @ (weight * scale).to(x.dtype)[None]).view_as(x)
@@ -82,7 +83,7 @@ class _TokenScores(torch.autograd.Function):
 
 
 def token_scores(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """x . weight + bias in fp32, also under autocast and without a copy of x: the last layer of a score network.
+    """x . weight + bias in fp32, the last layer of a score network; also fp32 under autocast, without a copy of x.
 
     Half precision has too few digits for the log-probabilities of 1568 tokens.
 

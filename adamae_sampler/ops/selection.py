@@ -1,4 +1,4 @@
-"""The K largest keys of each row as lists of indices, in plain PyTorch: the second half of draw_mask's reference."""
+"""The K largest keys of each row as lists of indices, in plain PyTorch. draw_mask's reference ends with this step."""
 
 from __future__ import annotations
 
@@ -9,14 +9,19 @@ from adamae_sampler.mask import free_to_read
 
 
 def split_by_largest(keys: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The indices of the `count` largest keys of each row [B, count] and of the others [B, N - count], both ascending,
-    and which are others [B, N] bool. Of equal keys the first are taken. NaN is larger than all numbers, as torch sorts.
+    """Splits each row's indices into those of the `count` largest keys and the others.
+
+    Of equal keys the first are taken. NaN is larger than all numbers, as in torch's sort.
+
+    Returns:
+        The indices of the largest keys [B, count] and of the others [B, N - count], both ascending; and the others as
+        a mask [B, N] bool.
     """
     return _by_topk(keys, count) or _by_rank(_largest(keys, count), count)
 
 
 def _by_topk(keys: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor] | None:
-    """None where it would cost a wait to know that no two keys tie for the last place, or where some do."""
+    """The split by `topk`. None if keys tie for the last place, or if that check would make the host wait."""
     if not free_to_read(keys):
         return None
     values, order = keys.topk(count, dim=1, sorted=False)
@@ -28,7 +33,7 @@ def _by_topk(keys: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor] | None:
 
 
 def _largest(keys: Tensor, count: int) -> Tensor:
-    """[B, N] bool."""
+    """Which keys are among the `count` largest, [B, N] bool."""
     keys = keys.nan_to_num(torch.inf, torch.finfo(keys.dtype).max, -torch.inf)  # NaN above infinity
     threshold = keys.topk(count, dim=1, sorted=False).values.amin(1, keepdim=True)
     above, tie = keys > threshold, keys == threshold
@@ -36,9 +41,9 @@ def _largest(keys: Tensor, count: int) -> Tensor:
 
 
 def _by_rank(taken: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Both lists by one scatter: as many taken ones as come before one are its place."""
+    """Both lists by one scatter. A taken token's index in its list is the number of taken tokens before it."""
     batch, num_tokens = taken.shape
-    rank = taken.cumsum(1)  # of a taken one from 1
+    rank = taken.cumsum(1)  # of taken tokens, from 1
     token = torch.arange(num_tokens, device=taken.device)
     place = torch.where(taken, rank, token + (count + 1) - rank)
     split = torch.empty(batch, num_tokens + 1, dtype=torch.int64, device=taken.device)

@@ -1,4 +1,4 @@
-"""reconstruction_target: the pixels of each token, normalised or raw, which a decoder has to predict."""
+"""reconstruction_target: the pixels of each token, normalised or raw, that a decoder has to predict."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ def check_kind(kind: str) -> None:
 
 
 def epsilons(video: Tensor, patches: PatchFormat) -> list[float]:
-    """A number for each channel, to add to the standard deviation of a patch.
+    """For each channel, the epsilon to add to the standard deviation of a patch.
 
-    Targets are normalised from the video's values as they are. Making pixels in [0, 1] of them first would scale mean
-    and deviation alike, and change nothing but the share of the epsilon; so the epsilon is scaled instead.
+    Targets are normalised from the video's values, which are not first turned into pixels in [0, 1]. That step would
+    scale mean and deviation alike and change only the share of the epsilon, so the epsilon is scaled instead.
     """
     if video.dtype == torch.uint8:
         return [255 * STD_EPS] * video.shape[1]
@@ -37,13 +37,13 @@ def epsilons(video: Tensor, patches: PatchFormat) -> list[float]:
 
 
 def target_reference(video: Tensor, idx: Tensor | None, patches: PatchFormat) -> Tensor:
-    """[B R, M, C, pixels], fp32 or fp64: the values to predict, channel by channel, in the order of memory."""
+    """The values to predict [B R, M, C, pixels], fp32 or fp64, channel by channel, in memory order."""
     rows = patch_rows(video, idx, patches)
     pixels = at_least_fp32(rows).unflatten(-1, (video.shape[1], -1))
     if patches.normalize:
         pixels = pixels - pixels.mean(-1, keepdim=True)
-        # `var` takes ten times as long on a CPU. Numbers for each channel, not a tensor of them, which would be copied
-        # to the device and waited for.
+        # `var` takes ten times as long on a CPU. The epsilons are plain numbers: a tensor of them would be copied to
+        # the device, and the host would wait.
         deviation = torch.linalg.vector_norm(pixels, dim=-1) / math.sqrt(pixels.shape[-1] - 1)  # [B, M, C]
         by_channel = zip(deviation.unbind(-1), epsilons(video, patches), strict=True)
         return pixels / torch.stack([x + eps for x, eps in by_channel], dim=-1)[..., None]
@@ -68,14 +68,14 @@ def reconstruction_target(
     """The pixels that a decoder has to predict, by default normalised per patch and channel.
 
     Args:
-        video: [B, C, T, H, W]. uint8 is taken as pixels and divided by 255; floating point is taken as it is, or
-            un-normalised with `mean` and `std` first.
-        idx: [B, M] int64, the tokens wanted, or [B R, M] for R masks of each clip; all N if None.
-        normalize: subtract each patch's mean and divide by its (unbiased) standard deviation + 1e-6, for each
-            channel apart; False gives raw pixels.
+        video: [B, C, T, H, W]. uint8 pixels are divided by 255. Floating-point values stay as they are; with `mean` and
+            `std` they are turned back into pixels first.
+        idx: [B, M] int64, or [B R, M] for R masks of each clip, the tokens to take; None takes all N.
+        normalize: whether to subtract each patch's mean and divide by its (unbiased) standard deviation + 1e-6, for
+            each channel separately. False gives raw pixels.
         patch_size: height and width of a patch in pixels, one number or a pair.
         tubelet_size: frames of a patch.
-        mean: the channel means that the floating-point video was normalised with, if it was.
+        mean: the channel means by which the floating-point video was normalised, if it was.
         std: the standard deviations that go with `mean`.
 
     Returns:

@@ -1,4 +1,4 @@
-"""thumbnails: every patch shrunk to a few pixels, straight from the video, for a sampler that sees pixels."""
+"""thumbnails: every patch shrunk to a few pixels, directly from the video, for a sampler that sees pixels."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from adamae_sampler.ops.patches import cut_patches
 from adamae_sampler.ops.pixel_rows import channel_arguments, channel_obstacle, patch_obstacle, pixel_offsets
 from adamae_sampler.ops.registration import operator
 
-_SIDE = 4  # pixels of a shrunk patch's side, or the most that divide a patch's
+_SIDE = 4  # pixels of a shrunk patch's side
 
 
 def shrunk(patches: PatchFormat) -> PatchFormat:
-    """The format of the shrunk patches: as many frames, and 4 pixels a side, or the most that divide it."""
+    """The format of the shrunk patches: as many frames; each side has gcd(4, side of the patch) pixels."""
     tubelet, p1, p2 = patches.patch
     return PatchFormat((tubelet, math.gcd(_SIDE, p1), math.gcd(_SIDE, p2)))
 
@@ -71,7 +71,7 @@ def _thumbnails_kernel(
     SMALL: tl.constexpr,
     WINDOW: tl.constexpr,
 ):
-    """One program shrinks one token's patch: a row of the tile is a pixel of the result, with all that it averages."""
+    """One program shrinks one token's patch. A row of the tile holds all pixels that one result pixel averages."""
     POOL1: tl.constexpr = P1 // SIDE1
     POOL2: tl.constexpr = P2 // SIDE2
     row = tl.program_id(0).to(tl.int64)
@@ -165,16 +165,18 @@ def thumbnails(
     std: Sequence[float] | None = None,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """Each patch averaged down to 4 x 4 pixels a frame, or the most that divide its sides; without a gradient.
+    """Each patch averaged down to 4 x 4 pixels per frame, without a gradient.
+
+    If 4 does not divide a side of the patch, that side gets gcd(4, side) pixels.
 
     Args:
         video: [B, C, T, H, W], uint8 or floating point.
         patch_size: height and width of a patch in pixels, one number or a pair.
         tubelet_size: frames of a patch.
-        mean: a number for each channel, as a share of 255, by which uint8 pixels are normalised. Floating-point video
-            is taken as it is.
+        mean: the channel means of uint8 pixels, as a share of 255, by which they are normalised. Floating-point values
+            stay as they are.
         std: the standard deviations that go with `mean`.
-        dtype: of the result; the video's if it is floating point, else fp32.
+        dtype: dtype of the result; None means the video's if it is floating point, else fp32.
 
     Returns:
         [B, N, C * tubelet_size * 4 * 4], laid out (t p1 p2 c); tokens in t-h-w order.

@@ -334,7 +334,7 @@ def test_weights_without_the_samplers_are_refused(make, shape, argument, tmp_pat
     patch(make(), 0.8).save_pretrained(tmp_path / "patched")
     plain = type(make()).from_pretrained(tmp_path / "patched")  # keeps the configuration, drops the sampler
     plain.save_pretrained(tmp_path / "plain")
-    with pytest.raises(ValueError, match=r"the weights lack \d+ of the sampler's"):
+    with pytest.raises(ValueError, match=r"the file lacks \d+ weights of the sampler"):
         patched_class(type(plain)).from_pretrained(tmp_path / "plain")
 
 

@@ -102,7 +102,7 @@ def test_a_host_whose_interface_has_changed_is_named_and_left_alone():
         ),
         "expected to take imgs .* and raised RuntimeError: no such image": broken(make_mae, patchify=_raise),
         "decoder predicts 4 frames": _with(make_mae_st(), t_pred_patch_size=2),
-        "attributes of its own that the patch would hide: sampler": _with(make_mae(), sampler=1),
+        "attributes that the patch would hide: sampler": _with(make_mae(), sampler=1),
         "would hide: draw_mask, scored": broken(make_hiera, draw_mask=None, scored=lambda self: 1),
     }
     for message, model in changed.items():

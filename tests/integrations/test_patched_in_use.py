@@ -49,7 +49,7 @@ def test_a_subclass_that_changes_its_input_before_the_tokenizer():
     with noise_of(sample):
         expected = model(x)
     patch(model)
-    with pytest.warns(UserWarning, match="another tensor than it got itself"):
+    with pytest.warns(UserWarning, match="another tensor than the model's input"):
         assert_equal(model(x, mask=sample), expected)
 
 
@@ -233,7 +233,7 @@ def test_arguments_that_are_none():
     with pytest.raises(TypeError, match="sample is Tensor, expected a MaskSample"):
         AdaMAELoss(patch_size=8)(prediction, x, sample.mask)
     hiera = patch(make_hiera(), 0.6).eval()
-    with pytest.raises(ValueError, match="taken as Hiera's, True = kept, so inverted; then: mask leaves 10"):
+    with pytest.raises(ValueError, match="The inverted mask is wrong: mask leaves 10"):
         hiera(torch.randn(1, 3, 128, 128), mask=random_sample(1, 16, 6).mask)
 
 

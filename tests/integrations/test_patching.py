@@ -69,10 +69,10 @@ def test_patching_twice_is_patching_once(case):
     assert patch(model) is model
     assert snapshot_of(model) == before
     for other, message in (
-        ({"mask_ratio": 0.5}, "mask_ratio=0.5, where it has 0.75"),
-        ({"network": "mlp"}, "network='mlp', where it has 'MHAScoreNetwork'"),
-        ({"sampling_weight": 1.0}, "sampling_weight=1.0, where it has 0.0001"),
-        ({"sampler": RandomTokenSampler(grid_of(unpatched(model)), 0.75)}, "where it has AdaptiveTokenSampler"),
+        ({"mask_ratio": 0.5}, "mask_ratio=0.5 instead of 0.75"),
+        ({"network": "mlp"}, "network='mlp' instead of 'MHAScoreNetwork'"),
+        ({"sampling_weight": 1.0}, "sampling_weight=1.0 instead of 0.0001"),
+        ({"sampler": RandomTokenSampler(grid_of(unpatched(model)), 0.75)}, "instead of AdaptiveTokenSampler"),
     ):
         with pytest.raises(ValueError, match=message):
             patch(model, **other)

@@ -274,10 +274,10 @@ def test_temperature_and_exploration():
             {"masking": RandomTokenSampler(GRID, 0.75), "temperature": 2.0},
             "temperature=.*: .* the sampler given has its own",
         ),
-        ({"masking": RandomTokenSampler(GRID, 0.75), "num_masks": 2}, "num_masks=2, and the sampler given has 1"),
+        ({"masking": RandomTokenSampler(GRID, 0.75), "num_masks": 2}, "num_masks=2, but the sampler given has 1"),
         (
             {"masking": AdaptiveTokenSampler(16, GRID), "sample_from": "pixels"},
-            "the sampler's embed_dim is 16, and it gets 96 values .*'pixels'",
+            "the sampler's embed_dim is 16, expected 96: .*'pixels'",
         ),
         ({"decode_ratio": 0.0}, "decode_ratio=0.0, expected a share of the masked tokens"),
         ({"decode_ratio": 1.5}, "decode_ratio=1.5, expected"),

@@ -190,7 +190,7 @@ def test_bad_input():
     for visible in (0, 5, -1):
         with pytest.raises(ValueError, match=f"num_visible={visible} of 5 tokens"):
             draw_mask(scores, visible)
-    with pytest.raises(ValueError, match=r"noise has shape \(5,\), expected that of scores, \(2, 5\)"):
+    with pytest.raises(ValueError, match=r"noise has shape \(5,\), expected \(2, 5\), as scores"):
         draw_mask(scores, 2, noise=torch.zeros(5))
     with pytest.raises(ValueError, match="both given"):
         draw_mask(scores, 2, noise=scores, generator=torch.Generator())

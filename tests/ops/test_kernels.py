@@ -221,7 +221,7 @@ def test_assemble_a_part_of_the_masked_tokens(kind, dtype):
     assert_same(reference, kernel)
     whole = ops.assemble_tokens(*leaves, sample)
     assert torch.equal(reference[0], torch.cat([whole[:, :11], whole[:, 11 + 3 :: 4]], 1))
-    with pytest.raises(ValueError, match=r"leaves masked tokens out .* order='restore' has places for all"):
+    with pytest.raises(ValueError, match=r"leaves masked tokens out .* order='restore' needs all tokens"):
         ops.assemble_tokens(*leaves, part, "restore")
 
 

@@ -231,7 +231,7 @@ def test_bad_input():
             r"idx holds 1..6, expected indices within 0..5",
             lambda: ops.gather_tokens(x, idx.index_fill(1, idx[0, :1], 6)),
         ),
-        (ValueError, r"idx is on meta, the other tensors on cpu", lambda: ops.gather_tokens(x, idx.to("meta"))),
+        (ValueError, r"idx is on meta, expected cpu", lambda: ops.gather_tokens(x, idx.to("meta"))),
         (ValueError, r"x has shape \(6, 4\), expected \[B, N, D\]", lambda: ops.gather_tokens(x[0], idx)),
         (
             ValueError,
@@ -245,7 +245,7 @@ def test_bad_input():
         (ValueError, "prediction is on meta", lambda: ops.reconstruction_error(prediction.to("meta"), video, idx)),
         (
             ValueError,
-            "visible holds 2 tokens, the sample leaves 3",
+            "visible holds 2 tokens, expected 3",
             lambda: ops.assemble_tokens(x[:, :2], pos[0], pos, sample),
         ),
         (ValueError, "expected 4 values", lambda: ops.assemble_tokens(x[:, :3], pos, pos, sample)),
@@ -264,7 +264,7 @@ def test_bad_input():
             "one pixel has no standard deviation",
             lambda: ops.reconstruction_target(video, patch_size=1, tubelet_size=1),
         ),
-        (ValueError, "give both or neither", lambda: ops.reconstruction_target(video, mean=(0.5,) * 3)),
+        (ValueError, "expected both or neither", lambda: ops.reconstruction_target(video, mean=(0.5,) * 3)),
         (
             ValueError,
             "mean has 1 values, std 1, the video 3",
@@ -272,7 +272,7 @@ def test_bad_input():
         ),
         (
             ValueError,
-            "uint8, which is pixels already",
+            "its values are pixels already",
             lambda: ops.reconstruction_target(video.byte(), mean=(0.5,) * 3, std=(0.5,) * 3),
         ),
         (
@@ -318,7 +318,7 @@ def test_bad_input():
         (ValueError, r"images.unsqueeze\(2\) and tubelet_size=1", lambda: ops.patchify(video[:, :, 0])),
         (TypeError, "video is ndarray", lambda: ops.reconstruction_error(prediction, video.numpy(), idx)),
         (ValueError, r"masked_idx has shape \(3,\)", lambda: ops.reconstruction_error(prediction, video, idx[0])),
-        (TypeError, "expected a list or tuple", lambda: ops.reconstruction_target(video, mean=0.5, std=0.5)),
+        (TypeError, "expected lists or tuples", lambda: ops.reconstruction_target(video, mean=0.5, std=0.5)),
         (
             ValueError,
             r"std=\(0.0, 0.0, 0.0\), expected positive",
