@@ -237,7 +237,7 @@ def test_what_is_odd_but_possible_is_said(data, pretrained, tmp_path):
 
 def test_eval_only_needs_a_head(data, pretrained, tmp_path):
     said = refused(finetune.main, "--eval-only", "--checkpoint", pretrained, *data[2:], "--output", tmp_path)
-    assert "has no head; --eval-only needs a classifier, a file of finetune.py" in said
+    assert "has no head; --eval-only needs a classifier of finetune.py" in said
 
 
 def test_presets_follow_the_supplements_table_7():
