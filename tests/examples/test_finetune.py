@@ -182,7 +182,7 @@ def test_bad_input_is_named_with_its_line_and_the_rest_is_done(tmp_path):
         assert f"{name}.csv:5 (broken.mp4): it cannot be opened as a video" in broken
         assert f"{name}.csv:9 (missing.mp4): there is no such file" in broken
         assert f"{name}.csv:6 (empty.mp4): it cannot be opened as a video" in broken
-    assert "3 videos could not be used and others took their place" in printed
+    assert "3 videos could not be used and were replaced by others" in printed
     assert "7 videos could not be used and were left out" in printed
 
 
