@@ -22,7 +22,7 @@ class Run:
     """Options of a run besides its recipe."""
 
     preset: str
-    """Preset to start from, the name of a file in examples/presets."""
+    """Name of the preset to start from, a file in examples/presets."""
     resume: Path | None = None
     """Checkpoint to resume from; its run gives the settings and the output folder. 'auto' takes the newest whole
     checkpoint in --output, and starts a new run if there is none."""

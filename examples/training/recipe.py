@@ -57,13 +57,13 @@ class Recipe(EncoderSettings):
     save_every: int = 1000
     """Steps between two checkpoints. The last step, SIGUSR1 and SIGTERM write one too; SIGTERM then ends the run."""
     save_minutes: float = 30
-    """Most minutes between two checkpoints, for slow steps."""
+    """Longest time between two checkpoints, in minutes."""
     keep_checkpoints: int = 2
     """Number of latest checkpoints to keep, besides the best one."""
     stop_after_nonfinite: int = 20
     """End the run after so many skipped steps in a row. A step with a nonfinite gradient is skipped."""
     max_broken: float = 0.1
-    """Largest share of the videos that may be broken; a larger share ends the run. Others replace broken videos."""
+    """Largest share of the videos that may be broken; a larger share ends the run. Other videos replace broken ones."""
     tracker: Literal["wandb", "trackio"] | None = None
     """Service that gets the metrics too, besides metrics.jsonl and TensorBoard files."""
     profile: bool = False
