@@ -31,8 +31,9 @@ from torch.nn.functional import cross_entropy
 
 from adamae_sampler.models import VideoClassifier, load_checkpoint
 from common.devices import Normalise, make_accelerator, precision_of
-from common.models import CLASSIFIERS, DECODER_SIZES, save_weights, size_note, stated_sizes
+from common.models import CLASSIFIERS, save_weights, size_note, stated_sizes
 from common.report import check_output, describe_clips, describe_encoder, format_lines, report_left_out
+from common.settings import DECODER_SIZES
 from evaluation.multi_view import Evaluation, evaluate, write_results
 from training.command_line import Run, parse_arguments
 from training.finetune_recipe import FinetuneRecipe

@@ -25,9 +25,9 @@ from adamae_sampler.models import AdaMAE, load_checkpoint
 from adamae_sampler.visualize import animation, mask_overview, overview, save_animation
 from common.command_line import checkpoint_of, parse_settings
 from common.devices import autocast, make_accelerator
-from common.models import AUTOENCODERS, DECODER_SIZES, create_model, stated_recipe, stated_sizes
+from common.models import AUTOENCODERS, create_model, stated_recipe, stated_sizes
 from common.report import check_output
-from common.settings import EncoderSettings
+from common.settings import DECODER_SIZES, EncoderSettings
 from training.pretrain_recipe import SAMPLER_SETTINGS
 from video_data.datasets import find_sprites
 from video_data.video import VideoError

@@ -9,8 +9,8 @@ from typing import TypeVar
 
 import tyro
 
-from common.models import SIZES, stated_recipe, stated_sizes
-from common.settings import EncoderSettings
+from common.models import stated_recipe, stated_sizes
+from common.settings import SIZES, EncoderSettings
 
 Settings = TypeVar("Settings", bound=EncoderSettings)
 

@@ -13,8 +13,6 @@ from adamae_sampler.models import AdaMAE, VideoClassifier
 from common.atomic_files import write_tensors
 from common.settings import EncoderSettings
 
-SIZES = ("img_size", "num_frames", "patch_size", "tubelet_size", "embed_dim", "depth", "num_heads")
-DECODER_SIZES = ("decoder_embed_dim", "decoder_depth", "decoder_num_heads")
 AUTOENCODERS, CLASSIFIERS = "pretrain_adamae*", "adamae_vit*"  # families of models in timm's registry
 
 

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 FrameSampling = Literal["dense", "segments"]
+SIZES = ("img_size", "num_frames", "patch_size", "tubelet_size", "embed_dim", "depth", "num_heads")
+DECODER_SIZES = ("decoder_embed_dim", "decoder_depth", "decoder_num_heads")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,8 +64,7 @@ class EncoderSettings:
 
     def sizes(self) -> dict[str, Any]:
         """Keyword arguments of `timm.create_model` for the sizes of clips and encoder; None keeps the model's own."""
-        names = ("img_size", "num_frames", "patch_size", "tubelet_size", "embed_dim", "depth", "num_heads")
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in SIZES}
 
     def plain(self) -> dict[str, Any]:
         """The settings as numbers, strings and lists, for files."""

@@ -48,7 +48,7 @@ class BrokenVideos:
         new = {name: why for name, why in everywhere.items() if name not in self.known}
         self.known |= new
         if new and self.writes:
-            self._unwritten += "".join(f"{name}\t{_on_one_line(why)}\n" for name, why in new.items())
+            self._unwritten += "".join(f"{name}\t{' '.join(why.split())}\n" for name, why in new.items())
             try:
                 append_whole(self.path, self._unwritten)
                 self._unwritten = ""
@@ -60,9 +60,9 @@ class BrokenVideos:
             return None
         first = "\n  ".join(f"{name}: {why}" for name, why in list(self.known.items())[:8])
         return (
-            f"{len(self.known)} of {self.videos} videos cannot be used, more than the share max_broken="
-            f"{self.largest_share:g}; the first:\n  {first}\n{self.path} lists all. Mend the videos and delete their "
-            "lines, or raise --max-broken."
+            f"{len(self.known)} of {self.videos} videos cannot be used, more than max_broken="
+            f"{self.largest_share:g} of them; the first:\n  {first}\n{self.path} lists all. Mend the videos and "
+            "delete their lines, or raise --max-broken."
         )
 
     def report(self) -> None:
@@ -82,7 +82,3 @@ def read_broken_videos(path: Path) -> dict[str, str]:
 
 def _ends_with_a_line(path: Path) -> bool:
     return not path.is_file() or path.read_bytes()[-1:] in (b"", b"\n")
-
-
-def _on_one_line(text: str) -> str:
-    return " ".join(text.split())

@@ -84,7 +84,7 @@ class DeviceMetrics:
         return {name: accelerator.reduce(total, "sum") for name, total in sums.items()}
 
     def restore(self, state: Mapping[str, Tensor], accelerator: Accelerator) -> None:
-        """Restores the sums. The main process takes the sums of all processes, the others take 0."""
+        """Restores the sums. The main process holds the sums of all processes."""
         mine = {name: total.to(self.device) * accelerator.is_main_process for name, total in state.items()}
         self._in_a_row = state["in a row"].to(self.device)
         for name, total in mine.items():

@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Literal
 
 from adamae_sampler.losses import Estimator
 from adamae_sampler.models import PRESETS
+from common.settings import DECODER_SIZES
 from training.recipe import Recipe
 
 SAMPLER_SETTINGS = ("score_network", "sample_from", "temperature", "exploration")  # a sampler's weights fit only these
@@ -103,7 +104,7 @@ class PretrainRecipe(Recipe):
 
     def model_args(self) -> dict[str, Any]:
         """Keyword arguments for `timm.create_model`, which ignores arguments of None."""
-        decoder = ("decoder_embed_dim", "decoder_depth", "decoder_num_heads", "decode_ratio", "fused_head")
+        decoder = (*DECODER_SIZES, "decode_ratio", "fused_head")
         names = ("masking", "mask_ratio", "num_masks", *SAMPLER_SETTINGS, *decoder)
         return {**self.sizes(), **{name: getattr(self, name) for name in names}}
 

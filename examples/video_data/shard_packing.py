@@ -114,12 +114,7 @@ def _encode(entry: VideoEntry, packing: Packing) -> tuple[str, bytes] | str:
                 return ".mp4", _shrunk(video, entry, packing)
             video.read_all()  # raises for a broken video
         return entry.path.suffix.lower(), entry.read()
-    except (
-        VideoError,
-        av.FFmpegError,
-        ValueError,
-        ZeroDivisionError,
-    ) as error:  # libav's errors for odd sizes and rates
+    except (VideoError, av.FFmpegError, ValueError, ZeroDivisionError) as error:  # libav's, for odd sizes and rates
         return str(error)
 
 
