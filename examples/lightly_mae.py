@@ -17,7 +17,7 @@ from training.image_loop import train_on_images
 
 
 class AdaptiveLightlyMAE(nn.Module):
-    """A masked autoencoder of lightly's parts. The lines of adaptive masking have a comment.
+    """A masked autoencoder of lightly's parts. Comments mark the lines that adaptive masking adds.
 
     Args:
         vit: timm's vision transformer, with a class token.

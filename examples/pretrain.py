@@ -4,7 +4,7 @@
     python examples/pretrain.py --data sprites --masking random       generated clips, another masking
     python examples/pretrain.py --preset k400 --data train.csv        the paper's recipe (k400, ssv2, ucf101, hmdb51)
     accelerate launch examples/pretrain.py --preset ssv2 --data DIR   on all GPUs of a machine
-    accelerate launch --config_file examples/launch/fsdp2.yaml ...    with FSDP2; see launch/ for other setups
+    accelerate launch --config_file examples/launch/fsdp2.yaml ...    with FSDP2; see examples/launch for more
 
 Training writes recipe.yaml, metrics.jsonl, TensorBoard files, checkpoints/, model.safetensors and overview.png.
 --resume auto goes on from the newest checkpoint in --output. Without a checkpoint there, a new run begins.
@@ -74,7 +74,7 @@ def train(job: PretrainJob) -> None:
     loop = TrainingLoop(job, optimizer, better=("reconstruction", -1))
     metrics = PretrainMetrics(model.sampler.num_tokens, accelerator.device)
 
-    # The way of a clip: VideoClips.clips -> ClipStream -> clip_loader (video_data/clips.py) -> TrainingLoop.run ->
+    # The path of a clip: VideoClips.clips -> ClipStream -> clip_loader (video_data/clips.py) -> TrainingLoop.run ->
     # _update (training/loop.py) -> here. _update then calls the backward pass.
     def forward(batch: dict[str, Any], _: int) -> Tensor:
         video = batch["video"]  # [B, 3, T, H, W] uint8; the model and the loss normalise it
