@@ -140,7 +140,7 @@ def check(data: Path, workers: int = 4, write_good: Path | None = None) -> None:
         write_list(write_good, good)
         print(f"wrote {len(good)} videos to {write_good}")
     report = data.with_name(f"{data.name}.broken.txt")
-    report.unlink(missing_ok=True)  # of an earlier time
+    report.unlink(missing_ok=True)  # of an earlier call
     if broken:
         report.write_text("\n".join(broken) + "\n", encoding="utf-8")
         print("\n".join(f"  {line}" for line in broken))
@@ -164,7 +164,7 @@ def pack(data: Path, output: Path, packing: OmitArgPrefixes[Packing], workers: i
             videos, size = videos + count, size + stored
             left_out += messages
             progress.update(count + len(messages))
-    report.unlink(missing_ok=True)  # of an earlier time
+    report.unlink(missing_ok=True)  # of an earlier call
     if left_out:
         report.write_text("\n".join(left_out) + "\n", encoding="utf-8")
     if not videos:

@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.state_dict import (
 
 from common.devices import uses_deepspeed
 
-_MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's
+_MOMENTS = ("exp_avg", "exp_avg_sq")  # names in AdamW's state
 
 
 def full_weights(accelerator: Accelerator, model: Any) -> dict[str, Tensor]:

@@ -58,7 +58,7 @@ def forward_flops(model: nn.Module, *shape: int) -> float:
         weights: dict[str, Tensor] = {name: shapes_alone.from_tensor(tensor) for name, tensor in named}
         out = functional_call(model, weights, torch.empty(shape, device=device))
         if isinstance(out, tuple) and isinstance(out[0], HeadInputs):
-            linear(*out[0])  # the loss makes this product
+            linear(*out[0])  # the loss computes this product
     return float(counter.get_total_flops())
 
 
