@@ -3,8 +3,8 @@
     python examples/extract_features.py --checkpoint model.safetensors --data videos/ --output features.safetensors
     python examples/extract_features.py --checkpoint videomae/ --data list.csv --output features.npz --pool none
 
-The file has `features` ([V, D], or [V, N, D] for --pool none), `label` ([V], -1 where there is none), the paths of the
-videos and the settings of the extraction: as `path` and `settings` in .npz, as JSON in the metadata of .safetensors.
+The file has `features` ([V, D], or [V, N, D] for --pool none) and `label` ([V], -1 for a video without a label). It
+also has the paths of the videos and the settings: as `path` and `settings` in .npz, as JSON in .safetensors metadata.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Options(FeatureSettings):
     output: Path = Path("features.safetensors")
     """File to write, .safetensors or .npz."""
     pool: Pool = "mean"
-    """'mean' of the tokens, averaged over the views; 'none' for all tokens of one view."""
+    """'mean': the mean of the tokens, averaged over the views. 'none': all tokens of one view."""
 
 
 def main(arguments: list[str]) -> None:
@@ -52,11 +52,11 @@ def run(options: Options) -> None:
     if options.output.suffix not in (".safetensors", ".npz"):
         raise ValueError(f"--output {options.output}: name a .safetensors or .npz file.")
     if options.output.exists():
-        raise ValueError(f"--output {options.output} exists already; name another file, or delete it.")
+        raise ValueError(f"--output {options.output} already exists; name another file, or delete it.")
     if not options.data:
         raise ValueError("--data is needed: a folder of videos or a list file.")
     if options.pool == "none" and options.clips * options.crops > 1:
-        raise ValueError("tokens of several views have no common place; leave --clips and --crops at 1.")
+        raise ValueError("--pool none keeps the tokens of one view; leave --clips and --crops at 1.")
     data = VideoDataset.find(options.data, options)
     accelerator = make_accelerator(options.precision)
     encoder = frozen_encoder(options, options.pool, accelerator)

@@ -6,9 +6,9 @@
     python examples/finetune.py --preset sprites --checkpoint runs/sprites/model.safetensors    generated clips
 
 --checkpoint takes files of pretrain.py, official AdaMAE and VideoMAE files, and folders or files of a Hugging Face
-VideoMAE; without it the model starts from scratch. Writes recipe.yaml, metrics.jsonl, TensorBoard files, checkpoints/
-(for --resume; "auto" is the newest in --output), model.safetensors, and results.json, per_class.csv and predictions.csv
-of the evaluation at the end.
+VideoMAE. Without it the model starts from scratch. --resume auto goes on from the newest checkpoint in --output.
+Training writes recipe.yaml, metrics.jsonl, TensorBoard files, checkpoints/ and model.safetensors. The evaluation at the
+end writes results.json, per_class.csv and predictions.csv.
 """
 
 from __future__ import annotations
@@ -31,8 +31,9 @@ from torch.nn.functional import cross_entropy
 
 from adamae_sampler.models import VideoClassifier, load_checkpoint
 from common.devices import Normalise, make_accelerator, precision_of
-from common.models import CLASSIFIERS, DECODER_SIZES, save_weights, size_note, stated_sizes
+from common.models import CLASSIFIERS, save_weights, size_note, stated_sizes
 from common.report import check_output, describe_clips, describe_encoder, format_lines, report_left_out
+from common.settings import DECODER_SIZES
 from evaluation.multi_view import Evaluation, evaluate, write_results
 from training.command_line import Run, parse_arguments
 from training.finetune_recipe import FinetuneRecipe
@@ -58,12 +59,12 @@ def build(recipe: FinetuneRecipe, run: Run) -> tuple[FinetuneJob, LabelledData]:
     if recipe.eval_only and not recipe.checkpoint:
         raise ValueError("--eval-only needs --checkpoint: the weights of a classifier.")
     if recipe.eval_only and DECODER_SIZES[0] in stated_sizes(recipe.checkpoint):
-        raise ValueError(f"{recipe.checkpoint} has no head; --eval-only needs a classifier, a file of finetune.py.")
+        raise ValueError(f"{recipe.checkpoint} has no head; --eval-only needs a classifier of finetune.py.")
     accelerator = make_accelerator(recipe.precision, recipe.compile == "whole", recipe.tracker)
     if recipe.ema and accelerator.distributed_type == "FSDP":
-        raise ValueError("--ema needs the whole weights on each device, which FSDP2 shards; use DDP or --ema None.")
+        raise ValueError("--ema needs full weights on each device, and FSDP2 shards them; use DDP, or --ema None.")
     if recipe.eval_only:
-        recipe = replace(recipe, train="", effective_batch=None)  # an evaluation ignores them
+        recipe = replace(recipe, train="", effective_batch=None)  # an evaluation uses neither
     stated = stated_sizes(recipe.checkpoint).get("num_classes") if recipe.eval_only else None
     data = LabelledData.find(recipe.train, recipe.val, recipe, recipe.num_classes or stated)
     transform = FinetuneTransform(recipe.img_size, recipe.randaugment, recipe.flip)
@@ -81,12 +82,12 @@ def build(recipe: FinetuneRecipe, run: Run) -> tuple[FinetuneJob, LabelledData]:
 
 
 class Criterion:
-    """From a batch of pixels to the loss: normalisation, random erasing and mixup on the device, cross-entropy.
+    """Computes the loss of a batch of pixels: normalisation, random erasing and mixup on the device, cross-entropy.
 
     Args:
         recipe: the settings.
         model: the classifier, prepared.
-        num_classes: its outputs.
+        num_classes: number of outputs of the classifier.
         accelerator: devices and processes.
     """
 
@@ -98,12 +99,12 @@ class Criterion:
         self.erase = RandomErasing(recipe.erasing, mode="pixel", max_count=1, device=str(accelerator.device))
         self.mixup: Mixup | None = None
         if recipe.mixup or recipe.cutmix:
-            # One share for a batch, of mixup or CutMix with equal chances.
+            # A batch gets mixup or CutMix with equal chances, and one mixing share for all its clips.
             self.mixup = Mixup(recipe.mixup, recipe.cutmix, label_smoothing=recipe.smoothing, num_classes=num_classes)
 
     def __call__(self, batch: dict[str, Any], number: int) -> Tensor:
-        """The loss of a batch, the `number`-th of the run on this process."""
-        # By position, so that a resumed run needs nothing else.
+        """The loss of batch `number` of the run on this process."""
+        # Seeded by position, so that a resumed run makes the same choices.
         seed_libraries(random.Random(self.seed + 104_729 * number).getrandbits(31))
         video, target = self.augment(batch["video"], batch["label"])
         return cross_entropy(self.model(video).float(), target, label_smoothing=0.0 if self.mixup else self.smoothing)
@@ -111,7 +112,7 @@ class Criterion:
     def augment(self, video: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
         """[B, C, T, H, W] uint8, [B] -> the clips in fp32, and labels or, with mixup, shares of classes [B, classes].
 
-        timm's tools take images; frames stand as channels, so that a box is the same in all of them.
+        timm's tools take images. Frames become channels here, so every frame of a clip gets the same box.
         """
         images = self.normalise(video).flatten(1, 2)  # [B, C T, H, W]
         images = self.erase(images)
@@ -121,7 +122,7 @@ class Criterion:
 
 
 def train(job: FinetuneJob, data: LabelledData) -> VideoClassifier:
-    """Trains, with an evaluation of one view every few epochs; writes the weights and returns their model."""
+    """Trains, evaluates one view every few epochs, and writes the weights; returns the model that has them."""
     recipe, accelerator, schedule, model = job.recipe, job.accelerator, job.schedule, job.model
     groups = param_groups_layer_decay(
         model, recipe.weight_decay, model.no_weight_decay(), layer_decay=recipe.layer_decay
@@ -166,7 +167,7 @@ def train(job: FinetuneJob, data: LabelledData) -> VideoClassifier:
 def unsharded(job: FinetuneJob, prepared: nn.Module) -> VideoClassifier:
     """The model for evaluation, with full weights on every process.
 
-    Each process evaluates its own number of batches. With FSDP2's shards the processes would wait for each other.
+    Processes evaluate different numbers of batches. With FSDP2's shards they would wait for each other forever.
     """
     if job.accelerator.distributed_type != "FSDP":
         return job.model
@@ -198,7 +199,7 @@ def finish(job: FinetuneJob, data: LabelledData, model: nn.Module) -> None:
 
 
 def describe(job: FinetuneJob, origin: str, data: LabelledData) -> str:
-    """The resolved recipe, for people."""
+    """The resolved recipe as text."""
     recipe, model, accelerator = job.recipe, job.model, job.accelerator
     lines = {
         "settings": origin,
@@ -225,7 +226,7 @@ def describe(job: FinetuneJob, origin: str, data: LabelledData) -> str:
 
 
 def main(arguments: list[str]) -> None:
-    """Runs the command line; an impossible setting is one line, without a traceback."""
+    """Runs the command line. An invalid setting prints one line without a traceback."""
     try:
         taken = ("sampling", "stride", "test_clips", "test_crops") if "--eval-only" in arguments else ()
         recipe, run = parse_arguments(FinetuneRecipe, arguments, "ucf101", __doc__, taken)

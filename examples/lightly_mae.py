@@ -17,10 +17,10 @@ from training.image_loop import train_on_images
 
 
 class AdaptiveLightlyMAE(nn.Module):
-    """A masked autoencoder of lightly's parts. What adaptive masking adds is marked.
+    """A masked autoencoder of lightly's parts. Comments mark the lines that adaptive masking adds.
 
     Args:
-        vit: timm's, with a class token.
+        vit: timm's vision transformer, with a class token.
         decoder_dim: width of the decoder.
         mask_ratio: share of tokens to mask.
     """
@@ -37,7 +37,7 @@ class AdaptiveLightlyMAE(nn.Module):
     def forward(self, images: Tensor) -> tuple[Tensor, MaskSample]:
         """[B, C, H, W] -> prediction [B, M, P], and the sample."""
         sample: MaskSample = self.sampler(self.backbone.images_to_tokens(images))  # in place of random_token_mask
-        idx_keep = nn.functional.pad(sample.visible_idx + 1, (1, 0))  # lightly counts the class token, as token 0
+        idx_keep = nn.functional.pad(sample.visible_idx + 1, (1, 0))  # lightly's token 0 is the class token
         idx_mask = sample.masked_idx + 1
         x = self.decoder_embed(self.backbone.encode(images, idx_keep=idx_keep))
         full = x.new_zeros(x.shape[0], self.decoder.sequence_length, x.shape[2])

@@ -1,11 +1,11 @@
-"""Linear or attentive probing: how much a frozen encoder's features tell about the classes.
+"""Linear or attentive probing: trains a classifier on the features of a frozen encoder.
 
     python examples/linear_probe.py --checkpoint model.safetensors --train train.csv --val val.csv
     python examples/linear_probe.py --checkpoint checkpoint.pth --train train.csv --val val.csv --sampling segments
     python examples/linear_probe.py --checkpoint model.safetensors --train sprites:1000:1 --val sprites:1000:2
 
-Features are computed once (by all processes of `accelerate launch`) and kept in --cache; probing again takes seconds.
-Writes results.json, per_class.csv, predictions.csv and probe.safetensors.
+Features are computed once, by all processes of `accelerate launch`, and kept in --cache. Probing again takes seconds.
+The script writes results.json, per_class.csv, predictions.csv and probe.safetensors.
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ class Options(FeatureSettings):
     output: Path = Path("runs/probe")
     """Folder for the results."""
     cache: Path = Path("runs/features")
-    """Folder for the features."""
+    """Folder of the cached features."""
     kind: ProbeKind = "linear"
-    """'linear': batch norm without affine parameters and a linear layer on the mean of the tokens. 'attentive': a
-    learned query attends to all tokens first."""
+    """'linear': batch norm without affine parameters, then a linear layer, on the mean of the tokens. 'attentive': the
+    same on all tokens, pooled by a learned query."""
     probe: ProbeRecipe = field(default_factory=ProbeRecipe)
     """The training settings of the probe."""
 
@@ -58,12 +58,12 @@ def main(arguments: list[str]) -> float | None:
 
 
 def run(options: Options) -> float | None:
-    """Features, training, evaluation; raises ValueError, TypeError, FileNotFoundError or VideoError."""
+    """Computes features, trains and evaluates; raises ValueError, TypeError, FileNotFoundError or VideoError."""
     check_output(options.output, "results.json")
     if not options.train or not options.val:
         raise ValueError("--train and --val are needed: lists of videos, or 'sprites:1000:1' and 'sprites:1000:2'.")
     if options.kind == "attentive" and options.clips * options.crops > 1:
-        raise ValueError("an attentive probe attends to the tokens of one view; leave --clips and --crops at 1.")
+        raise ValueError("--kind attentive takes the tokens of one view; leave --clips and --crops at 1.")
     data = LabelledData.find(options.train, options.val, options)
     accelerator = make_accelerator(options.precision)
     if accelerator.is_main_process:

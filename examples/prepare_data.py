@@ -1,4 +1,4 @@
-"""Turns the annotations of public data sets into the list files that the training scripts read, and checks lists.
+"""Makes the list files of public data sets, checks videos, and packs them into shards.
 
     python examples/prepare_data.py ssv2 --annotations labels --videos 20bn-something-something-v2 --output lists/ssv2
     python examples/prepare_data.py k400 --annotations annotations --videos k400 --output lists/k400
@@ -8,7 +8,7 @@
     python examples/prepare_data.py pack --data lists/k400/train.csv --output shards/k400 --workers 16
     python examples/prepare_data.py index --shards shards/from-elsewhere
 
-Each of them has a --help of its own.
+Each command has its own --help.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def ssv2(annotations: Path, videos: Path, output: Path) -> None:
     """Lists of Something-Something V2.
 
     Args:
-        annotations: folder with labels.json, train.json and validation.json (also with "something-something-v2-").
+        annotations: folder with labels.json, train.json and validation.json (or something-something-v2-*.json).
         videos: folder of the videos, searched through.
         output: folder for train.csv, val.csv, labels.txt, and missing.txt if videos are missing.
     """
@@ -47,7 +47,7 @@ def ssv2(annotations: Path, videos: Path, output: Path) -> None:
 
 @app.command
 def k400(annotations: Path, videos: Path, output: Path) -> None:
-    """Lists of Kinetics-400 (and of 600 and 700, whose annotations have the same form).
+    """Lists of Kinetics-400 (also of Kinetics-600 and 700: their annotations have the same form).
 
     Args:
         annotations: folder with train.csv and val.csv (or validate.csv).
@@ -65,7 +65,7 @@ def ucf101(annotations: Path, videos: Path, output: Path, split: int = 1) -> Non
         annotations: folder with classInd.txt, trainlist01.txt and testlist01.txt.
         videos: folder of the classes' folders.
         output: folder for train.csv, val.csv, labels.txt, and missing.txt if videos are missing.
-        split: which of the three official splits.
+        split: number of the official split, 1 to 3.
     """
     check_split(split)
     write(read_ucf101(annotations, split), videos, output)
@@ -79,18 +79,18 @@ def hmdb51(annotations: Path, videos: Path, output: Path, split: int = 1) -> Non
         annotations: folder with CLASS_test_split1.txt for each class.
         videos: folder of the classes' folders.
         output: folder for train.csv, val.csv, labels.txt, and missing.txt if videos are missing.
-        split: which of the three official splits.
+        split: number of the official split, 1 to 3.
     """
     check_split(split)
     write(read_hmdb51(annotations, split), videos, output)
 
 
 def write(annotations: Annotations, videos: Path, output: Path) -> None:
-    """Writes the lists of the videos that are there; raises FileNotFoundError if none is."""
+    """Writes lists of the videos that exist; raises FileNotFoundError if a list would be empty."""
     if not videos.is_dir():
         raise FileNotFoundError(f"--videos {videos}: no such folder.")
     files: dict[str, Path] = {}
-    for path in sorted(videos.rglob("*"), reverse=True):  # of two files for one video the first by name is taken
+    for path in sorted(videos.rglob("*"), reverse=True):  # of two files of one video, the first by name wins
         if path.suffix.lower() in VIDEO_SUFFIXES:
             files[path.stem] = path
             files[f"{path.parent.name}/{path.stem}"] = path
@@ -109,7 +109,7 @@ def write(annotations: Annotations, videos: Path, output: Path) -> None:
         write_list(output / f"{name}.csv", found)
         print(f"{output / name}.csv: {len(found)} videos of {len(annotations.classes)} classes")
     (output / LABELS).write_text("\n".join(annotations.classes) + "\n", encoding="utf-8")
-    (output / "missing.txt").unlink(missing_ok=True)  # of an earlier time
+    (output / "missing.txt").unlink(missing_ok=True)  # of an earlier call
     if missing:
         (output / "missing.txt").write_text("\n".join(missing) + "\n", encoding="utf-8")
         print(f"{len(missing)} videos of the annotations are not in {videos}: see {output / 'missing.txt'}")
@@ -117,16 +117,16 @@ def write(annotations: Annotations, videos: Path, output: Path) -> None:
 
 @app.command
 def check(data: Path, workers: int = 4, write_good: Path | None = None) -> None:
-    """Decodes every frame of every video once and says which are broken, and why; fails if any is.
+    """Decodes every frame of every video and reports the broken videos. The exit status is 1 if a video is broken.
 
     Args:
-        data: list file or folder of videos. What is broken is also written to <data>.broken.txt.
+        data: list file or folder of videos. Broken videos are also listed in <data>.broken.txt.
         workers: processes that decode.
-        write_good: a list to write of the videos that are whole.
+        write_good: list file to write, with the videos that are whole.
     """
     entries = list_videos(data)
     if write_good and any(entry.span for entry in entries):
-        raise ValueError("--write-good: a list names files, and these videos are in shards.")
+        raise ValueError("--write-good: a list cannot name videos in shards, and --data has some.")
     with ProcessPoolExecutor(workers) as pool:
         found = list(tqdm(pool.map(examine, entries, chunksize=4), total=len(entries), unit="video", file=sys.stdout))
     broken = [f"{entry.where}: {cause}" for entry, cause in zip(entries, found, strict=True) if isinstance(cause, str)]
@@ -134,13 +134,13 @@ def check(data: Path, workers: int = 4, write_good: Path | None = None) -> None:
     if frames:
         print(f"{len(frames)} videos are whole: {frames[0]} to {frames[-1]} frames, median {frames[len(frames) // 2]}")
     if twice := [path for path, times in Counter(entry.path for entry in entries).items() if times > 1]:
-        print(f"{len(twice)} videos stand more than once, such as {twice[0]}")
+        print(f"{len(twice)} videos occur more than once, such as {twice[0]}")
     if write_good:
         good = [entry for entry, count in zip(entries, found, strict=True) if isinstance(count, int)]
         write_list(write_good, good)
         print(f"wrote {len(good)} videos to {write_good}")
     report = data.with_name(f"{data.name}.broken.txt")
-    report.unlink(missing_ok=True)  # of an earlier time
+    report.unlink(missing_ok=True)  # of an earlier call
     if broken:
         report.write_text("\n".join(broken) + "\n", encoding="utf-8")
         print("\n".join(f"  {line}" for line in broken))
@@ -149,12 +149,11 @@ def check(data: Path, workers: int = 4, write_good: Path | None = None) -> None:
 
 @app.command
 def pack(data: Path, output: Path, packing: OmitArgPrefixes[Packing], workers: int = 4) -> None:
-    """Packs videos into WebDataset shards, a short side of so many pixels each, with an index. Going on after an
-    interruption: the same command.
+    """Packs resized videos into WebDataset shards and writes an index. After an interruption, the same command goes on.
 
     Args:
         data: list file or folder of videos.
-        output: folder for shard-000000.tar and so on, index.json, and left_out.txt if videos cannot be used.
+        output: folder for shard-000000.tar and so on, index.json, and left_out.txt if some videos cannot be used.
         packing: how videos are stored.
         workers: processes that decode and encode.
     """
@@ -165,7 +164,7 @@ def pack(data: Path, output: Path, packing: OmitArgPrefixes[Packing], workers: i
             videos, size = videos + count, size + stored
             left_out += messages
             progress.update(count + len(messages))
-    report.unlink(missing_ok=True)  # of an earlier time
+    report.unlink(missing_ok=True)  # of an earlier call
     if left_out:
         report.write_text("\n".join(left_out) + "\n", encoding="utf-8")
     if not videos:
@@ -174,7 +173,7 @@ def pack(data: Path, output: Path, packing: OmitArgPrefixes[Packing], workers: i
         shutil.copyfile(names, output / LABELS)
     print(f"{videos} videos, {size / 2**30:.2f} GiB, in {output}; train with --data {output}")
     if left_out:
-        print(f"{len(left_out)} videos cannot be used and are not in it; see {report}")
+        print(f"{len(left_out)} videos cannot be used and were left out; see {report}")
 
 
 @app.command
@@ -182,8 +181,8 @@ def index(shards: Path) -> None:
     """Writes the index.json of WebDataset shards that were made elsewhere.
 
     Args:
-        shards: folder of .tar files, uncompressed, whose samples are a video and a .cls (the number of its class) or a
-            .json file with "label".
+        shards: folder of uncompressed .tar files. A sample is a video, with its label in a .cls file or as "label" in
+            a .json file.
     """
     paths = sorted(shards.glob("*.tar"))
     if not paths:
@@ -200,14 +199,14 @@ def examine(entry: VideoEntry) -> int | str:
     except VideoError as error:
         return str(error)
     if entry.start >= frames:
-        return f"its part begins at frame {entry.start} of {frames}"
+        return f"it has {frames} frames, and its part begins at frame {entry.start}"
     return frames
 
 
 def check_split(split: int) -> None:
-    """Raises ValueError unless it is one of the three official splits."""
+    """Raises ValueError for a number that is not 1, 2 or 3."""
     if split not in (1, 2, 3):
-        raise ValueError(f"--split {split}: the official splits are 1, 2 and 3.")
+        raise ValueError(f"--split {split}: expected 1, 2 or 3.")
 
 
 def main(arguments: list[str]) -> None:

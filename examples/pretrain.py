@@ -4,10 +4,10 @@
     python examples/pretrain.py --data sprites --masking random       generated clips, another masking
     python examples/pretrain.py --preset k400 --data train.csv        the paper's recipe (k400, ssv2, ucf101, hmdb51)
     accelerate launch examples/pretrain.py --preset ssv2 --data DIR   on all GPUs of a machine
-    accelerate launch --config_file examples/launch/fsdp2.yaml ...    with FSDP2; many machines, DeepSpeed: see there
+    accelerate launch --config_file examples/launch/fsdp2.yaml ...    with FSDP2; see examples/launch for more
 
-Writes recipe.yaml, metrics.jsonl, TensorBoard files, checkpoints/ (for --resume), model.safetensors and overview.png.
---resume auto goes on from the newest checkpoint in --output, or begins where there is none.
+Training writes recipe.yaml, metrics.jsonl, TensorBoard files, checkpoints/, model.safetensors and overview.png.
+--resume auto goes on from the newest checkpoint in --output. Without a checkpoint there, a new run begins.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ PretrainJob = Job[PretrainRecipe, AdaMAE]
 
 
 def clip_source(recipe: PretrainRecipe) -> ClipSource:
-    """The clips of --data; no clips for an empty name. Raises ValueError or FileNotFoundError."""
+    """The clips of --data; none if --data is empty. Raises ValueError or FileNotFoundError."""
     transform = PretrainTransform(recipe.img_size, recipe.flip)
     return VideoDataset.find(recipe.data, recipe).clips(recipe, transform, recipe.repeats)
 
@@ -74,8 +74,8 @@ def train(job: PretrainJob) -> None:
     loop = TrainingLoop(job, optimizer, better=("reconstruction", -1))
     metrics = PretrainMetrics(model.sampler.num_tokens, accelerator.device)
 
-    # From a file to here: VideoClips.clips -> ClipStream -> clip_loader (video_data/clips.py) -> TrainingLoop.run ->
-    # _update (training/loop.py), which also calls the backward pass of the loss.
+    # The path of a clip: VideoClips.clips -> ClipStream -> clip_loader (video_data/clips.py) -> TrainingLoop.run ->
+    # _update (training/loop.py) -> here. _update then calls the backward pass.
     def forward(batch: dict[str, Any], _: int) -> Tensor:
         video = batch["video"]  # [B, 3, T, H, W] uint8; the model and the loss normalise it
         prediction, sample = loop.model(video)
@@ -92,7 +92,7 @@ def train(job: PretrainJob) -> None:
 
 
 def describe(job: PretrainJob, origin: str) -> str:
-    """The resolved recipe, for people."""
+    """The resolved recipe as text."""
     recipe, model = job.recipe, job.model
     visible, tokens = model.sampler.num_visible, model.sampler.num_tokens
     lines = {
@@ -126,7 +126,7 @@ def finish(job: PretrainJob, weights: dict[str, Tensor], criterion: AdaMAELoss) 
     model.load_state_dict(weights)
     save_weights(model, recipe.output / "model.safetensors", recipe)
     video = ClipStream(job.source, 0, 1, recipe.seed)[0]["video"][:1].to(device)
-    model.sampler.num_masks = criterion.num_masks = 1  # one for the picture
+    model.sampler.num_masks = criterion.num_masks = 1  # a picture shows one mask
     generator = torch.Generator(video.device).manual_seed(recipe.seed)
     prediction, sample = model.eval()(video, generator=generator)
     out = criterion(prediction, video, sample)
@@ -144,7 +144,7 @@ def finish(job: PretrainJob, weights: dict[str, Tensor], criterion: AdaMAELoss) 
 
 
 def main(arguments: list[str]) -> None:
-    """Runs the command line; an impossible setting is one line, without a traceback."""
+    """Runs the command line. An invalid setting prints one line without a traceback."""
     try:
         recipe, run = parse_arguments(PretrainRecipe, arguments, "demo", __doc__)
         job = build(recipe, run)

@@ -2,8 +2,8 @@
 
 python examples/quickstart.py     # three minutes on two CPU cores
 
-Trains a small VideoMAE on clips of a sprite that moves over a still background, and prints how the sampler learns to
-show what moves: p on moving tokens over p on still ones, and the share of visible tokens that move beside that of all.
+Trains a small VideoMAE on clips of a sprite that moves over a still background. The sampler learns to show the moving
+tokens. The script prints p(moving) / p(still), and the share of moving tokens among the visible and among all tokens.
 `tour.ipynb` does the same with pictures.
 """
 
@@ -22,14 +22,14 @@ from video_data.sprites import Sprites
 
 
 def main(steps: int = 200) -> float:
-    """Returns how much likelier the sampler shows a token that moves than a still one."""
+    """Trains; returns p(moving) / p(still) of the last step, for a moving and a still token."""
     torch.manual_seed(0)
     model: Any = patch(VideoMAEForPreTraining(small_config()), mask_ratio=0.95)
     return train(model, steps)[-1]
 
 
 def small_config() -> VideoMAEConfig:
-    """A VideoMAE for clips of 16 frames of 64 x 64 pixels, in 8 x 8 x 8 tokens."""
+    """A VideoMAE for clips of 16 frames of 64 x 64 pixels: 8 x 8 x 8 tokens."""
     return VideoMAEConfig(
         image_size=64,
         patch_size=8,
@@ -67,7 +67,7 @@ def train(model: Any, steps: int, batch_size: int = 16) -> list[float]:
 
 
 def pixel_values(video: Tensor) -> Tensor:
-    """[B, C, T, H, W] uint8 -> [B, T, C, H, W] normalised, as Hugging Face has it."""
+    """[B, C, T, H, W] uint8 -> [B, T, C, H, W] normalised, as Hugging Face models expect."""
     mean, std = (torch.tensor(each).view(3, 1, 1, 1) for each in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD))
     return ((video / 255 - mean) / std).transpose(1, 2)
 

@@ -1,11 +1,12 @@
-"""Pictures of what a pre-trained model shows its encoder and predicts: the paper's Figures 2 to 14 for any video.
+"""Pictures of the masks and predictions of a pre-trained model: the paper's Figures 2 to 14 for any video.
 
     python examples/visualize_masks.py --checkpoint runs/demo/model.safetensors --video examples/clips/bigbuckbunny.mp4
     python examples/visualize_masks.py --checkpoint checkpoint.pth --video clip.webm --mask-ratios 0.95 --leak-free
 
-Writes, for each mask ratio, overview_95.png (video, prediction, error, p, mask) and animation_95.gif or .mp4 (the same,
-frame by frame), and masks.png (video, p, the masks of all ratios). A prediction of normalised pixels gets brightness
-and contrast from the true patch, and is labelled so; with --leak-free, from the visible patches alone.
+For a mask ratio of 0.95 the script writes overview_95.png (video, prediction, error, p, mask) and animation_95.gif or
+.mp4 (the same, frame by frame). masks.png shows the video, p and the masks of all ratios. A prediction of normalised
+pixels takes brightness and contrast from the true patch, and its label says so. --leak-free takes them from the visible
+patches.
 """
 
 from __future__ import annotations
@@ -24,9 +25,9 @@ from adamae_sampler.models import AdaMAE, load_checkpoint
 from adamae_sampler.visualize import animation, mask_overview, overview, save_animation
 from common.command_line import checkpoint_of, parse_settings
 from common.devices import autocast, make_accelerator
-from common.models import AUTOENCODERS, DECODER_SIZES, create_model, stated_recipe, stated_sizes
+from common.models import AUTOENCODERS, create_model, stated_recipe, stated_sizes
 from common.report import check_output
-from common.settings import EncoderSettings
+from common.settings import DECODER_SIZES, EncoderSettings
 from training.pretrain_recipe import SAMPLER_SETTINGS
 from video_data.datasets import find_sprites
 from video_data.video import VideoError
@@ -36,26 +37,26 @@ from video_data.views import VideoViews
 
 @dataclass(frozen=True, kw_only=True)
 class Options(EncoderSettings):
-    """Settings of the pictures. What a file of pretrain.py says of its model, masking and target is taken from it."""
+    """Settings of the pictures. A file of pretrain.py gives the defaults of the model, the masking and the target."""
 
     checkpoint: str = ""
-    """Pre-trained weights with their decoder."""
+    """Pre-trained weights, with the decoder."""
     video: str = ""
     """Video file, or 'sprites:NUMBER:SEED' for a generated clip."""
     output: Path = Path("runs/pictures")
     """Folder for the pictures."""
     model: str = "pretrain_adamae_vit_base_patch16_224"
-    """Model of timm's registry."""
+    """Name of the model in timm's registry."""
     decoder_embed_dim: int | None = None
-    """Width of the decoder; the model's own if None, as for the next two."""
+    """Width of the decoder; None keeps the model's own."""
     decoder_depth: int | None = None
-    """Blocks of the decoder."""
+    """Number of blocks of the decoder; None keeps the model's own."""
     decoder_num_heads: int | None = None
-    """Attention heads of the decoder."""
+    """Number of attention heads of the decoder; None keeps the model's own."""
     masking: Literal["adaptive", "random", "tube", "frame"] = "adaptive"
     """Rule that chooses the visible tokens."""
     score_network: Literal["mha", "mlp", "pooled"] = "mha"
-    """The sampler's network; for files that do not state it, as for the next three."""
+    """The sampler's network. Needed for weights whose file does not state it."""
     sample_from: Literal["tokens", "pixels"] = "tokens"
     """Input of the sampler."""
     temperature: float = 1.0
@@ -63,17 +64,17 @@ class Options(EncoderSettings):
     exploration: float = 0.0
     """Share of p that is spread evenly over all tokens."""
     mask_ratios: tuple[float, ...] = (0.8, 0.85, 0.9, 0.95)
-    """Shares of tokens to mask; a picture each."""
+    """Shares of tokens to mask; each gets a picture."""
     normalize_target: bool = True
-    """Whether the model predicts pixels normalised per patch and channel, or raw ones."""
+    """Whether the model predicts pixels normalised per patch and channel; else it predicts raw pixels."""
     loss: Literal["mse", "l1"] = "mse"
-    """The error shown."""
+    """Reconstruction error that the pictures show."""
     leak_free: bool = False
-    """Show a normalised prediction with brightness and contrast of the visible patches, not of the true ones."""
+    """Show normalised predictions with the brightness and contrast of visible patches, not of the true patches."""
     animate: Literal["gif", "mp4", "none"] = "gif"
     """Format of the animations."""
     dpi: int = 80
-    """Resolution of the pictures."""
+    """Resolution of the pictures, in dots per inch."""
 
 
 def main(arguments: list[str]) -> None:
@@ -91,13 +92,13 @@ def main(arguments: list[str]) -> None:
 
 @torch.no_grad()
 def run(options: Options) -> None:
-    """Writes the pictures; raises ValueError, TypeError, FileNotFoundError or VideoError for what cannot be shown."""
+    """Writes the pictures; raises ValueError, TypeError, FileNotFoundError or VideoError if it cannot."""
     check_output(options.output)
     if not options.checkpoint or not options.video:
-        raise ValueError("--checkpoint and --video are needed.")
+        raise ValueError("--checkpoint and --video are needed: pre-trained weights and a video file.")
     if "num_classes" in stated_sizes(options.checkpoint):
         raise ValueError(
-            f"{options.checkpoint} is a classifier, without a decoder; pictures need a file of pretrain.py."
+            f"{options.checkpoint} is a classifier and has no decoder; pictures need a file of pretrain.py."
         )
     for ratio in options.mask_ratios:
         check_mask_ratio(ratio)
@@ -153,7 +154,7 @@ def build(options: Options, ratio: float, report: bool) -> AdaMAE:
     found = load_checkpoint(model, options.checkpoint)
     if any(name.startswith("sampler.") for name in found.missing):
         raise ValueError(
-            f"{options.checkpoint} has no sampler, so it has no p to show; choose --masking random, tube or frame."
+            f"{options.checkpoint} has no sampler, so there is no p to show; choose --masking random, tube or frame."
         )
     if report:
         print(f"{options.checkpoint}: {found}")

@@ -1,4 +1,4 @@
-"""Adaptive masking for vit-pytorch's MAE, whose forward draws its mask inline: pip install vit-pytorch.
+"""Adaptive masking for vit-pytorch's MAE, which draws its mask inside `forward`: pip install vit-pytorch.
 
 python examples/vit_pytorch_mae.py     # a minute on two CPU cores
 """
@@ -20,7 +20,7 @@ class AdaptiveMAE(MAE):
         encoder: vit-pytorch's ViT.
         decoder_dim: width of the decoder.
         masking_ratio: share of tokens to mask.
-        options: of the decoder.
+        options: further options of the decoder.
     """
 
     def __init__(self, *, encoder: ViT, decoder_dim: int, masking_ratio: float = 0.75, **options: int) -> None:
@@ -29,7 +29,7 @@ class AdaptiveMAE(MAE):
         self.patch_size = axes["p1"], axes["p2"]
         places, width = encoder.pos_embedding.shape
         self.class_tokens = encoder.cls_token.shape[0]
-        # The encoder knows the number of tokens, not the shape of their grid; for the sampler the number matters.
+        # The encoder knows the number of tokens, not the shape of the grid. The sampler needs only the number.
         self.sampler = AdaptiveTokenSampler(width, (1, 1, places - self.class_tokens), masking_ratio)
 
     def forward(self, img: Tensor, mask: Tensor | MaskSample | None = None) -> tuple[Tensor, MaskSample]:
@@ -38,7 +38,7 @@ class AdaptiveMAE(MAE):
         sample: MaskSample = self.sampler(tokens, mask=mask)
         x = ops.gather_tokens(tokens, sample.visible_idx, self.encoder.pos_embedding[self.class_tokens :])
         x = self.enc_to_dec(self.encoder.transformer(x))
-        positions = self.decoder_pos_emb.weight[: tokens.shape[1]]  # it has a spare one for a class token
+        positions = self.decoder_pos_emb.weight[: tokens.shape[1]]  # the table has a spare row for a class token
         x = ops.assemble_tokens(x, self.mask_token, positions, sample, order="restore")
         prediction: Tensor = self.to_pixels(ops.gather_tokens(self.decoder(x), sample.masked_idx))
         return prediction, sample

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all."""
+"""Atomic writes: a file is written completely or not at all."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from torch import Tensor
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A path to write to, which takes the place of `path` at the end, once it is on the disk.
+    """Yields a temporary path to write to. The file at that path replaces `path` at the end.
 
-    Whoever reads `path` finds the previous file or the new one, also if this process is killed or the disk is full; the
-    folder is made where there is none.
+    A reader of `path` finds the previous file or the new one, even if this process is killed or the disk is full. The
+    parent folder is made if it does not exist.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.partial")
@@ -26,23 +26,23 @@ def replacing(path: Path) -> Iterator[Path]:
         yield aside
         with aside.open("rb") as file:
             os.fsync(file.fileno())
-        os.chmod(aside, 0o666 & ~_umask())  # safetensors gives its files to their owner alone
+        os.chmod(aside, 0o666 & ~_umask())  # safetensors lets only the owner read its files
         os.replace(aside, path)
     except BaseException:
         aside.unlink(missing_ok=True)
         raise
     folder = os.open(path.parent, os.O_RDONLY)
     try:
-        os.fsync(folder)  # the new name too
+        os.fsync(folder)  # makes the new name durable too
     except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # file systems that know no such thing
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some file systems cannot sync a folder
             raise
     finally:
         os.close(folder)
 
 
 def append_whole(path: Path, text: str) -> None:
-    """Appends lines to a file: all of them or, where OSError is raised, nothing."""
+    """Appends lines to a file. If it raises OSError, the file is as before."""
     path.parent.mkdir(parents=True, exist_ok=True)
     file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
     before, left = os.fstat(file).st_size, text.encode()
@@ -57,7 +57,7 @@ def append_whole(path: Path, text: str) -> None:
 
 
 def remove_partial(folder: Path) -> None:
-    """Removes what killed processes were writing in a folder."""
+    """Removes the partial files that killed processes left in a folder."""
     for path in folder.glob(".*.partial"):
         path.unlink()
 
@@ -66,19 +66,19 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     """Writes a safetensors file, whole or not at all.
 
     Raises:
-        OSError: it cannot be written, for example because the disk is full.
+        OSError: the file cannot be written, for example because the disk is full.
     """
     with replacing(path) as aside:
         try:
             safetensors.torch.save_file(
                 {name: tensor.contiguous() for name, tensor in tensors.items()}, aside, {"format": "pt", **metadata}
             )
-        except SafetensorError as error:  # its name for any failure of writing
+        except SafetensorError as error:  # safetensors raises this for any failed write
             raise OSError(str(error)) from error
 
 
 def _umask() -> int:
-    """The process's mask for new files, which can only be read by setting it."""
+    """The process's umask, which can only be read by setting it."""
     mask = os.umask(0o077)
     os.umask(mask)
     return mask

@@ -1,4 +1,4 @@
-"""Command lines: the file after --checkpoint states sizes and settings, options override them."""
+"""Command lines: the --checkpoint file gives sizes and settings, and options override them."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import TypeVar
 
 import tyro
 
-from common.models import SIZES, stated_recipe, stated_sizes
-from common.settings import EncoderSettings
+from common.models import stated_recipe, stated_sizes
+from common.settings import SIZES, EncoderSettings
 
 Settings = TypeVar("Settings", bound=EncoderSettings)
 
@@ -24,12 +24,12 @@ def checkpoint_of(arguments: list[str]) -> str:
 
 
 def of_checkpoint(settings: Settings, arguments: list[str], taken: Sequence[str]) -> Settings:
-    """The settings with the sizes that the file or folder after --checkpoint states.
+    """The settings, with the sizes that the --checkpoint file or folder states.
 
     Args:
         settings: the settings to start from.
         arguments: the command line.
-        taken: further settings to take from the recipe that wrote the checkpoint, where it states them.
+        taken: names of other settings to take from the recipe in the checkpoint, if the checkpoint has one.
     """
     checkpoint = checkpoint_of(arguments)
     sizes, recipe = stated_sizes(checkpoint), stated_recipe(checkpoint)
@@ -38,6 +38,6 @@ def of_checkpoint(settings: Settings, arguments: list[str], taken: Sequence[str]
 
 
 def parse_settings(start: Settings, arguments: list[str], description: str | None) -> Settings:
-    """Settings of a script without presets: `start`, then what --checkpoint states (sizes, sampling), then options."""
+    """The settings of a script without presets: `start`, then sizes and sampling of --checkpoint, then options."""
     default = of_checkpoint(start, arguments, ("sampling", "stride"))
     return tyro.cli(type(start), args=arguments, default=default, description=description)

@@ -1,4 +1,4 @@
-"""Models by name, and their weights files: safetensors that also state the model's sizes and its recipe."""
+"""Models by name, and weights files: safetensors whose metadata has the model's sizes and recipe."""
 
 from __future__ import annotations
 
@@ -13,8 +13,6 @@ from adamae_sampler.models import AdaMAE, VideoClassifier
 from common.atomic_files import write_tensors
 from common.settings import EncoderSettings
 
-SIZES = ("img_size", "num_frames", "patch_size", "tubelet_size", "embed_dim", "depth", "num_heads")
-DECODER_SIZES = ("decoder_embed_dim", "decoder_depth", "decoder_num_heads")
 AUTOENCODERS, CLASSIFIERS = "pretrain_adamae*", "adamae_vit*"  # families of models in timm's registry
 
 
@@ -22,9 +20,9 @@ def create_model(name: str, family: str, **arguments: Any) -> Any:
     """A model of timm's registry.
 
     Args:
-        name: its name.
-        family: pattern of the names that fit, as of `timm.list_models`.
-        arguments: keyword arguments of the model; None keeps the model's own.
+        name: name of the model.
+        family: pattern of the allowed names, as in `timm.list_models`.
+        arguments: keyword arguments of the model; None keeps the default.
 
     Raises:
         ValueError: no model of the family has this name.
@@ -80,20 +78,20 @@ def stated_sizes(checkpoint: str) -> dict[str, Any]:
 
 
 def size_note(checkpoint: str, settings: EncoderSettings) -> str:
-    """A note on clips of another size than the checkpoint's, or an empty string. The weights fit clips of any size."""
+    """A note if the clips differ in size from the checkpoint's, else an empty string. Weights fit clips of any size."""
     sizes = stated_sizes(checkpoint)
     other = [name for name in ("img_size", "num_frames") if name in sizes and sizes[name] != getattr(settings, name)]
     notes = [f"{name} {sizes[name]} there, {getattr(settings, name)} here" for name in other]
     return (
-        f"\n  other clips than the file's: {', '.join(notes)}; position embeddings are computed anew" if notes else ""
+        f"\n  clips differ from the file's: {', '.join(notes)}; position embeddings are computed anew" if notes else ""
     )
 
 
 def ends_with_norm(checkpoint: str) -> bool:
     """Whether the encoder of a checkpoint ends with a LayerNorm.
 
-    Encoders of classifiers and of Hugging Face models for mean pooling (their default) do not. Other files are assumed
-    to.
+    Encoders of classifiers and of Hugging Face models with mean pooling (the default) have none. All other encoders
+    count as having one.
     """
     config = Path(checkpoint) / "config.json"
     if config.is_file():
@@ -109,7 +107,7 @@ def stated_recipe(checkpoint: str) -> dict[str, Any]:
 
 
 def _metadata(path: Path) -> dict[str, str]:
-    if path.is_dir():  # as load_checkpoint takes it
+    if path.is_dir():  # load_checkpoint takes folders too
         path = path / "model.safetensors"
     if path.suffix != ".safetensors" or not path.is_file():
         return {}
@@ -117,12 +115,12 @@ def _metadata(path: Path) -> dict[str, str]:
         with safetensors.safe_open(path, "pt") as file:
             return file.metadata() or {}
     except safetensors.SafetensorError as error:
-        raise ValueError(f"{path} cannot be read as safetensors: it is damaged ({error}).") from error
+        raise ValueError(f"{path} is damaged: it cannot be read as safetensors ({error}).") from error
 
 
 def _huggingface_sizes(config: dict[str, Any]) -> dict[str, Any]:
     if config.get("model_type") != "videomae":
-        raise ValueError(f"the checkpoint's config.json is of a {config.get('model_type')} model, expected videomae.")
+        raise ValueError(f"config.json of the checkpoint: model_type is {config.get('model_type')}, expected videomae.")
     size, defaults = config.get("image_size", 224), {"num_frames": 16, "patch_size": 16, "tubelet_size": 2}
     classifier = "VideoMAEForVideoClassification" in config.get("architectures", ())
     labels = config.get("id2label") or range(config.get("num_labels", 2))

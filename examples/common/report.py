@@ -11,7 +11,7 @@ from common.settings import EncoderSettings
 
 def describe_clips(settings: EncoderSettings) -> str:
     """Frames and size of a clip, on one line."""
-    frames = f"stride {settings.stride}" if settings.sampling == "dense" else "one of each"
+    frames = f"stride {settings.stride}" if settings.sampling == "dense" else "one per segment"
     return (
         f"{settings.num_frames} frames, {settings.sampling} ({frames}), {settings.img_size[0]}x{settings.img_size[1]}"
     )
@@ -31,11 +31,11 @@ def format_lines(lines: Mapping[str, str]) -> str:
 
 
 def check_output(output: Path, *new: str) -> None:
-    """Raises ValueError if the output folder is a file, or has one of the files that are about to be written."""
+    """Raises ValueError if the output folder is a file, or already has one of the `new` files."""
     if output.exists() and not output.is_dir():
         raise ValueError(f"--output {output} is a file; name a folder.")
     if there := [name for name in new if (output / name).exists()]:
-        raise ValueError(f"--output {output} has {', '.join(there)} already; name another folder, or delete it.")
+        raise ValueError(f"--output {output} already has {', '.join(there)}; name another folder, or delete the file.")
 
 
 def report_left_out(report: Path, left_out: list[str], what: str) -> None:

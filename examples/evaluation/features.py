@@ -30,16 +30,17 @@ Pool = Literal["mean", "none"]
 
 @dataclass(frozen=True, kw_only=True)
 class FeatureSettings(EncoderSettings):
-    """Settings of everything that uses a frozen encoder."""
+    """Settings of the scripts that use a frozen encoder."""
 
     checkpoint: str = ""
-    """Weights: official AdaMAE, VideoMAE, Hugging Face VideoMAE, a file of pretrain.py or finetune.py."""
+    """Weights of the encoder: official AdaMAE or VideoMAE, Hugging Face VideoMAE, or a file of pretrain.py or
+    finetune.py."""
     model: str = "adamae_vit_base_patch16_224"
-    """Model of timm's registry."""
+    """Name of the model in timm's registry."""
     clips: int = 1
-    """Clips of a video whose features are averaged."""
+    """Clips of each video; their features are averaged."""
     crops: int = 1
-    """Crops of each of them."""
+    """Crops of each clip; their features are averaged."""
     batch_size: int = 16
     """Videos of one forward pass, each with all its views."""
 
@@ -57,8 +58,8 @@ class FeatureSettings(EncoderSettings):
 def frozen_encoder(settings: FeatureSettings, pool: Pool, accelerator: Accelerator) -> Callable[[Tensor], Tensor]:
     """A function from normalised clips [B, C, T, H, W] to features [B, D], or [B, N, D] for `pool` "none".
 
-    Of pre-trained weights: the encoder's tokens after its last norm, if it has one, and their mean. Of a classifier:
-    the tokens, and what its head gets.
+    With pre-trained weights, features are the encoder's tokens (after its last norm, if it has one) or their mean. With
+    a classifier, features are its tokens or the input of its head.
 
     Raises:
         FileNotFoundError, TypeError, ValueError: as `load_checkpoint`.
@@ -88,10 +89,10 @@ class Features:
     """Features of the videos that could be read, in the order of the data set.
 
     Attributes:
-        index: [V] their places in the data set.
-        label: [V].
-        values: features of the whole data set, [videos, D] or [videos, N, D], fp32 or fp16, perhaps a view of a file.
-        left_out: messages about the others.
+        index: [V] positions of the videos in the data set.
+        label: [V] labels of the videos.
+        values: features of the whole data set, [videos, D] or [videos, N, D], fp32 or fp16, may be memory-mapped.
+        left_out: messages about the videos that could not be read.
     """
 
     index: Tensor
@@ -107,10 +108,10 @@ class Features:
 def cached_features(
     settings: FeatureSettings, data: VideoDataset, pool: Pool, folder: Path, accelerator: Accelerator
 ) -> Features:
-    """The features of a data set from `folder`, computed and written there first if they are not in it.
+    """The features of a data set, read from `folder`. Features that are not there are computed and written first.
 
-    What they depend on (weights, videos, settings) is in their name, so that stale ones are never taken. Every process
-    writes its own rows of the file, so that features larger than the memory can be cached.
+    The name of the cache holds a hash of the weights, videos and settings, so stale features are never read. Every
+    process writes its own rows of the file, so features may be larger than the memory.
 
     Raises:
         VideoError: no video could be read.
@@ -135,7 +136,7 @@ def cached_features(
     elif accelerator.is_main_process:
         print(f"{'features':>13}  {data.name}: from {place}")
     label = torch.from_numpy(np.load(place / "label.npy"))
-    # Mapped, not read: copy-on-write, because torch wants memory that it may write to.
+    # Memory-mapped; copy-on-write, because torch expects writable memory.
     values = torch.from_numpy(np.load(place / "values.npy", mmap_mode="c"))
     index = (label >= 0).nonzero()[:, 0]
     left_out = json.loads((place / "about.json").read_text(encoding="utf-8"))["left_out"]
@@ -143,7 +144,7 @@ def cached_features(
 
 
 def _name(settings: FeatureSettings, data: VideoDataset, pool: Pool) -> tuple[str, dict[str, object]]:
-    """Name of the cache, and what it is derived from."""
+    """The name of the cache, and the values that its hash covers."""
     names = {each.name for each in fields(FeatureSettings)} - {"batch_size", "workers", "checkpoint", "seed"}
     nature: dict[str, object] = {name: value for name, value in settings.plain().items() if name in names}
     nature |= {
@@ -176,7 +177,7 @@ def _write(
     pool: Pool,
     accelerator: Accelerator,
 ) -> list[str]:
-    """Writes values.npy and label.npy (-1 where a video could not be read); returns what was left out."""
+    """Writes values.npy and label.npy (-1 where a video could not be read); returns messages about the others."""
     with torch.no_grad():
         probe = encoder(torch.zeros(1, 3, settings.num_frames, *settings.img_size, device=accelerator.device))
     dtype = np.float16 if pool == "none" else np.float32

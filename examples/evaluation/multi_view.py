@@ -27,7 +27,7 @@ from video_data.views import ViewSource, view_loader
 class ViewValues:
     """The values of a function for some videos of a source."""
 
-    index: Tensor  # [B] int64, places in the source
+    index: Tensor  # [B] int64, positions in the source
     label: Tensor  # [B] int64
     value: Tensor  # [B, ...], on the device
     left_out: list[str]  # messages about videos that could not be read
@@ -46,12 +46,12 @@ def map_views(
     Args:
         function: normalised views [B * V, C, T, H, W] -> [B * V, ...].
         source: the videos.
-        accelerator: devices and processes; autocast is its.
-        batch_size: B, videos of one call; the last one may have fewer, and unreadable ones are missing.
+        accelerator: devices, processes and precision.
+        batch_size: B, videos of one call. The last batch may have fewer, and unreadable videos are missing.
         workers: processes that read videos.
 
     Yields:
-        ViewValues: of each batch, the values of each video's views averaged in fp32, in the order of the views.
+        ViewValues: for each batch, the values of each video, averaged in fp32 over its views.
     """
     starts = range(0, len(source), batch_size)
     batches = [list(range(start, min(start + batch_size, len(source)))) for start in starts]
@@ -100,10 +100,10 @@ class Evaluation:
     """Predictions for the videos that could be read, in the order of the source; the same on every process.
 
     Attributes:
-        index: [V] their places in the source.
-        label: [V].
+        index: [V] positions of the videos in the source.
+        label: [V] true classes.
         probabilities: [V, classes], averaged over the views.
-        left_out: messages about the others.
+        left_out: messages about the videos that could not be read.
     """
 
     index: Tensor
@@ -113,9 +113,9 @@ class Evaluation:
 
     @property
     def rank(self) -> Tensor:
-        """[V]: the number of classes ahead of the right one; ties go to the lower class.
+        """[V]: the number of classes ranked before the true class; ties go to the lower class.
 
-        A prediction that is not finite ranks last.
+        A prediction that is not finite gets the worst rank.
         """
         classes = self.probabilities.shape[1]
         right = self.probabilities.gather(1, self.label[:, None])
@@ -128,8 +128,8 @@ class Evaluation:
         return float((self.rank < k).double().mean())
 
     def summary(self) -> dict[str, float | int]:
-        """Top-1 and top-5 in percent, and numbers of videos: evaluated, left out, and with predictions that are not
-        finite."""
+        """Top-1 and top-5 in percent, and how many videos were evaluated, were left out, or have nonfinite
+        predictions."""
         top = {f"top{k}": 100 * self.top(k) for k in (1, 5)}
         nonfinite = int((~self.probabilities.isfinite().all(1)).sum())
         return top | {"videos": len(self.label), "left_out": len(self.left_out), "nonfinite": nonfinite}
@@ -142,10 +142,10 @@ class Evaluation:
 def evaluate(
     model: nn.Module, source: ViewSource, accelerator: Accelerator, batch_size: int, workers: int
 ) -> Evaluation:
-    """Softmax of each view, averaged over the views of a video (see `map_views`).
+    """Evaluates a classifier: softmax of each view, averaged over the views of a video (see `map_views`).
 
     Args:
-        model: the bare classifier, without DDP; it is put back into the mode it was in.
+        model: the classifier, without DDP around it; its mode, train or eval, is restored at the end.
         source: the videos.
         accelerator: devices and processes.
         batch_size: videos of one forward pass.
@@ -168,11 +168,11 @@ def write_results(
     """Writes results.json (top-1, top-5), per_class.csv and predictions.csv.
 
     Args:
-        folder: where.
+        folder: output folder.
         result: the predictions.
-        names: of the classes.
-        describe: a video's path, from its place in the source.
-        settings: what results.json shall say besides.
+        names: names of the classes.
+        describe: gives the path of a video from its position in the source.
+        settings: further entries of results.json.
     """
     folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps({**result.summary(), **settings}, indent=2, ensure_ascii=False)

@@ -17,12 +17,13 @@ ProbeKind = Literal["linear", "attentive"]
 
 
 class Probe(nn.Module):
-    """Batch norm without affine parameters, then a linear layer (mae's); after attentive pooling where wanted.
+    """A linear layer after batch norm without affine parameters (mae's). An attentive probe pools tokens first.
 
     Args:
-        kind: "linear" takes pooled features [B, D], "attentive" tokens [B, N, D], which a learned query attends to.
+        kind: "linear" takes pooled features [B, D]; "attentive" takes tokens [B, N, D] and pools them with a learned
+            query.
         width: D.
-        num_classes: outputs.
+        num_classes: number of outputs.
     """
 
     def __init__(self, kind: ProbeKind, width: int, num_classes: int) -> None:
@@ -47,19 +48,19 @@ class ProbeRecipe:
     epochs: int = 100
     """Passes over the features."""
     batch_size: int = 256
-    """Features of a step."""
+    """Videos of one step."""
     lr: float | None = None
-    """Highest learning rate; None is 0.1 x batch / 256 with SGD of momentum 0.9 for a linear probe (mae's, without the
-    layer-wise rates of LARS, which its batches of 16,384 need), 1e-3 with AdamW for an attentive one. Cosine to 0 after
-    a tenth of the epochs of warm-up."""
+    """Highest learning rate, after a warm-up of a tenth of the epochs; a cosine to 0 follows. None: 0.1 x batch / 256
+    for a linear probe (SGD with momentum 0.9), 1e-3 for an attentive probe (AdamW). The linear probe's recipe is mae's
+    without LARS, which mae's batches of 16,384 need."""
 
     def __post_init__(self) -> None:
         if self.epochs < 1 or self.batch_size < 1 or (self.lr is not None and not self.lr > 0):
-            raise ValueError(f"{self}: epochs and batch_size are 1 or more, lr is above 0.")
+            raise ValueError(f"{self}: expected epochs and batch_size of 1 or more, and lr above 0.")
 
 
 def train_probe(probe: Probe, kind: ProbeKind, features: Features, recipe: ProbeRecipe, device: torch.device) -> float:
-    """Trains on features that stay where they are (a file, perhaps); returns the mean loss of the last epoch."""
+    """Trains a probe; returns the mean loss of the last epoch. Only one batch of features is on the device."""
     probe.to(device).train()
     batch = min(recipe.batch_size, len(features.label))
     if kind == "linear":

@@ -1,4 +1,4 @@
-"""Broken videos of a run: the file quarantine.txt that names them, and the largest share that is tolerated."""
+"""Broken videos of a run: quarantine.txt names them, and a run ends if their share is too large."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from video_data.clips import ClipSource
 
 
 class BrokenVideos:
-    """The broken videos of a run: `name<tab>why` in a file, a line each, added as they are found by any process.
+    """The broken videos that any process of a run has found. A file has a line `name<tab>why` for each.
 
     Args:
-        path: the file, which the main process reads at the start for all processes, and writes.
-        source: the data set; entries of other videos in the file are not counted.
+        path: the file. Only the main process reads it (at the start) and writes it.
+        source: the data set. Lines of the file that name other videos are ignored.
         largest_share: share of the videos that may be broken.
         writes: whether this is the main process.
     """
@@ -34,11 +34,11 @@ class BrokenVideos:
         self._unwritten = "" if not writes or _ends_with_a_line(path) else "\n"
 
     def add(self, found: Mapping[str, str]) -> None:
-        """Notes broken videos that this process found, {name: reason}, until `exchange`."""
+        """Keeps the broken videos that this process found, {name: reason}, for the next `exchange`."""
         self._found |= found
 
     def exchange(self) -> str | None:
-        """Tells all processes of the videos that each has found; all processes call this.
+        """Shares the new broken videos among all processes; all processes call this.
 
         Returns:
             An error message if more than the tolerated share is broken, else None.
@@ -48,31 +48,31 @@ class BrokenVideos:
         new = {name: why for name, why in everywhere.items() if name not in self.known}
         self.known |= new
         if new and self.writes:
-            self._unwritten += "".join(f"{name}\t{_on_one_line(why)}\n" for name, why in new.items())
+            self._unwritten += "".join(f"{name}\t{' '.join(why.split())}\n" for name, why in new.items())
             try:
                 append_whole(self.path, self._unwritten)
                 self._unwritten = ""
             except OSError as error:
-                tqdm.write(f"{self.path} could not be written ({error}); it will be with the next broken video")
+                tqdm.write(f"{self.path} could not be written ({error}); the next broken video tries again")
             for name, why in new.items():
-                tqdm.write(f"cannot be used, others take its place: {name}: {why}")
+                tqdm.write(f"broken video, replaced by another: {name}: {why}")
         if len(self.known) <= self.largest_share * self.videos:
             return None
         first = "\n  ".join(f"{name}: {why}" for name, why in list(self.known.items())[:8])
         return (
             f"{len(self.known)} of {self.videos} videos cannot be used, more than max_broken="
-            f"{self.largest_share:g} of them; the first:\n  {first}\nAll are in {self.path}. Mend the data and take "
-            "out their lines, or allow more with --max-broken."
+            f"{self.largest_share:g} of them; the first:\n  {first}\n{self.path} lists all. Mend the videos and "
+            "delete their lines, or raise --max-broken."
         )
 
     def report(self) -> None:
         """Prints the number of broken videos at the end of a run."""
         if self.known:
-            print(f"{len(self.known)} videos could not be used and others took their place; they are in {self.path}")
+            print(f"{len(self.known)} videos could not be used and were replaced by others; {self.path} lists them")
 
 
 def read_broken_videos(path: Path) -> dict[str, str]:
-    """Name and reason of each video in the file, which may be missing. A half-written last line is no entry."""
+    """The reason for each video name in the file; nothing if there is no file. A half-written last line is skipped."""
     if not path.is_file():
         return {}
     whole, _, _ = path.read_text(encoding="utf-8").rpartition("\n")
@@ -82,7 +82,3 @@ def read_broken_videos(path: Path) -> dict[str, str]:
 
 def _ends_with_a_line(path: Path) -> bool:
     return not path.is_file() or path.read_bytes()[-1:] in (b"", b"\n")
-
-
-def _on_one_line(text: str) -> str:
-    return " ".join(text.split())

@@ -1,6 +1,6 @@
-"""Checkpoint files: a training state in a safetensors file that is whole or not there.
+"""Checkpoint files: a training state in a safetensors file, written atomically.
 
-A file holds tensors and, as JSON, the numbers and strings between them; nothing is ever unpickled.
+A file holds tensors, and the other values of the state as JSON. Nothing is ever unpickled.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from torch import Tensor
 
 from common.atomic_files import remove_partial, replacing, write_tensors
 
-CHECKPOINTS = "checkpoints"  # the folder of a run that has them
+CHECKPOINTS = "checkpoints"  # folder within the output folder of a run
 BEST = "best.safetensors"
 FORMAT = "adamae_sampler training state 4"
-_TENSOR = "$tensor"  # marks a tensor's place in the JSON
+_TENSOR = "$tensor"  # the key that stands for a tensor in the JSON
 
 
 @dataclass(frozen=True)
@@ -38,10 +38,10 @@ class Checkpoints:
     keep: int = 2
 
     def save(self, state: Mapping[str, Any]) -> Path:
-        """Writes a state, then removes older ones. The state with the highest "score" stays as best.safetensors.
+        """Writes a state, then removes older ones. best.safetensors keeps the state with the highest "score".
 
         Raises:
-            OSError: the state, or its copy as the best, cannot be written. Older checkpoints stay.
+            OSError: the state or best.safetensors cannot be written. Older checkpoints stay.
         """
         tensors: dict[str, Tensor] = {}
         tree = _take_tensors(state, "", tensors)
@@ -73,7 +73,7 @@ class Checkpoints:
                 path.rename(path.with_suffix(".set_aside"))
 
     def newest(self, kind: str) -> tuple[Path | None, list[str]]:
-        """The newest whole checkpoint of a script, or None; and for each newer file the reason it was passed over."""
+        """The newest whole checkpoint of a script, or None, and why each newer file was passed over."""
         passed_over: list[str] = []
         for path in [*self._all(), *self.folder.glob(BEST)]:
             try:
@@ -89,7 +89,7 @@ class Checkpoints:
 
 
 def _take_tensors(tree: Any, name: str, tensors: dict[str, Tensor]) -> Any:
-    """The tree with a mark in place of each tensor, which is put into `tensors` by its path."""
+    """The tree with a mark in place of each tensor; puts the tensors into `tensors`, by their path in the tree."""
     if isinstance(tree, Tensor):
         tensors[name] = tree
         return {_TENSOR: name}
@@ -99,7 +99,7 @@ def _take_tensors(tree: Any, name: str, tensors: dict[str, Tensor]) -> Any:
         return [_take_tensors(value, f"{name}/{number}", tensors) for number, value in enumerate(tree)]
     if tree is None or isinstance(tree, bool | int | float | str):
         return tree
-    raise TypeError(f"{name} is a {type(tree).__name__}; a checkpoint holds tensors, numbers, strings and containers.")
+    raise TypeError(f"{name} is a {type(tree).__name__}, expected tensors, numbers, strings or containers.")
 
 
 def _put_tensors(tree: Any, tensors: Mapping[str, Tensor]) -> Any:
@@ -112,14 +112,14 @@ def _put_tensors(tree: Any, tensors: Mapping[str, Tensor]) -> Any:
 
 
 def _header(path: Path) -> dict[str, Any]:
-    """The JSON of a checkpoint; raises FileNotFoundError, or ValueError for a file that is not a whole one."""
+    """The JSON of a checkpoint; raises FileNotFoundError, or ValueError if the file is no whole checkpoint."""
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file; a run writes {CHECKPOINTS}/ into its output folder.")
+        raise FileNotFoundError(f"{path}: no such file; a run keeps its checkpoints in {CHECKPOINTS}/ of --output.")
     try:
-        with safetensors.safe_open(path, "pt") as file:  # checks the lengths that the file states
+        with safetensors.safe_open(path, "pt") as file:  # checks the length of the file too
             tree = json.loads((file.metadata() or {}).get("state", "{}"))
     except (safetensors.SafetensorError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} is truncated or no checkpoint ({error}).") from error
+        raise ValueError(f"{path} is truncated or not a checkpoint ({error}).") from error
     if not isinstance(tree, dict) or tree.get("format") != FORMAT:
         raise ValueError(
             f"{path} is not a training state of these scripts. To start from weights alone, load them with "
@@ -137,7 +137,7 @@ def _is_whole(path: Path) -> bool:
 
 
 def _score(path: Path) -> float | None:
-    """The score of a checkpoint; None if it has none, is not there, or is damaged."""
+    """The score of a checkpoint; None if the file has no score, is missing or is damaged."""
     try:
         score: float | None = _header(path).get("score")
         return score
@@ -150,19 +150,19 @@ def read_header(path: Path, kind: str) -> dict[str, Any]:
 
     Args:
         path: the checkpoint.
-        kind: the script that goes on, "pretrain" or "finetune".
+        kind: the script that resumes, "pretrain" or "finetune".
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: the file is damaged, is no training state, or is of another script.
+        ValueError: the file is damaged, is not a training state, or comes from another script.
     """
     tree = _header(path)
     if tree["kind"] != kind:
-        raise ValueError(f"{path}: a state of {tree['kind']}.py, which {kind}.py cannot go on from.")
+        raise ValueError(f"{path} is a state of {tree['kind']}.py; {kind}.py cannot resume it.")
     return tree
 
 
 def read_state(path: Path, header: Mapping[str, Any]) -> dict[str, Any]:
-    """The whole training state of a checkpoint, on the CPU, from its header."""
+    """The training state of a checkpoint with its tensors, on the CPU; `header` is from `read_header`."""
     state: dict[str, Any] = _put_tensors(dict(header), safetensors.torch.load_file(path))
     return state

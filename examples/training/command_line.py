@@ -1,4 +1,4 @@
-"""Command lines of the training scripts: a preset or a saved run gives the settings, options override them."""
+"""Command lines of the training scripts: a preset or a saved run gives the settings, and options override them."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ class Run:
     """Options of a run besides its recipe."""
 
     preset: str
-    """Recipe to start from, a file of examples/presets."""
+    """Name of the preset to start from, a file in examples/presets."""
     resume: Path | None = None
-    """A checkpoint to go on from, with the settings and in the folder of its run; 'auto': the newest whole one in
-    --output, if there is one."""
+    """Checkpoint to resume from; its run gives the settings and the output folder. 'auto' takes the newest whole
+    checkpoint in --output, and starts a new run if there is none."""
     dry_run: bool = False
     """Print the resolved recipe and exit."""
 
     @property
     def origin(self) -> str:
-        """The source of the settings that the command line does not give."""
+        """The source of the settings that no option gives."""
         return f"preset {self.preset}" if self.resume is None else f"those of {self.resume}"
 
 
@@ -44,17 +44,18 @@ class _Arguments(Generic[AnyRecipe]):
 def parse_arguments(
     kind: type[AnyRecipe], arguments: list[str], preset: str, description: str | None, taken: Sequence[str] = ()
 ) -> tuple[AnyRecipe, Run]:
-    """The recipe of --preset with the sizes of --checkpoint, or the recipe of the run to resume; options override it.
+    """The recipe of the run to resume, or else of --preset with the sizes of --checkpoint; options override it.
 
     Args:
         kind: the class of the recipe.
         arguments: the command line.
         preset: name of the default preset.
         description: text of --help.
-        taken: settings besides the sizes that are taken from the run that wrote --checkpoint.
+        taken: names of other settings to take from the recipe in --checkpoint.
 
     Raises:
-        ValueError, FileNotFoundError: no such preset or state, or settings that contradict each other.
+        ValueError: the preset or checkpoint cannot be used, or settings contradict each other.
+        FileNotFoundError: there is no such checkpoint.
     """
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--preset", default=preset)
@@ -69,7 +70,7 @@ def parse_arguments(
         resume = _newest(known.output or preset_recipe.output, kind)
     start = recipe_of_state(kind, resume) if resume else of_checkpoint(preset_recipe, arguments, taken)
     for shortcut, meant in kind.shortcuts.items():
-        if getattr(known, shortcut):  # a default, so that an option that contradicts it shows below
+        if getattr(known, shortcut):  # a default only, so that `check_shortcuts` sees an option that contradicts it
             start = replace(start, **{shortcut: True, **meant})
     default = _Arguments(start, Run(known.preset))
     found = tyro.cli(_Arguments[kind], args=arguments, default=default, description=description)  # type: ignore[valid-type]
@@ -83,7 +84,7 @@ def parse_arguments(
 
 
 def _newest(output: Path, kind: type[AnyRecipe]) -> Path | None:
-    """The checkpoint of --resume auto. Prints the files that were passed over, or that there is no checkpoint."""
+    """The checkpoint of --resume auto. Prints which files were passed over, and whether a new run begins."""
     newest, passed_over = Checkpoints(output / CHECKPOINTS).newest(kind.kind)
     speaks = os.environ.get("RANK", "0") == "0"  # the first of torchrun's processes
     for message in passed_over if speaks else ():

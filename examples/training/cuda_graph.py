@@ -1,4 +1,4 @@
-"""A training step as one CUDA graph: captured once, then launched as a whole, so that Python costs nothing."""
+"""A training step as one CUDA graph: captured once, then replayed, which saves the time of Python."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from training.recipe import Recipe
 Part = tuple[dict[str, Any], int]  # a batch, and its number in the run
 Update = Callable[[Iterable[Part]], None]
 
-_WARM_UP = 3  # steps before the capture, in which libraries choose kernels and allocate
+_WARM_UP = 3  # steps before the capture: libraries choose kernels and allocate memory in them
 
 
 def check_graph(recipe: Recipe, accelerator: Accelerator) -> None:
-    """Raises ValueError for settings that a graph cannot hold, or that were never tried in one."""
+    """Raises ValueError for settings that a graph does not support, or that were never tested with one."""
     obstacles = {
-        f"a CUDA device, and the device is {accelerator.device}": accelerator.device.type != "cuda",
-        f"one process, and there are {accelerator.num_processes}": accelerator.num_processes > 1,
-        "bf16 or fp32, since fp16's scaler reads from the device": precision_of(accelerator) == "fp16",
-        "kept activations: leave out --checkpoint-activations": recipe.checkpoint_activations,
+        f"a CUDA device (found {accelerator.device})": accelerator.device.type != "cuda",
+        f"one process (found {accelerator.num_processes})": accelerator.num_processes > 1,
+        "bf16 or fp32 (the gradient scaler of fp16 reads from the device)": precision_of(accelerator) == "fp16",
+        "a run without --checkpoint-activations": recipe.checkpoint_activations,
     }
     if wanted := [text for text, there in obstacles.items() if there]:
         raise ValueError(f"--graph needs {'; '.join(wanted)}.")
 
 
 def set_learning_rates(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Sets the rate of each group, times its `lr_scale`; in place where it is a tensor, which a graph reads."""
+    """Sets the rate of each group, times its `lr_scale`. A rate that is a tensor, read by a graph, changes in place."""
     for group in optimizer.param_groups:
         mine = lr * group.get("lr_scale", 1.0)
         if isinstance(group["lr"], Tensor):
@@ -41,14 +41,14 @@ def set_learning_rates(optimizer: torch.optim.Optimizer, lr: float) -> None:
 
 
 def make_capturable(optimizer: torch.optim.Optimizer, device: torch.device, capturable: bool) -> None:
-    """Makes the optimizer's step capturable by a graph, or not, whatever a checkpoint set."""
+    """Makes the optimizer's step capturable by a graph, or not; a restored checkpoint may have set it otherwise."""
     for group in optimizer.param_groups:
         group["lr"] = torch.tensor(float(group["lr"]), device=device) if capturable else float(group["lr"])
         group["capturable"] = capturable
 
 
 class GraphedUpdate:
-    """An update that is captured after a few calls, and replayed from then on.
+    """Captures an update after a few calls, and replays it from then on.
 
     Random numbers are drawn afresh in each replay, from the device's default generator. The update must write its
     results into the same tensors each time, read nothing from the device, and get batches of the same shapes.
@@ -67,7 +67,7 @@ class GraphedUpdate:
         """One step on these batches.
 
         Raises:
-            ValueError: a batch of another shape than the one that was captured.
+            ValueError: the shape of a batch differs from the captured shape.
         """
         now = list(parts)
         self._calls += 1
@@ -81,7 +81,7 @@ class GraphedUpdate:
             for name, each in mine.items():
                 if isinstance(each, Tensor):
                     if each.shape != batch[name].shape:
-                        raise ValueError(f"{name} is {tuple(batch[name].shape)}, the graph takes {tuple(each.shape)}.")
+                        raise ValueError(f"{name} is {tuple(batch[name].shape)}, expected {tuple(each.shape)}.")
                     each.copy_(batch[name], non_blocking=True)
         self._replay()
 
@@ -91,7 +91,7 @@ def _own(x: Any) -> Any:
 
 
 def aside(update: Update, parts: list[Part]) -> None:
-    """Runs the update on a stream of its own, as a graph will: the default one cannot be captured."""
+    """Runs the update on a side stream, as the capture does: the default stream cannot be captured."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -100,7 +100,7 @@ def aside(update: Update, parts: list[Part]) -> None:
 
 
 def capture(update: Update, parts: list[Part]) -> Callable[[], None]:
-    """Captures the update without running it; returns its replay, which reads the tensors of these parts."""
+    """Captures the update without running it; returns the replay, which reads the tensors of `parts`."""
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # another thread pins the next batch
         update(parts)

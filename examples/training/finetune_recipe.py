@@ -1,4 +1,4 @@
-"""The settings of fine-tuning (the paper's supplement, Table 7; where it is silent, VideoMAE's)."""
+"""The settings of fine-tuning: the paper's supplement, Table 7; other defaults are VideoMAE's."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ class FinetuneRecipe(Recipe):
     val: str = ""
     """List of videos for evaluation, shards, or 'sprites[:LENGTH[:SEED]]'."""
     checkpoint: str = ""
-    """Pre-trained weights (official AdaMAE, VideoMAE, Hugging Face VideoMAE, a file of pretrain.py); from scratch if
-    empty."""
+    """Pre-trained weights: official AdaMAE or VideoMAE, Hugging Face VideoMAE, or a file of pretrain.py. Without it the
+    model starts from scratch."""
     output: Path = Path("runs/finetune")
     """Folder for metrics, weights and results."""
 
@@ -30,18 +30,18 @@ class FinetuneRecipe(Recipe):
     """Evaluate the classifier in --checkpoint, without training."""
 
     model: str = "adamae_vit_base_patch16_224"
-    """Model of timm's registry."""
+    """Name of the model in timm's registry."""
     num_classes: int | None = None
-    """Classes; one more than the largest label if None."""
+    """Number of classes; None: one more than the largest label."""
     drop_path: float = 0.1
-    """Stochastic depth of the last block, rising linearly from 0 at the first."""
+    """Stochastic depth rate of the last block; the rate rises linearly from 0 at the first block."""
     head_dropout: float = 0.0
     """Dropout before the head."""
     head_init_scale: float = 1e-3
     """Factor on the head's initial weights."""
 
     randaugment: str = "rand-m7-n4-mstd0.5-inc1"
-    """timm's RandAugment, the same for all frames; none if empty."""
+    """timm's name of a RandAugment, applied alike to all frames; empty for none."""
     erasing: float = 0.25
     """Share of clips in which a box is replaced by noise (random erasing)."""
     smoothing: float = 0.1
@@ -52,32 +52,32 @@ class FinetuneRecipe(Recipe):
     """Alpha of CutMix; 0 for none."""
 
     epochs: float = 50
-    """Passes over the data."""
+    """Epochs of training."""
     warmup_epochs: float = 5
-    """Passes over which the learning rate rises."""
+    """Epochs over which the learning rate rises."""
     batch_size: int = 8
     """Videos of one forward pass on one device; each gives `repeats` clips."""
     base_lr: float = 5e-4
-    """Learning rate for an effective batch of 256 videos; the one used is proportional."""
+    """Learning rate for an effective batch of 256 videos; it is scaled by effective_batch / 256."""
     min_base_lr: float = 1e-6
-    """Learning rate at the end of the cosine, for an effective batch of 256."""
+    """Final learning rate of the cosine, for an effective batch of 256; scaled likewise."""
     layer_decay: float = 0.75
-    """Factor on the learning rate from each layer to the one below."""
+    """Learning rate of a layer divided by the learning rate of the layer above."""
     betas: tuple[float, float] = (0.9, 0.999)
     """Betas of AdamW."""
     clip_grad: float = 0.0
     """Largest norm of the gradient; 0 for no clipping."""
     ema: float | None = None
-    """Decay of a moving average of the weights, which is evaluated and saved in their place; none if None."""
+    """Decay of a moving average of the weights; the average is evaluated and saved. None for no average."""
 
     eval_every: int = 1
-    """Epochs between two evaluations with one view; 0 for none before the end."""
+    """Epochs between two evaluations with one view; 0 evaluates only at the end."""
     eval_batch_size: int = 4
     """Videos of one forward pass in evaluation, each with all its views."""
     test_clips: int = 5
     """Clips of a video in the evaluation at the end."""
     test_crops: int = 3
-    """Crops of each of them."""
+    """Crops of a clip in the evaluation at the end."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -88,12 +88,12 @@ class FinetuneRecipe(Recipe):
         self.check_most(drop_path=1, head_dropout=1, erasing=1, smoothing=1, layer_decay=1, ema=1 - 1e-9)
         if (self.mixup or self.cutmix) and self.batch_size * self.repeats % 2:
             raise ValueError(
-                f"batch_size x repeats = {self.batch_size} x {self.repeats} is odd, and mixup takes clips in pairs. "
-                "Change one of them, or set mixup and cutmix to 0."
+                f"batch_size x repeats = {self.batch_size} x {self.repeats} is odd, but mixup takes pairs of clips. "
+                "Change either number, or set mixup and cutmix to 0."
             )
 
     def model_args(self, num_classes: int) -> dict[str, Any]:
-        """Keyword arguments for `timm.create_model`, which leaves out those that are None."""
+        """Keyword arguments for `timm.create_model`, which ignores arguments of None."""
         return {
             **self.sizes(),
             "num_classes": num_classes,

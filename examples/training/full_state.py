@@ -1,7 +1,7 @@
-"""The full state of model and optimiser, by the names of the parameters, whatever wraps the model.
+"""The full state of model and optimiser, by parameter name, independent of the wrapper.
 
-The state is gathered from and loaded into DDP, FSDP2 (which shards everything) and DeepSpeed ZeRO-2 (which shards the
-optimiser). It is the state that a single process would have.
+Wrappers are DDP, FSDP2 (shards everything) and DeepSpeed ZeRO-2 (shards the optimiser). The full state is the state
+that a single process would have.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from torch.distributed.checkpoint.state_dict import (
 
 from common.devices import uses_deepspeed
 
-_MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's
+_MOMENTS = ("exp_avg", "exp_avg_sq")  # names in AdamW's state
 
 
 def full_weights(accelerator: Accelerator, model: Any) -> dict[str, Tensor]:
-    """The weights on the CPU of the main process; nothing on the others, which have to call this too.
+    """The weights on the CPU of the main process, an empty dict on the others; all processes have to call this.
 
     Args:
         accelerator: devices and processes.
@@ -37,7 +37,7 @@ def full_weights(accelerator: Accelerator, model: Any) -> dict[str, Tensor]:
 
 
 def full_weights_everywhere(model: nn.Module) -> dict[str, Tensor]:
-    """The weights of a model that FSDP2 shards, on the device of each process; all have to call this."""
+    """The weights of a model that FSDP2 shards, on the device of each process; all processes have to call this."""
     weights: Any = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
     return dict(weights)
 
@@ -71,8 +71,8 @@ def load_full_state(
 def _zero_state(model: nn.Module, zero: Any) -> dict[str, Any]:
     """The state of the AdamW within DeepSpeed's ZeRO-1 or -2 optimiser, in torch's layout.
 
-    ZeRO lays the parameters of a group end to end and gives each process a part; `_hp_mapping` of a parameter says
-    where a piece of it ("lp") lies in this process's part ("hp"), and is None where none does.
+    ZeRO lays the parameters of a group end to end and gives each process one part. A parameter's `_hp_mapping` says
+    which piece of the parameter ("lp") lies where in this process's part ("hp"). It is None if no piece does.
     """
     names = {parameter: name for name, parameter in model.named_parameters()}
     states: dict[str, dict[str, Tensor]] = {}
@@ -115,6 +115,6 @@ def _piece(parameter: nn.Parameter, whole: Tensor) -> Tensor:
 
 
 def _place(parameter: nn.Parameter, part: Tensor) -> Tensor:
-    """The place of that piece in this process's part of the group."""
+    """The place of the parameter's piece in this process's part of the group."""
     address = parameter._hp_mapping.hp_fragment_address  # type: ignore[attr-defined]
     return part.narrow(0, address.start, address.numel)

@@ -1,4 +1,4 @@
-"""What interrupts a run: requests to save or to stop, on which all processes agree, and errors that end it."""
+"""Interruptions of a run: requests to save or to stop, on which all processes agree, and errors that end a run."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from video_data.video import VideoError
 
 
 class Request(enum.IntEnum):
-    """A request to a run; of several requests the largest counts."""
+    """A request to a run. The largest of several requests counts."""
 
     NONE = 0
     SAVE = 1
@@ -27,34 +27,34 @@ class Request(enum.IntEnum):
 
 
 class Interrupted(Exception):
-    """A run that a signal stopped, after it was saved."""
+    """A signal stopped the run; the run is saved."""
 
 
 class TrainingError(RuntimeError):
-    """A run that cannot go on; the message says why, and from where it can be resumed."""
+    """A run cannot go on. The message says why, and which checkpoint can be resumed."""
 
 
 class Interrupts:
-    """A context in which SIGTERM means save and stop, and SIGUSR1 means save. The clock asks to save, too.
+    """A context in which SIGTERM means save and stop, and SIGUSR1 means save. A clock asks to save too.
 
     Processes agree over the CPU (gloo), one step behind. After each step a process sends its own request and receives
     the agreed request of the previous step. So no process waits for a device, and all act after the same step.
 
     Args:
-        minutes: between two requests of the clock.
+        minutes: time between two requests of the clock.
     """
 
     def __init__(self, minutes: float) -> None:
         self._seconds = 60 * minutes
-        self._save = self._stop = False  # set by handlers, which may run between any two lines below
+        self._save = self._stop = False  # signal handlers set them at any time
         self._saved_at = time.monotonic()
         several = dist.is_initialized() and dist.get_world_size() > 1
         self._group: Any = dist.new_group(backend="gloo") if several else None
-        self._sent: tuple[Any, torch.Tensor] | None = None  # a reduction on its way, and its result
+        self._sent: tuple[Any, torch.Tensor] | None = None  # the running reduction, and its result
         self._previous: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Interrupts:
-        if threading.current_thread() is threading.main_thread():  # elsewhere Python allows no handlers
+        if threading.current_thread() is threading.main_thread():  # Python allows handlers only there
             self._previous = {number: signal.signal(number, self._note) for number in SIGNALS}
         return self
 
@@ -98,7 +98,7 @@ class Interrupts:
 
 
 def run_to_the_end(run: Callable[[], None]) -> None:
-    """Runs a script's work. An early end is one line without a traceback, and an exit code.
+    """Runs a script's work. An early end prints one line without a traceback and sets an exit code.
 
     128 + 15 is the exit code that a shell gives for SIGTERM; a scheduler may then start the job again. SIGUSR1 is
     ignored before and after training, where its default action would end the process.
@@ -109,12 +109,10 @@ def run_to_the_end(run: Callable[[], None]) -> None:
         run()
     except Interrupted:
         sys.exit(128 + signal.SIGTERM)
-    except (TrainingError, VideoError) as error:  # a reader process puts its traceback before the message
+    except (TrainingError, VideoError) as error:  # an error of a reader process has its traceback before the message
         sys.exit(f"error: {str(error).rpartition('VideoError: ')[2].strip()}")
     except RuntimeError as error:
-        # A DataLoader raises this for a dead reader, wherever the main process is at that moment.
+        # A DataLoader raises this when a reader dies, in whatever line the main process is.
         if not str(error).startswith("DataLoader worker"):
             raise
-        sys.exit(
-            f"error: a process that reads videos died ({error}) It may have run out of memory: try fewer --workers."
-        )
+        sys.exit(f"error: a reader process died ({error}) It may have run out of memory: try fewer --workers.")

@@ -1,4 +1,4 @@
-"""A training run that is about to begin: its parts, made from a recipe, and the lines that describe it."""
+"""The parts of a training run, made from a recipe, and the lines that describe the run."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Job(Generic[AnyRecipe, AnyModel]):
         accelerator: devices and processes.
         schedule: batches, steps and learning rates.
         source: the clips to train on.
-        model: the model, on the CPU, not yet prepared; the same weights on every process.
+        model: the model, on the CPU, not yet prepared. Every process has the same weights.
         resumed: the checkpoint to go on from, or None.
     """
 
@@ -58,7 +58,7 @@ class Job(Generic[AnyRecipe, AnyModel]):
             accelerator: devices and processes.
             source: the clips to train on.
             resume: a checkpoint to go on from.
-            family: pattern of the names of models that the script trains, as of `timm.list_models`.
+            family: pattern of the models that the script trains, as in `timm.list_models`.
             model_args: keyword arguments of the model.
 
         Raises:
@@ -73,7 +73,7 @@ class Job(Generic[AnyRecipe, AnyModel]):
         return cls(recipe, accelerator, schedule, source, model, Resumed.load(resume, recipe, schedule, source))
 
     def describe(self) -> dict[str, str]:
-        """The lines of the resolved recipe that pre-training and fine-tuning share, by name."""
+        """The lines of the resolved recipe that both training scripts print, by name."""
         recipe, accelerator, schedule, model = self.recipe, self.accelerator, self.schedule, self.model
         videos = len(self.source)
         attention = attention_kernels(model, model.size.num_tokens, accelerator.device, dtype_of(accelerator))
@@ -98,7 +98,7 @@ class Job(Generic[AnyRecipe, AnyModel]):
 
 
 def _parallel(recipe: Recipe, accelerator: Accelerator) -> list[str]:
-    """The wrapper of several processes, and the options that save memory or time."""
+    """The words for the wrapper (DDP, FSDP2, DeepSpeed), recomputed activations and compilation."""
     wrappers = {"FSDP": "FSDP2", "DEEPSPEED": "DeepSpeed"}
     words = [wrappers.get(accelerator.distributed_type, "DDP" if accelerator.num_processes > 1 else "")]
     words += ["activations recomputed"] if recipe.checkpoint_activations else []

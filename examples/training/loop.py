@@ -1,7 +1,7 @@
 """The training loop of pre-training and fine-tuning.
 
-`clip_loader` (video_data/clips.py) gives batches. `TrainingLoop.run` takes those of a step, and `_update` passes each
-to the script's `forward`, which returns the loss, and calls the backward pass.
+`clip_loader` (video_data/clips.py) gives batches. `TrainingLoop.run` takes the batches of a step. `_update` passes each
+batch to the script's `forward`, which returns the loss, and calls the backward pass.
 """
 
 from __future__ import annotations
@@ -44,7 +44,8 @@ Forward = Callable[[dict[str, Any], int], Tensor]
 class TrainingLoop:
     """Optimiser steps with accumulated gradients, metrics and checkpoints.
 
-    Making it prepares the output folder, the position in the data, model and optimiser, for a new or a resumed run.
+    The constructor prepares the output folder, the position in the data, the model and the optimiser, for a new or a
+    resumed run.
 
     Attributes:
         model: prepared.
@@ -56,7 +57,7 @@ class TrainingLoop:
         better: name of the metric that ranks checkpoints, and 1 if a larger one is better, else -1.
 
     Raises:
-        TrainingError: the processes would go on from different checkpoints, or the tracker does not start.
+        TrainingError: processes see different checkpoints, or the tracker does not start.
     """
 
     def __init__(self, job: Job[Any, Any], optimizer: torch.optim.Optimizer, better: tuple[str, int]) -> None:
@@ -81,7 +82,7 @@ class TrainingLoop:
         self.model, self._optimizer, self._batches = accelerator.prepare(job.model, optimizer, batches)
         if resumed:
             restore(resumed.state, accelerator, self.model, self._optimizer)
-        set_seed(recipe.seed, device_specific=True)  # from here on, other masks and dropout on every process
+        set_seed(recipe.seed, device_specific=True)  # from here on, masks and dropout differ between processes
         if resumed:
             restore_random_state(resumed.state, accelerator)
 
@@ -100,12 +101,12 @@ class TrainingLoop:
             forward: returns the loss of a batch, given the batch and its number in the run on this process.
             metrics: the sums that `forward` adds to.
             flops_of_clip: floating-point operations of a forward pass of one clip.
-            evaluate: called after each step with the number of steps done; returns metrics to log, or nothing.
+            evaluate: called after each step with the number of steps done; returns metrics to log, or an empty dict.
             extra: returns further entries of a checkpoint.
             graph: whether steps run as a CUDA graph; `forward` then ignores the number of a batch.
 
         Raises:
-            Interrupted: a signal stopped the run, which is saved.
+            Interrupted: a signal stopped the run, and the run is saved.
             TrainingError: the run cannot go on, or too many videos are broken.
             VideoError: many videos in a row could not be read.
         """
@@ -137,7 +138,7 @@ class TrainingLoop:
                     profile.step()
                 done = step + 1
                 last = done == schedule.steps
-                measured: dict[str, float | None] = {}  # at this step
+                measured: dict[str, float | None] = {}  # metrics of this step
                 if done % recipe.log_every == 0 or last:
                     measured |= metrics.read(accelerator)
                     measured |= {"lr": schedule.lr_at(step), "epoch": done * schedule.effective_batch / schedule.clips}
@@ -150,7 +151,7 @@ class TrainingLoop:
                 if request is Request.STOP and not last:  # at once: a scheduler gives little time
                     saved = saver.save(done, measured, must=True)
                     if is_main:
-                        tqdm.write(f"stopped after step {done}, as the signal asked; go on with --resume {saved}")
+                        tqdm.write(f"stopped after step {done} by a signal; go on with --resume {saved}")
                     raise Interrupted
                 with clock.paused():
                     if evaluated := evaluate(done):
@@ -163,7 +164,7 @@ class TrainingLoop:
                 log.summarise(recipe.output / "summary.txt")
 
     def _parts(self, step: int, batches: Iterator[dict[str, Any]], clock: Clock) -> Iterator[Part]:
-        """The batches of a step, each with its number in the run on this process, as they are read."""
+        """Yields the batches of a step, each with its number in the run on this process."""
         for part in range(self.job.schedule.accumulation):
             with clock.waiting_for_data():
                 batch = next(batches)
@@ -171,8 +172,7 @@ class TrainingLoop:
             yield batch, step * self.job.schedule.accumulation + part
 
     def _update(self, parts: Iterable[Part], forward: Forward, metrics: DeviceMetrics) -> None:
-        """One optimiser step. A gradient that is not finite leaves the weights as they are, without a wait for the
-        device."""
+        """One optimiser step. A nonfinite gradient leaves the weights as they are; nothing waits for the device."""
         accelerator = self.job.accelerator
         for batch, number in parts:
             with accelerator.accumulate(self.model):  # gradients are reduced once a step
@@ -180,18 +180,18 @@ class TrainingLoop:
                     loss = forward(batch, number)
                 accelerator.backward(loss)
         grad_norm = accelerator.clip_grad_norm_(self.model.parameters(), self.job.recipe.clip_grad or torch.inf)
-        if uses_deepspeed(accelerator):  # its engine stepped in the last backward pass, if the norm was finite
+        if uses_deepspeed(accelerator):  # its last backward pass made the step, if the norm was finite
             grad_norm = torch.tensor(grad_norm, device=accelerator.device)
         else:
             grad_norm = grad_norm.full_tensor() if isinstance(grad_norm, DTensor) else grad_norm
-            # Where this is 1 the fused kernel leaves the weights alone. In fp16 the scaler does the same.
+            # The fused kernel skips its step where this is 1. In fp16 the scaler does the same.
             self._optimizer.optimizer.found_inf = (~grad_norm.isfinite()).float()
         self._optimizer.step()
         self._optimizer.zero_grad()
         metrics.add_update(grad_norm, accelerator)
 
     def _costs(self, pace: dict[str, float | None], flops_of_clip: float) -> dict[str, float | None]:
-        """Pace, use of the device, and the memory of this process's device."""
+        """Pace, utilisation, and the memory of this process's device."""
         accelerator = self.job.accelerator
         clips_per_second = pace["clips_per_second"] or 0.0
         used = utilisation(flops_of_clip, clips_per_second, accelerator.num_processes, accelerator.device)
@@ -199,14 +199,14 @@ class TrainingLoop:
 
 
 def _check_same_start(resumed: Resumed | None) -> None:
-    """Raises TrainingError if the processes would go on from different checkpoints."""
+    """Raises TrainingError if the processes see different checkpoints."""
     starts = gather_object([(resumed.path.name, resumed.state["step"]) if resumed else ("none", 0)])
     if len(set(starts)) > 1:
-        raise TrainingError(f"the processes see different checkpoints, {starts}; --output must be a shared folder.")
+        raise TrainingError(f"the processes see different checkpoints: {starts}; --output must be a shared folder.")
 
 
 def _prepare_output(recipe: Recipe, resumed: Resumed | None) -> None:
-    """Sets an earlier run in the output folder aside, or its later checkpoints if it goes on; writes recipe.yaml."""
+    """Writes recipe.yaml. Sets aside an earlier run in the output folder, or, if resumed, its later checkpoints."""
     if resumed and resumed.path.resolve().parents[1] == recipe.output.resolve():
         Checkpoints(recipe.output / CHECKPOINTS).begin(resumed.state["step"])
     elif earlier := set_aside(recipe.output):
@@ -218,7 +218,7 @@ def _prepare_output(recipe: Recipe, resumed: Resumed | None) -> None:
 def _configure_accumulation(accelerator: Accelerator, recipe: Recipe, schedule: Schedule) -> None:
     """Tells Accelerate and DeepSpeed over how many batches gradients are accumulated."""
     accelerator.gradient_accumulation_steps = schedule.accumulation
-    # Else FSDP2 would keep the whole gradients of all parts but the last on every device.
+    # Without this, FSDP2 keeps unsharded gradients on every device until the last part.
     accelerator.gradient_state.plugin_kwargs["sync_each_batch"] = accelerator.distributed_type == "FSDP"
     if uses_deepspeed(accelerator):  # its engine accumulates and clips
         of_engine = {"gradient_accumulation_steps": schedule.accumulation, "gradient_clipping": recipe.clip_grad}
@@ -226,5 +226,5 @@ def _configure_accumulation(accelerator: Accelerator, recipe: Recipe, schedule: 
 
 
 def _generator(batches: DataLoader) -> Generator[dict[str, Any], None, None]:
-    """The batches as a generator; closing it ends the reader processes."""
+    """The batches as a generator. Closing the generator ends the reader processes."""
     yield from batches

@@ -1,4 +1,4 @@
-"""Metrics of a run: summed on the device, read once in a while."""
+"""Metrics of a run: summed on the device in each step, read every few steps."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from adamae_sampler.losses import LossOutput
 class DeviceMetrics:
     """Sums over the steps since the last reading. Adding to them never waits for the device.
 
-    The sums keep their tensors, since a CUDA graph adds to the memory that it was captured with.
+    The sums stay the same tensors, since a CUDA graph adds to the memory that it captured.
 
     Args:
         device: the device of the model.
@@ -25,14 +25,14 @@ class DeviceMetrics:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self._in_a_row = torch.zeros((), device=device)  # steps that were skipped, up to the last
-        self._means: dict[str, list[Tensor]] = {}  # the sum, and how many it is of
+        self._in_a_row = torch.zeros((), device=device)  # skipped steps up to now, without a gap
+        self._means: dict[str, list[Tensor]] = {}  # sum and number of summands
         self._counts: dict[str, Tensor] = {}
         self.mean("grad_norm", torch.zeros((), device=self.device), times=0)
 
     @torch.no_grad()
     def mean(self, name: str, value: Tensor, times: int = 1) -> None:
-        """Adds a scalar to the sum of a mean."""
+        """Adds a scalar to a mean."""
         entry = self._means.setdefault(name, [torch.zeros((), device=self.device) for _ in range(2)])
         entry[0] += value
         entry[1] += times
@@ -50,17 +50,17 @@ class DeviceMetrics:
 
     @torch.no_grad()
     def add_update(self, grad_norm: Tensor, accelerator: Accelerator) -> None:
-        """Counts one optimiser step, which is skipped if the norm of its gradient is not finite."""
+        """Counts one optimiser step. A nonfinite gradient norm counts as a skipped step."""
         self.mean("grad_norm", grad_norm)
         skipped = ~grad_norm.isfinite()
         self._in_a_row.add_(1).mul_(skipped)
-        # The norm is the same on every process: the main one counts for all.
+        # The norm is the same on every process, so only the main process counts.
         self.count("skipped_steps", skipped if accelerator.is_main_process else torch.zeros_like(skipped))
 
     def read(self, accelerator: Accelerator) -> dict[str, float | None]:
         """Means and counts since the last reading, over all processes; None for a mean that is not finite.
 
-        `nonfinite_in_a_row` is the number of skipped steps up to the last one, also those before the last reading.
+        `nonfinite_in_a_row` is the number of skipped steps up to now without a gap, also from before the last reading.
         """
         in_a_row = self._in_a_row * accelerator.is_main_process
         sums = [*itertools.chain.from_iterable(self._means.values()), *self._counts.values()]
@@ -84,7 +84,7 @@ class DeviceMetrics:
         return {name: accelerator.reduce(total, "sum") for name, total in sums.items()}
 
     def restore(self, state: Mapping[str, Tensor], accelerator: Accelerator) -> None:
-        """Restores the sums; the main process holds those of all processes."""
+        """Restores the sums. The main process holds the sums of all processes."""
         mine = {name: total.to(self.device) * accelerator.is_main_process for name, total in state.items()}
         self._in_a_row = state["in a row"].to(self.device)
         for name, total in mine.items():
@@ -96,8 +96,10 @@ class DeviceMetrics:
 
 
 class PretrainMetrics(DeviceMetrics):
-    """Metrics of pre-training: both losses, the entropy of p in nats (log N for a uniform p), and `coverage`, the share
-    of the N token positions that were visible at least once.
+    """Metrics of pre-training: both losses, entropy and coverage.
+
+    `entropy` is that of p in nats; a uniform p has log N. `coverage` is the share of the N token positions that were
+    visible at least once.
 
     Args:
         num_tokens: N.
@@ -123,7 +125,7 @@ class PretrainMetrics(DeviceMetrics):
         self.seen += (~sample.mask).sum(0)
 
     def read(self, accelerator: Accelerator) -> dict[str, float | None]:
-        """As `DeviceMetrics.read`, with `coverage`; None for `sampling` and `entropy` of masks without a p."""
+        """As `DeviceMetrics.read`, with `coverage`. Without adaptive masking `sampling` and `entropy` are None."""
         seen: Tensor = accelerator.reduce(self.seen, "sum")
         values = super().read(accelerator)
         if not self.adaptive:

@@ -8,9 +8,10 @@ from typing import Any, ClassVar, Literal
 
 from adamae_sampler.losses import Estimator
 from adamae_sampler.models import PRESETS
+from common.settings import DECODER_SIZES
 from training.recipe import Recipe
 
-SAMPLER_SETTINGS = ("score_network", "sample_from", "temperature", "exploration")  # which a sampler's weights go with
+SAMPLER_SETTINGS = ("score_network", "sample_from", "temperature", "exploration")  # a sampler's weights fit only these
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,63 +23,64 @@ class PretrainRecipe(Recipe):
     shortcuts: ClassVar[dict[str, dict[str, Any]]] = {"fast": dict(PRESETS["fast"])}
 
     data: str = ""
-    """Folder of videos, list file (`path label` or `path start frames label`), shards (their folder, or the path or URL
-    of their index.json), or 'sprites'."""
+    """Training videos: a folder, a list file (lines `path label` or `path start frames label`), shards (a folder, or
+    the path or URL of an index.json), or 'sprites'."""
     output: Path = Path("runs/pretrain")
     """Folder for metrics, checkpoints and pictures."""
 
     model: str = "pretrain_adamae_vit_base_patch16_224"
-    """Model of timm's registry."""
+    """Name of the model in timm's registry."""
     masking: Literal["adaptive", "random", "tube", "frame"] = "adaptive"
     """Rule that chooses the visible tokens."""
     mask_ratio: float = 0.95
-    """Share of tokens that is masked."""
+    """Share of the tokens that is masked."""
     score_network: Literal["mha", "mlp", "pooled"] = "mha"
-    """The sampler's network: 'mha' is the paper's, 'pooled' attends to cells of tokens for far less."""
+    """The sampler's network. 'mha' is the paper's. 'pooled' attends to cells of tokens, which costs far less."""
     sample_from: Literal["tokens", "pixels"] = "tokens"
-    """Input of the sampler: tokens, or patches shrunk to 4 x 4 pixels; then only the visible tokens are embedded."""
+    """Input of the sampler. 'tokens': the embedded tokens. 'pixels': patches shrunk to 4 x 4 pixels; the model then
+    embeds only the visible tokens."""
     fast: bool = False
-    """Train in less time than the paper's method: score_network pooled, sample_from pixels and decode_ratio 0.5."""
+    """Train faster than the paper's method: sets score_network pooled, sample_from pixels and decode_ratio 0.5."""
     temperature: float = 1.0
     """p = softmax(scores / temperature)."""
     exploration: float = 0.0
     """Share of p that is spread evenly over all tokens."""
     num_masks: int = 1
-    """Masks of each clip, from one tokenization and one p; they multiply the batch from the encoder on."""
+    """Masks drawn for each clip from one p. The encoder and decoder see num_masks times the batch."""
     decode_ratio: float = 1.0
-    """Share of the masked tokens that is decoded."""
+    """Share of the masked tokens that the decoder reconstructs."""
     fused_head: bool = True
-    """Compute the decoder's last layer and the loss as one, a part at a time; the prediction is never held."""
+    """Compute the decoder's last layer and the loss together in parts, so the whole prediction is never in memory."""
     estimator: Estimator = "categorical"
-    """Estimator of the sampler's gradient: 'categorical' is the paper's; 'plackett_luce' and 'plackett_luce_max' are
-    the exact policy gradients that lower and raise the expected error."""
+    """Estimator of the sampler's gradient. 'categorical' is the paper's. The other two are exact policy gradients:
+    'plackett_luce' lowers the expected error, 'plackett_luce_max' raises it."""
     graph: bool = False
-    """Launch each step, optimizer included, as one CUDA graph, for small models whose steps wait for the host. On one
-    GPU, in bf16 or fp32."""
+    """Launch each step, optimizer included, as one CUDA graph. It helps small models, whose steps wait for the host. It
+    needs a single GPU and bf16 or fp32."""
     decoder_embed_dim: int | None = None
-    """Width of the decoder; the model's own if None, as for the next two."""
+    """Width of the decoder; None keeps the model's own."""
     decoder_depth: int | None = None
-    """Blocks of the decoder."""
+    """Number of blocks of the decoder; None keeps the model's own."""
     decoder_num_heads: int | None = None
-    """Attention heads of the decoder."""
+    """Number of attention heads of the decoder; None keeps the model's own."""
 
     normalize_target: bool = True
-    """Predict pixels normalised per patch and channel (the paper's), or raw ones."""
+    """Predict pixels normalised per patch and channel, as the paper does; else raw pixels."""
     loss: Literal["mse", "l1"] = "mse"
     """Reconstruction error."""
     sampling_weight: float = 1e-4
     """Weight of the sampling loss."""
 
     epochs: float = 800
-    """Passes over the data."""
+    """Epochs of training."""
     warmup_epochs: float = 40
-    """Passes over which the learning rate rises."""
+    """Epochs over which the learning rate rises."""
     batch_size: int = 32
     """Videos of one forward pass on one device; each gives `repeats` clips."""
     base_lr: float = 1.5e-4
-    """Learning rate for an effective batch of 256; the one used is proportional."""
+    """Learning rate for an effective batch of 256 videos; it is scaled by effective_batch / 256."""
     min_base_lr: float = 1e-5
-    """Learning rate at the end of the cosine, for an effective batch of 256."""
+    """Final learning rate of the cosine, for an effective batch of 256; scaled likewise."""
     betas: tuple[float, float] = (0.9, 0.95)
     """Betas of AdamW."""
     clip_grad: float = 1.0
@@ -89,20 +91,20 @@ class PretrainRecipe(Recipe):
         self.check_least(sampling_weight=0, num_masks=1)
         if self.masking != "adaptive" and self.estimator != "categorical":
             raise ValueError(
-                f"estimator={self.estimator}: masking={self.masking} learns nothing. Leave it out, or mask adaptively."
+                f"estimator={self.estimator} has no effect: masking={self.masking} learns no p. Leave one of them out."
             )
 
     def check_shortcuts(self) -> None:
-        """Raises ValueError if --fast meets a setting that contradicts it, or a masking without a score network."""
+        """Raises ValueError if --fast is on and a setting contradicts it, or the masking has no score network."""
         super().check_shortcuts()
         if self.fast and self.masking != "adaptive":
             raise ValueError(
-                f"--masking {self.masking} has no score network, which --fast sets; leave one of them out."
+                f"--fast sets a score network, and --masking {self.masking} has none; leave one of them out."
             )
 
     def model_args(self) -> dict[str, Any]:
-        """Keyword arguments for `timm.create_model`, which leaves out those that are None."""
-        decoder = ("decoder_embed_dim", "decoder_depth", "decoder_num_heads", "decode_ratio", "fused_head")
+        """Keyword arguments for `timm.create_model`, which ignores arguments of None."""
+        decoder = (*DECODER_SIZES, "decode_ratio", "fused_head")
         names = ("masking", "mask_ratio", "num_masks", *SAMPLER_SETTINGS, *decoder)
         return {**self.sizes(), **{name: getattr(self, name) for name in names}}
 

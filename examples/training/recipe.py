@@ -1,4 +1,4 @@
-"""Recipes: the settings that every training run has, and their presets."""
+"""Recipes: the settings that all training runs share, and their presets."""
 
 from __future__ import annotations
 
@@ -15,65 +15,59 @@ PRESETS = Path(__file__).parent.parent / "presets"
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe(EncoderSettings):
-    """Settings of a training run. A preset gives the defaults, the command line overrides them."""
+    """Settings of a training run. A preset gives the defaults, and the command line overrides them.
 
-    kind: ClassVar[str]  # the folder of its presets
-    data_settings: ClassVar[tuple[str, ...]] = ()  # those that name data
-    shortcuts: ClassVar[dict[str, dict[str, Any]]] = {}  # flags, and the values of other settings that each stands for
+    Subclasses give fields without a default their default and their help.
+    """
+
+    kind: ClassVar[str]  # the folder of the presets
+    data_settings: ClassVar[tuple[str, ...]] = ()  # settings that name data
+    shortcuts: ClassVar[dict[str, dict[str, Any]]] = {}  # flag -> the settings that it stands for
 
     output: Path
-    """Folder for metrics, checkpoints and results."""
 
     repeats: int = 1
-    """Clips of each video in a batch, augmented apart (repeated augmentation); the video is decoded once."""
+    """Clips of each video in a batch, each with its own augmentation; the video is decoded once."""
     checkpoint_activations: bool = False
     """Recompute activations in the backward pass, to save memory."""
     compile: Literal["blocks", "whole"] | None = None
-    """torch.compile of the transformers' blocks one by one, or of the model as a whole."""
+    """Use torch.compile on each transformer block ('blocks') or on the whole model ('whole')."""
     flip: bool = False
-    """Mirror half of the clips."""
+    """Mirror clips left to right, with probability 1/2."""
 
     epochs: float
-    """Passes over the data."""
     warmup_epochs: float
-    """Passes over which the learning rate rises."""
     steps: int | None = None
-    """Optimiser steps, in place of epochs."""
+    """Optimiser steps of the run; overrides epochs."""
     warmup_steps: int | None = None
-    """Steps of warm-up, in place of warmup_epochs."""
+    """Optimiser steps of warm-up; overrides warmup_epochs."""
     batch_size: int
-    """Videos of one forward pass on one device; each gives `repeats` clips."""
     effective_batch: int | None = None
-    """Videos of one optimiser step over all devices; gradients are accumulated to reach it. batch_size x devices if
-    None."""
+    """Videos of one optimiser step over all devices; gradients are accumulated to reach this number. None: batch_size x
+    devices."""
     base_lr: float
-    """Learning rate for an effective batch of 256; the one used is proportional."""
     min_base_lr: float
-    """Learning rate at the end of the cosine, for an effective batch of 256."""
     betas: tuple[float, float]
-    """Betas of AdamW."""
     weight_decay: float = 0.05
-    """Weight decay; biases, norms, position embeddings and the mask token have none."""
+    """Weight decay of AdamW; biases, norms, position embeddings and the mask token have none."""
     clip_grad: float
-    """Largest norm of the gradient; 0 for no clipping."""
 
     log_every: int = 20
     """Steps between two lines of metrics."""
     save_every: int = 1000
-    """Steps between two checkpoints; one is written at the end in any case, and on SIGTERM (then the run ends) and
-    SIGUSR1."""
+    """Steps between two checkpoints. The last step, SIGUSR1 and SIGTERM write one too; SIGTERM then ends the run."""
     save_minutes: float = 30
-    """Minutes between two checkpoints, where steps are slow."""
+    """Longest time between two checkpoints, in minutes."""
     keep_checkpoints: int = 2
-    """The latest checkpoints that are kept, besides the best one."""
+    """Number of latest checkpoints to keep, besides the best one."""
     stop_after_nonfinite: int = 20
-    """A step whose gradient is not finite is skipped; so many in a row end the run."""
+    """End the run after so many skipped steps in a row. A step with a nonfinite gradient is skipped."""
     max_broken: float = 0.1
-    """Largest share of the videos that may be broken; they are replaced by others, more end the run."""
+    """Largest share of the videos that may be broken; a larger share ends the run. Other videos replace broken ones."""
     tracker: Literal["wandb", "trackio"] | None = None
-    """Service that metrics are sent to, besides metrics.jsonl and TensorBoard's files."""
+    """Service that gets the metrics too, besides metrics.jsonl and TensorBoard files."""
     profile: bool = False
-    """Write a trace of a few steps to output/profile, for TensorBoard or Perfetto."""
+    """Write a trace of steps 4 to 6 to the folder profile in --output, for TensorBoard or Perfetto."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -86,13 +80,13 @@ class Recipe(EncoderSettings):
     def check_shortcuts(self) -> None:
         """Raises ValueError if a shortcut is on and a setting that it stands for has another value.
 
-        `recipe_from` and the command line call this. Within `__post_init__` tyro would put a frame around the message.
+        `recipe_from` and the command line call this, since tyro draws a frame around messages of `__post_init__`.
         """
         for shortcut, meant in self.shortcuts.items():
             for name, value in meant.items():
                 if getattr(self, shortcut) and getattr(self, name) != value:
                     raise ValueError(
-                        f"--{name.replace('_', '-')} {getattr(self, name)} contradicts --{shortcut}, which stands for "
+                        f"--{name.replace('_', '-')} {getattr(self, name)} contradicts --{shortcut}, which sets "
                         f"{name}={value}; leave one of them out."
                     )
 
@@ -107,8 +101,8 @@ class Recipe(EncoderSettings):
                 + (
                     f"Choose a batch_size that divides {effective // devices}."
                     if effective % devices == 0
-                    else f"Choose an effective_batch that {devices} divides; a resumed run, which keeps its own, "
-                    "needs another number of devices."
+                    else f"Choose an effective_batch that {devices} divides. A resumed run keeps its effective_batch: "
+                    "change the number of devices."
                 )
             )
         return effective // videos
@@ -121,7 +115,7 @@ def load_preset(kind: type[AnyRecipe], name: str) -> AnyRecipe:
     """The recipe of presets/<kind>/<name>.yaml.
 
     Raises:
-        ValueError: there is no such preset, or it sets something that is not in a recipe.
+        ValueError: there is no such preset, or it has a setting that the recipe lacks.
     """
     folder = PRESETS / kind.kind
     known = sorted(path.stem for path in folder.glob("*.yaml"))
@@ -130,15 +124,15 @@ def load_preset(kind: type[AnyRecipe], name: str) -> AnyRecipe:
     values: dict[str, Any] = yaml.safe_load((folder / f"{name}.yaml").read_text(encoding="utf-8"))
     strangers = values.keys() - {each.name for each in fields(kind)}
     if strangers:
-        raise ValueError(f"preset {name} sets {', '.join(sorted(strangers))}, which a recipe does not have.")
-    for setting in kind.data_settings:  # bundled data is named from the folder of the examples
+        raise ValueError(f"preset {name} sets {', '.join(sorted(strangers))}, which the recipe does not have.")
+    for setting in kind.data_settings:  # paths of bundled data start at the examples folder
         if (PRESETS.parent / values.get(setting, "")).exists() and values.get(setting):
             values[setting] = str(PRESETS.parent / values[setting])
     return recipe_from(kind, values)
 
 
 def recipe_from(kind: type[AnyRecipe], plain: dict[str, Any]) -> AnyRecipe:
-    """The recipe whose settings a file has as numbers, strings and lists, the inverse of `Recipe.plain`.
+    """The recipe with the settings of a file (numbers, strings and lists); the inverse of `Recipe.plain`.
 
     Raises:
         ValueError: settings that are out of range, or that contradict each other.

@@ -1,6 +1,6 @@
-"""The training state of a run: gathered for a checkpoint, checked and put back when a run resumes.
+"""The training state of a run: gathered for a checkpoint, checked and restored when the run resumes.
 
-Weights and optimiser are stored by the names of the parameters, for any number of processes and any wrapper.
+Weights and optimiser are stored by parameter name, so a run resumes on any number of processes in any wrapper.
 """
 
 from __future__ import annotations
@@ -27,38 +27,38 @@ from training.recipe import AnyRecipe, Recipe, recipe_from
 from training.schedule import Schedule
 from video_data.clips import ClipSource, digest
 
-# Settings that may differ between a run and its resumption; any other makes it another run.
+# Settings that may change when a run resumes. A change of any other setting is refused.
 _FREE = {"output", "steps", "epochs", "workers", "log_every", "batch_size", "compile", "graph"}
-_FREE |= {"checkpoint_activations", "fused_head"}  # for a run that ended without memory
+_FREE |= {"checkpoint_activations", "fused_head"}  # for a run that ended because memory ran out
 _FREE |= {"save_every", "save_minutes", "keep_checkpoints", "stop_after_nonfinite", "max_broken", "profile", "tracker"}
 _FREE |= {"eval_every", "eval_batch_size", "test_clips", "test_crops"}
-_FREE |= {"effective_batch", "data", "train", "val", "fast"}  # the values that follow from them are compared
+_FREE |= {"effective_batch", "data", "train", "val", "fast"}  # compared by the values that follow from them
 _REMOVED = {"head_chunks"}  # settings of earlier versions, without effect on results
 _COMPILE = {True: "whole", False: None}  # values of `compile` in earlier versions
 
 
 class Resumed(NamedTuple):
-    """A checkpoint that a run resumes from: its path and its state."""
+    """A checkpoint to resume from: path and state."""
 
     path: Path
     state: dict[str, Any]
 
     @classmethod
     def load(cls, path: Path | None, recipe: Recipe, schedule: Schedule, source: ClipSource) -> Resumed | None:
-        """The checkpoint at `path`, None for None; raises as `load_state`."""
+        """The checkpoint at `path`, or None if `path` is None. Raises as `load_state`."""
         return None if path is None else cls(path, load_state(path, recipe, schedule, digest(source)))
 
     def describe(self, accelerator: Accelerator, recipe: Recipe) -> str:
-        """The step, and each difference to a run without interruption, on one line."""
+        """The step to resume from, and each difference to an uninterrupted run, on one line."""
         then, now = len(self.state["random_states"]), accelerator.num_processes
         notes = [f"{self.path} from step {self.state['step']}"]
         if then != now:
-            notes.append(f"{then} processes there, {now} here: the same videos in each step, other masks and dropout")
+            notes.append(f"{then} processes before, {now} now: steps have the same videos, but other masks and dropout")
         elif self.state["recipe"]["batch_size"] != recipe.batch_size:
-            notes.append("another batch_size: the same videos in each step, other masks and dropout")
+            notes.append("another batch_size: steps have the same videos, but other masks and dropout")
         saved = self.state["versions"]
         notes += [
-            f"{name} {saved.get(name)} there, {version} here: results may differ"
+            f"{name} {saved.get(name)} before, {version} now: results may differ"
             for name, version in versions().items()
             if saved.get(name) != version
         ]
@@ -73,7 +73,7 @@ def make_state(
     schedule: Schedule,
     more: Mapping[str, Any],
 ) -> dict[str, Any] | None:
-    """The state that a resumed run needs, on the main process; None on the others, which have to call this too.
+    """The state that a resumed run needs, on the main process; None on the others. All processes have to call this.
 
     Args:
         accelerator: devices and processes.
@@ -81,8 +81,8 @@ def make_state(
         optimizer: prepared.
         recipe: the settings.
         schedule: batches and steps of the run.
-        more: entries of the training loop: tensors, numbers, strings and containers of them. Among them are "step", the
-            number of steps done, which gives the position in the data, and "score", the quality of the model or None.
+        more: entries of the training loop: tensors, numbers, strings and containers of these. "step" is the number of
+            steps done, which gives the position in the data. "score" is the quality of the model, or None.
     """
     weights, optimizer_state = full_state(accelerator, model, optimizer)
     random_states = gather_object([_random_state(accelerator.device)])
@@ -104,7 +104,7 @@ def make_state(
 
 
 def load_state(path: Path, recipe: Recipe, schedule: Schedule, videos: str) -> dict[str, Any]:
-    """Reads a checkpoint and checks that this run continues it.
+    """Reads a checkpoint and checks that this run can continue it.
 
     Args:
         path: the file.
@@ -114,8 +114,8 @@ def load_state(path: Path, recipe: Recipe, schedule: Schedule, videos: str) -> d
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: the file is not a whole training state (weights alone cannot be resumed); or its recipe, videos or
-            effective batch differ; or its step is after the last one of this run.
+        ValueError: the file is not a whole training state (weights alone cannot be resumed); its recipe, videos or
+            effective batch differ; or its step is after the last step of this run.
     """
     tree = read_header(path, recipe.kind)
     saved, now = tree["recipe"], recipe.plain()
@@ -128,20 +128,22 @@ def load_state(path: Path, recipe: Recipe, schedule: Schedule, videos: str) -> d
         if then != today:
             forbidden.append(f"{name}: {then} -> {today}")
     if tree["videos"] != videos and tree["clips"] == schedule.clips:
-        forbidden.append("videos: as many, with other names or in another order")
+        forbidden.append("videos: the same number, but other names or another order")
     if forbidden:
         raise ValueError(
-            f"{path}: that run had other settings:\n  " + "\n  ".join(forbidden) + "\nPass the same ones, or "
+            f"{path}: that run had other settings:\n  " + "\n  ".join(forbidden) + "\nPass the same settings, or "
             "start a new run."
         )
     if tree["step"] > schedule.steps:
-        raise ValueError(f"{path}: it is at step {tree['step']}, this run ends at {schedule.steps}.")
+        raise ValueError(
+            f"{path} is at step {tree['step']}, this run ends at {schedule.steps}; raise --steps or --epochs."
+        )
     return read_state(path, tree)
 
 
 def recipe_of_state(kind: type[AnyRecipe], path: Path) -> AnyRecipe:
-    """The recipe of a saved run. Its output is the folder that the run is in now; its effective batch is kept on any
-    number of devices.
+    """The recipe of a saved run. `output` is the folder where the run is now. The effective batch stays the same for
+    any number of devices.
 
     Raises:
         FileNotFoundError, ValueError: as `load_state`.
@@ -154,10 +156,10 @@ def recipe_of_state(kind: type[AnyRecipe], path: Path) -> AnyRecipe:
 
 
 def restore(state: Mapping[str, Any], accelerator: Accelerator, model: nn.Module, optimizer: Any) -> None:
-    """Puts weights, optimiser and the loss scale of fp16 back into a prepared model and optimiser."""
+    """Restores weights, optimiser state and the loss scale of fp16 in a prepared model and optimiser."""
     load_full_state(accelerator, model, optimizer, state["model"], state["optimizer"])
     scaler = _scaler(accelerator, optimizer)
-    if scaler is not None and state["scaler"]:  # a run in another precision has none
+    if scaler is not None and state["scaler"]:  # a checkpoint of another precision has none
         scaler.load_state_dict(state["scaler"])
 
 
@@ -167,8 +169,8 @@ def _scaler(accelerator: Accelerator, optimizer: Any) -> Any:
 
 
 def restore_random_state(state: Mapping[str, Any], accelerator: Accelerator) -> None:
-    """Restores the random states of this process; seeds them by seed, step and process if the number of processes
-    changed."""
+    """Restores the random states of this process. If the number of processes changed, seeds them by seed, step and
+    process."""
     if len(state["random_states"]) != accelerator.num_processes:
         set_seed(state["recipe"]["seed"] * 1_000_003 + state["step"], device_specific=True)
         return
@@ -182,7 +184,7 @@ def restore_random_state(state: Mapping[str, Any], accelerator: Accelerator) -> 
 
 
 def versions() -> dict[str, str]:
-    """Versions of the software that the numbers of a run depend on."""
+    """Versions of the software that affects the numbers of a run."""
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -192,7 +194,7 @@ def versions() -> dict[str, str]:
 
 
 def set_aside(folder: Path) -> Path | None:
-    """Renames the folder of an earlier run, so that a new run does not write into it; returns the new name."""
+    """Renames the folder of an earlier run, so that a new run can use `folder`. Returns the new name, or None."""
     if not (folder / "metrics.jsonl").exists():
         return None
     number = next(n for n in itertools.count(1) if not folder.with_name(f"{folder.name}-{n}").exists())

@@ -32,13 +32,13 @@ _ON_PROGRESS_BAR = {
 
 
 class RunLog:
-    """metrics.jsonl, TensorBoard files and the trackers of a run. A resumed run appends, and drops the lines of steps
-    that it repeats.
+    """metrics.jsonl, TensorBoard files and the trackers of a run. A resumed run appends. It first drops the lines of
+    the steps that it repeats.
 
     Args:
         folder: output folder of the run.
         first_step: number of steps done before.
-        enabled: whether anything is written; False on all processes but the main one.
+        enabled: whether to write; True only on the main process.
         trackers: Accelerate's trackers.
     """
 
@@ -57,13 +57,13 @@ class RunLog:
         self.board = SummaryWriter(str(folder), purge_step=first_step + 1 if first_step else None)
 
     def _lines(self) -> Iterator[dict[str, Any]]:
-        """The whole lines so far; a killed run may have left half a line at the end."""
+        """The complete lines so far. A killed run may have left half a line at the end."""
         for line in self.path.read_text().splitlines() if self.path.exists() else []:
             with suppress(json.JSONDecodeError):
                 yield json.loads(line)
 
     def write(self, step: int, values: dict[str, Any]) -> None:
-        """Writes one line, and one point in each plot. A line that a full disk refuses is written with the next one."""
+        """Writes one line, and one point in each plot. If the disk is full, the next call tries the line again."""
         if not self.enabled:
             return
         for tracker in self.trackers:
@@ -111,7 +111,7 @@ class RunLog:
 
 
 def begin_tracking(recipe: Recipe, accelerator: Accelerator) -> None:
-    """Opens the run in --tracker, or goes on with it. The name of the run is kept in its output folder.
+    """Opens the run in --tracker, or resumes it there. tracker.txt in the output folder keeps the name of the run.
 
     Raises:
         TrainingError: the tracker cannot be reached, or has no key.
@@ -128,13 +128,13 @@ def begin_tracking(recipe: Recipe, accelerator: Accelerator) -> None:
         "trackio": {"name": name, "resume": "allow"},
     }
     try:
-        accelerator.init_trackers("adamae_sampler", recipe.plain(), of_tracker)  # on the main process alone
-    except Exception as error:  # each tracker has errors of its own; the usual causes are no key and no network
-        raise TrainingError(f"--tracker {recipe.tracker}: {error}. Go on without it with --tracker None.") from error
+        accelerator.init_trackers("adamae_sampler", recipe.plain(), of_tracker)  # only the main process sends
+    except Exception as error:  # trackers raise errors of their own; usual causes are a missing key or network
+        raise TrainingError(f"--tracker {recipe.tracker}: {error}. Use --tracker None to run without it.") from error
 
 
 def profiler(recipe: Recipe, is_main: bool) -> AbstractContextManager[Any]:
-    """With --profile a trace of steps 4 to 6 on the main process, for TensorBoard and Perfetto; else None."""
+    """A context that traces steps 4 to 6 on the main process with --profile, and else gives None."""
     if not (recipe.profile and is_main):
         return nullcontext()
     return torch.profiler.profile(
@@ -145,14 +145,14 @@ def profiler(recipe: Recipe, is_main: bool) -> AbstractContextManager[Any]:
 
 
 def progress_values(values: Mapping[str, float | None]) -> dict[str, str]:
-    """The metrics on the progress bar."""
+    """The metrics that the progress bar shows, as text."""
     return {
         short: f"{value:.3g}" for short, name in _ON_PROGRESS_BAR.items() if (value := values.get(name)) is not None
     }
 
 
 def warn_about_nonfinite(step: int, values: Mapping[str, float | None]) -> None:
-    """Prints the counts of values that were not finite since the last line of metrics, if any."""
+    """Prints how many values were not finite, and steps skipped, since the last line of metrics."""
     names = [name for name in values if name.startswith("nonfinite_") or name == "skipped_steps"]
     if any(values[name] for name in names):
         tqdm.write(f"step {step}: " + ", ".join(f"{name} {values[name]:g}" for name in names))

@@ -45,20 +45,20 @@ class Saver:
     extra: Callable[[], Mapping[str, Any]]
 
     def save(self, done: int, measured: Mapping[str, float | None], must: bool) -> str:
-        """Writes a checkpoint and returns its name. A failure to write is printed unless it `must` be written.
+        """Writes a checkpoint and returns its name. A failure ends the run if `must`; else it is printed.
 
         Args:
             done: number of steps done.
-            measured: metrics of this step, by which the best checkpoint is found.
+            measured: metrics of this step; one of them ranks the checkpoint.
             must: whether a failure ends the run.
 
         Raises:
-            TrainingError: the checkpoint must be written and cannot be, or too many videos are broken.
+            TrainingError: a checkpoint that must be written cannot be, or too many videos are broken.
         """
         too_many = self.broken_videos.exchange()
         saved = self._write(done, measured, must or too_many is not None)
         if too_many is not None:
-            raise TrainingError(f"{too_many} The state is {saved}.")
+            raise TrainingError(f"{too_many} The run is saved in {saved}.")
         return saved
 
     def _write(self, done: int, measured: Mapping[str, float | None], must: bool) -> str:
@@ -90,14 +90,14 @@ class Saver:
         return str(text)
 
     def check(self, done: int, values: Mapping[str, float | None]) -> None:
-        """Ends a run, saved, whose last steps were all skipped or of whose videos too many are broken.
+        """Saves and ends the run if too many steps in a row were skipped, or too many videos are broken.
 
         Args:
             done: number of steps done.
             values: the line of metrics of this step.
 
         Raises:
-            TrainingError: the run cannot go on; the message says why, and where the checkpoint is.
+            TrainingError: the run cannot go on. The message says why, and names the checkpoint.
         """
         recipe = self.job.recipe
         in_a_row = round(values["nonfinite_in_a_row"] or 0)
@@ -116,8 +116,8 @@ class Saver:
                     aside.write_text("\n".join([terms, *lines]) + "\n", encoding="utf-8")
             saved = self.save(done, values, must=True)
             raise TrainingError(
-                f"the last {in_a_row} steps had a loss or gradient that is not finite and were skipped, and "
-                f"stop_after_nonfinite={recipe.stop_after_nonfinite}. Their videos are in {report}, the state is "
+                f"the last {in_a_row} steps had a loss or gradient that is not finite and were skipped; "
+                f"stop_after_nonfinite={recipe.stop_after_nonfinite}. {report} lists their videos. The run is saved in "
                 f"{saved}. Try a lower --base-lr, --precision fp32 or --clip-grad."
             )
         if self.broken_videos.exchange() is not None:

@@ -1,4 +1,4 @@
-"""Batches, steps and learning rates that follow from a recipe, the number of videos and the number of devices."""
+"""The schedule of a run: batches, steps and learning rates, from a recipe and the numbers of videos and devices."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ class Schedule:
     """Batches, steps and learning rates of a run.
 
     Attributes:
-        clips: videos of the data set.
+        clips: number of videos of the data set.
         effective_batch: videos of one optimiser step.
         accumulation: forward passes of one optimiser step on one device.
         steps: optimiser steps of the run.
-        warmup_steps: steps over which the learning rate rises, at most half of them.
-        shortened: whether the recipe asked for more warm-up than that.
+        warmup_steps: steps over which the learning rate rises, at most half of `steps`.
+        shortened: whether the recipe asked for a longer warm-up.
         lr: highest learning rate, base_lr * effective_batch / 256.
         min_lr: last learning rate.
     """
@@ -34,7 +34,7 @@ class Schedule:
 
     @classmethod
     def of(cls, recipe: Recipe, clips: int, devices: int) -> Schedule:
-        """The schedule of a recipe for a data set of so many videos on so many devices."""
+        """The schedule of a recipe for a data set of `clips` videos on this number of devices."""
         accumulation = recipe.accumulation(devices)
         effective = recipe.batch_size * devices * accumulation
 

@@ -1,4 +1,4 @@
-"""Throughput of training: time and operations of a step, the share of the device's peak, and memory."""
+"""Throughput of training: time and FLOPs of a step, the share of the device's peak, and memory."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from adamae_sampler.losses import HeadInputs
 
-# Dense bf16 matrix products, in FLOP/s, from the makers' data sheets; by a part of the name that the driver reports.
+# Peak of dense bf16 matrix products in FLOP/s, from data sheets. Keys are parts of the names that drivers report.
 PEAKS = {
     "A100": 312e12,
     "H100 PCIe": 756e12,
@@ -37,33 +37,33 @@ PEAKS = {
 
 
 def peak_of(name: str) -> float | None:
-    """Peak of a device by its name, FLOP/s; None for one that is not in the table. The longest match counts."""
+    """Peak of a device in FLOP/s; None for a name that is not in the table. The longest match counts."""
     found = [known for known in PEAKS if known in name]
     return PEAKS[max(found, key=len)] if found else None
 
 
 def forward_flops(model: nn.Module, *shape: int) -> float:
-    """Floating-point operations of the matrix products and attention of a forward pass for an input of a shape.
+    """Floating-point operations of matrix products and attention in one forward pass, for an input of this shape.
 
-    Nothing is done to the model.
+    The model stays as it is.
     """
     device = next(model.parameters()).device
     with (
         torch.no_grad(),
-        sdpa_kernel(SDPBackend.MATH),  # made of products; the counter does not know every fused attention
-        FakeTensorMode() as shapes_alone,  # nothing is computed, drawn or held
+        sdpa_kernel(SDPBackend.MATH),  # the counter does not know every fused attention kernel
+        FakeTensorMode() as shapes_alone,  # only shapes: no computing, no random numbers, no memory
         FlopCounterMode(display=False) as counter,
     ):
         named = [*model.named_parameters(), *model.named_buffers()]
         weights: dict[str, Tensor] = {name: shapes_alone.from_tensor(tensor) for name, tensor in named}
         out = functional_call(model, weights, torch.empty(shape, device=device))
         if isinstance(out, tuple) and isinstance(out[0], HeadInputs):
-            linear(*out[0])  # which the loss does
+            linear(*out[0])  # the loss computes this product
     return float(counter.get_total_flops())
 
 
 def memory_gib(device: torch.device) -> float:
-    """The most memory that was held since the last call: of the device, or of this process where that is the CPU."""
+    """Peak memory in GiB: of a GPU since the last call, or of this process since its start if the device is the CPU."""
     if device.type == "cuda":
         most = torch.cuda.max_memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
@@ -73,14 +73,15 @@ def memory_gib(device: torch.device) -> float:
 
 
 def utilisation(flops_of_clip: float, clips_per_second: float, devices: int, device: torch.device) -> dict[str, float]:
-    """`tflops`, what each device does in training (three times the forward pass; what is recomputed does not count),
-    and `mfu`, that as a share of its peak, where the peak is known.
+    """`tflops`: TFLOP/s of each device in training; `mfu`: the same as a share of the peak, if the peak is known.
+
+    A step counts as three forward passes. Recomputed activations do not count.
 
     Args:
-        flops_of_clip: of a forward pass.
-        clips_per_second: over all devices.
-        devices: how many.
-        device: one of them.
+        flops_of_clip: floating-point operations of a forward pass of one clip.
+        clips_per_second: pace over all devices.
+        devices: number of devices.
+        device: one of the devices.
     """
     rate = 3 * flops_of_clip * clips_per_second / devices
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
@@ -92,8 +93,8 @@ class Clock:
     """Seconds of steps and of waiting for data since the last reading.
 
     Args:
-        clips: of a step, over all devices.
-        first_step: how many steps were done before.
+        clips: clips of a step over all devices.
+        first_step: number of steps done before.
     """
 
     def __init__(self, clips: int, first_step: int) -> None:
@@ -111,13 +112,13 @@ class Clock:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Leaves the time of evaluations and checkpoints out."""
+        """Excludes the time of an evaluation or a checkpoint."""
         began = time.perf_counter()
         yield
         self._since += time.perf_counter() - began
 
     def read(self, done: int) -> dict[str, float | None]:
-        """Means over the steps since the last reading."""
+        """Mean times and pace since the last reading."""
         now, steps = time.perf_counter(), done - self._step
         seconds, data = now - self._since, self._data
         self._since, self._step, self._data = now, done, 0.0

@@ -1,7 +1,7 @@
 """The annotation files of Something-Something V2, Kinetics-400, UCF101 and HMDB51, as published.
 
-A reader gives the names of the classes, and for each list to be written the videos with their labels. A video is named
-as its files are: without a folder for SSv2 and Kinetics, in the folder of its class for UCF101 and HMDB51.
+Each reader gives the class names, and for each list the videos with their labels. A video has the name of its file
+without a suffix; UCF101 and HMDB51 put the class folder before it.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ class Annotations:
     """The classes and the videos of a data set.
 
     Attributes:
-        classes: names, in the order of their labels.
-        lists: for each list ("train", "val") the videos: file name without its suffix, label, line of the annotation.
+        classes: class names, in the order of the labels.
+        lists: for "train" and "val", the videos: file name without suffix, label, and place in the annotation files.
     """
 
     classes: list[str]
@@ -27,10 +27,10 @@ class Annotations:
 
 
 def read_ssv2(folder: Path) -> Annotations:
-    """labels.json, train.json, validation.json, with or without "something-something-v2-" before their names.
+    """Reads labels.json, train.json and validation.json; the names may begin with "something-something-v2-".
 
-    An entry is {"id": "78687", "template": "Holding [something] next to [something]", ...}; labels.json maps the
-    template without brackets to the label.
+    An entry is {"id": "78687", "template": "Holding [something] next to [something]", ...}; labels.json maps a
+    template without brackets to a label.
     """
     labels = {_plain(name): int(label) for name, label in _json(_find(folder, "labels.json")).items()}
     classes = sorted(labels, key=lambda name: labels[name])
@@ -51,9 +51,9 @@ def read_ssv2(folder: Path) -> Annotations:
 
 
 def read_k400(folder: Path) -> Annotations:
-    """train.csv and val.csv (or validate.csv): label, youtube_id, time_start, time_end, split.
+    """Reads train.csv and val.csv (or validate.csv): label, youtube_id, time_start, time_end, split.
 
-    A video's file is YOUTUBEID_START_END with both times in six digits. Labels are numbered by the alphabet.
+    The file of a video is YOUTUBEID_START_END, with six digits for each time. Labels follow the alphabet.
     """
     tables = {"train": _find(folder, "train.csv"), "val": _find(folder, "val.csv", "validate.csv", "validation.csv")}
     rows = {name: _csv(path, ("label", "youtube_id", "time_start", "time_end")) for name, path in tables.items()}
@@ -76,7 +76,7 @@ def read_k400(folder: Path) -> Annotations:
 
 
 def read_ucf101(folder: Path, split: int) -> Annotations:
-    """classInd.txt ("1 ApplyEyeMakeup"), trainlist0N.txt ("Class/v_Class_g01_c01.avi 1") and testlist0N.txt."""
+    """Reads classInd.txt ("1 ApplyEyeMakeup"), trainlist0N.txt ("Class/v_Class_g01_c01.avi 1") and testlist0N.txt."""
     numbered = [line.split(maxsplit=1) for line in _lines(_find(folder, "classInd.txt"))]
     labels = {name: int(number) - 1 for number, name in numbered}
     classes = sorted(labels, key=lambda name: labels[name])
@@ -92,12 +92,12 @@ def read_ucf101(folder: Path, split: int) -> Annotations:
 
 
 def read_hmdb51(folder: Path, split: int) -> Annotations:
-    """CLASS_test_splitN.txt for each class: "video.avi 1" for training, 2 for testing, 0 for neither."""
+    """Reads CLASS_test_splitN.txt of each class: "video.avi 1" for training, 2 for testing, 0 for neither."""
     ending = f"_test_split{split}.txt"
     files = sorted(folder.glob(f"*{ending}"))
     if not files:
         raise FileNotFoundError(
-            f"{folder} has no *{ending}; give the folder of the official splits, and --split 1 to 3."
+            f"{folder} has no *{ending}; --annotations is the folder of the official splits, --split is 1 to 3."
         )
     classes = [path.name.removesuffix(ending) for path in files]
     lists: dict[str, list[tuple[str, int, str]]] = {"train": [], "val": []}
@@ -105,7 +105,7 @@ def read_hmdb51(folder: Path, split: int) -> Annotations:
         for number, line in enumerate(_lines(path), start=1):
             video, _, use = line.rpartition(" ")
             if use not in ("0", "1", "2"):
-                raise ValueError(f"{path}:{number}: {line!r}, expected 'video.avi 0', 1 (training) or 2 (testing).")
+                raise ValueError(f"{path}:{number}: {line!r}, expected 'video.avi' and 1 (training), 2 (testing) or 0.")
             if use != "0":
                 entry = (f"{name}/{video.strip().removesuffix('.avi')}", label, f"{path}:{number}")
                 lists["train" if use == "1" else "val"].append(entry)
@@ -113,14 +113,16 @@ def read_hmdb51(folder: Path, split: int) -> Annotations:
 
 
 def _find(folder: Path, *names: str) -> Path:
-    """The file of one of these names, or that ends with one of them after a hyphen."""
+    """The file with one of these names, or with a name that ends in a hyphen and one of these names."""
     for name in names:
         found = [
             path for path in sorted(folder.glob(f"*{name}")) if path.name == name or path.name.endswith(f"-{name}")
         ]
         if found:
             return found[0]
-    raise FileNotFoundError(f"{folder} has no {' or '.join(names)}; give the folder of the published annotations.")
+    raise FileNotFoundError(
+        f"{folder} has no {' or '.join(names)}; --annotations is the folder of the published files."
+    )
 
 
 def _json(path: Path) -> Any:
@@ -136,7 +138,7 @@ def _csv(path: Path, columns: tuple[str, ...]) -> list[dict[str, str]]:
         missing = set(columns) - set(reader.fieldnames or ())
         if missing:
             raise ValueError(
-                f"{path} has no column {', '.join(sorted(missing))}; its first line is {reader.fieldnames}."
+                f"{path} has no column {', '.join(sorted(missing))}; the first line is {reader.fieldnames}."
             )
         return list(reader)
 
@@ -151,5 +153,5 @@ def _plain(template: str) -> str:
 
 def _label(labels: dict[str, int], name: str, where: str) -> int:
     if name not in labels:
-        raise ValueError(f"{where}: class {name!r} is not among the {len(labels)} classes.")
+        raise ValueError(f"{where}: class {name!r} is not one of the {len(labels)} classes.")
     return labels[name]

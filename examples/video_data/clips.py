@@ -1,8 +1,8 @@
 """Training clips: from a video file to the batches of a run.
 
 `VideoClips` reads the frames of a video and makes clips of them. `ClipStream` puts the videos in the order of a run and
-seeds every random choice by position: a run is the same for any number of readers, and resumes by its position.
-`clip_loader` makes batches of the stream. The training loop takes them from there.
+seeds every random choice by position. So a run is the same for any number of readers, and resumes by position.
+`clip_loader` makes batches of the stream for the training loop.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from video_data.sprites import Sprites
 from video_data.video import Unreachable, VideoError
 from video_data.video_lists import VideoEntry
 
-_REPLACEMENTS = 20  # other videos that are tried in the place of an unreadable one before the run ends
-_PAUSES = (0.1, 0.4)  # seconds before each new try of a video: network file systems fail now and then
-_OUTAGE = (1, 2, 4, 8, 16, 32, 60)  # seconds before each new try while the server of the videos cannot be reached
-_KEPT_BYTES = 2**29  # of sprites
+_REPLACEMENTS = 20  # other videos to try for an unreadable one before the run ends
+_PAUSES = (0.1, 0.4)  # seconds before each new try of a video, since network file systems fail now and then
+_OUTAGE = (1, 2, 4, 8, 16, 32, 60)  # seconds before each new try while the server is unreachable
+_KEPT_BYTES = 2**29  # most memory for cached sprites
 
 Transform = Callable[[Tensor, torch.Generator], Tensor]
 
@@ -39,15 +39,15 @@ class ClipSource(Protocol):
     def __len__(self) -> int: ...
 
     def clips(self, index: int, generator: torch.Generator) -> dict[str, Any]:
-        """{"video": [R, C, T, H, W] uint8, "label": [R] int64}; raises VideoError if it cannot be read."""
+        """{"video": [R, C, T, H, W] uint8, "label": [R] int64}; raises VideoError if the video cannot be read."""
         ...
 
     def name(self, index: int) -> str:
-        """The name of a video in reports and in quarantine.txt, unique in the source."""
+        """The name of a video in reports and quarantine.txt; no other video of the source has it."""
         ...
 
     def key(self, index: int) -> str:
-        """Identifies a video of the data set, in whatever folder its file is."""
+        """Identifies a video of the data set. It does not depend on the folder of the file."""
         ...
 
 
@@ -57,10 +57,10 @@ class VideoClips:
     Args:
         entries: the videos.
         num_frames: T, frames of a clip.
-        stride: distance of two frames of a clip in frames of the video.
-        transform: crops and augments the frames [T, C, H, W], with random choices of the generator.
+        stride: distance between two frames of a clip, in frames of the video.
+        transform: crops and augments frames [T, C, H, W], with random numbers of the generator.
         sampling: the rule that chooses the frames of a clip.
-        repeats: R, clips of one video, from the same frames by other random choices of the transform.
+        repeats: R, clips of one video: the same frames, each time transformed with other random numbers.
     """
 
     def __init__(
@@ -83,11 +83,11 @@ class VideoClips:
         return len(self.entries)
 
     def name(self, index: int) -> str:
-        """The video's path, and its part if it has one."""
+        """The path of the video, and the part if the list gives one."""
         return self.entries[index].name
 
     def key(self, index: int) -> str:
-        """The name of its file, its part and its label."""
+        """The file name, the part and the label of the video."""
         entry = self.entries[index]
         return f"{os.path.basename(entry.name)} {entry.label}"
 
@@ -127,21 +127,21 @@ class SpriteClips:
         return len(self.sprites)
 
     def name(self, index: int) -> str:
-        """Its number, length and seed of its data set."""
+        """The number of the clip, with length and seed of the data set."""
         return f"sprites:{len(self)}:{self.sprites.seed}[{index}]"
 
     def key(self, index: int) -> str:
-        """Its name."""
+        """The name of the clip."""
         return self.name(index)
 
     def clips(self, index: int, generator: torch.Generator) -> dict[str, Any]:
-        """Clip `index`, R times, without any randomness."""
+        """Clip `index`, R times; nothing is random."""
         clip = self._clip(index)
         video = clip["video"].expand(self.repeats, -1, -1, -1, -1)
         return {"video": video, "label": torch.full((self.repeats,), clip["label"])}
 
     def views(self, index: int) -> dict[str, Any]:
-        """Clip `index`, its one view."""
+        """The one view of clip `index`."""
         clip = self._clip(index)
         return {"video": clip["video"][None], "label": clip["label"]}
 
@@ -153,7 +153,7 @@ class SpriteClips:
 
 
 def digest(source: ClipSource) -> str:
-    """A hash of the names, parts and labels of the videos, in their order and whatever their folder."""
+    """A hash of the names, parts and labels of the videos, in order. It does not depend on their folders."""
     keys = "\n".join(source.key(index) for index in range(len(source)))
     return hashlib.sha256(keys.encode()).hexdigest()
 
@@ -162,14 +162,14 @@ class ClipStream(Dataset[dict[str, Any]]):
     """Positions `start` .. `stop` of an endless run over a source: epoch after epoch, each in its own order.
 
     A video that cannot be read is tried again. Then another video, chosen by position, takes its place, and the item's
-    `left_out` reports it. A video that is known to be broken is still tried once, since other frames of it may be
-    readable: so the clip at a position never depends on the clips that were read before.
+    `left_out` reports the unreadable one. A video that is known to be broken is still tried once, since other frames of
+    it may be readable. So the clip at a position never depends on the clips that were read before.
 
     Args:
         source: the clips.
-        start: first position, a resumed run's number of videos so far.
+        start: first position; in a resumed run, the number of videos before it.
         stop: one past the last position.
-        seed: of the order and of every random choice within clips.
+        seed: seed of the order and of every random choice within clips.
         broken: names of videos that are known to be broken.
     """
 
@@ -208,7 +208,7 @@ class ClipStream(Dataset[dict[str, Any]]):
         return [self.source.name(self._index(position)) for position in range(start, stop)]
 
     def _read(self, index: int, generator: torch.Generator) -> dict[str, Any] | str:
-        """The clips of a video, or why it cannot be read; then the generator is as before."""
+        """The clips of a video, or the reason why it cannot be read. On failure the generator is as before."""
         before, name = generator.get_state(), self.source.name(index)
         pauses: Iterator[float] = iter(() if name in self.broken else _PAUSES)
         outage: Iterator[float] = iter(_OUTAGE)
@@ -218,7 +218,7 @@ class ClipStream(Dataset[dict[str, Any]]):
             except Unreachable as error:
                 pause = next(outage, None)
                 if pause is None:
-                    raise VideoError(f"{error}, for {sum(_OUTAGE)} seconds") from error
+                    raise VideoError(f"{error}; tried for {sum(_OUTAGE)} seconds") from error
             except VideoError as error:
                 pause = next(pauses, None)
                 if pause is None:

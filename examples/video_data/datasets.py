@@ -14,9 +14,9 @@ from video_data.views import VideoViews, ViewSource
 
 
 def find_sprites(data: str, settings: EncoderSettings) -> Sprites | None:
-    """The sprites that 'sprites', 'sprites:LENGTH' or 'sprites:LENGTH:SEED' names, or None for another name.
+    """The sprites for the name 'sprites', 'sprites:LENGTH' or 'sprites:LENGTH:SEED', or None for another name.
 
-    Clips of different seeds are different: give training and evaluation one each. Without one it is the run's.
+    Give training and evaluation different seeds, so that their clips differ. The default seed is the seed of the run.
 
     Raises:
         ValueError: a malformed name, or clips that are not square.
@@ -28,7 +28,7 @@ def find_sprites(data: str, settings: EncoderSettings) -> Sprites | None:
         raise ValueError(f"{data!r}, expected 'sprites', 'sprites:LENGTH' or 'sprites:LENGTH:SEED'.")
     height, width = settings.img_size
     if height != width:
-        raise ValueError(f"sprites are square, img_size is {settings.img_size}; use --img-size 64 64, for example.")
+        raise ValueError(f"img_size is {settings.img_size}, but sprites are square; use --img-size 64 64, for example.")
     length = int(numbers[0]) if numbers else 10_000
     seed = int(numbers[1]) if len(numbers) == 2 else settings.seed
     return Sprites(length, settings.num_frames, height, settings.patch_size, settings.tubelet_size, seed)
@@ -39,7 +39,7 @@ class VideoDataset:
     """A data set: sprites, or the videos of a folder, a list or shards.
 
     Attributes:
-        name: its name on the command line.
+        name: name of the data set on the command line.
         sprites: the generated clips; None for videos.
         entries: the videos; empty for sprites.
     """
@@ -50,7 +50,7 @@ class VideoDataset:
 
     @classmethod
     def find(cls, name: str, settings: EncoderSettings) -> VideoDataset:
-        """The data set of a name; an empty one for an empty name. Raises ValueError or FileNotFoundError."""
+        """The data set with this name; an empty one for an empty name. Raises ValueError or FileNotFoundError."""
         sprites = find_sprites(name, settings)
         return cls(name, sprites, list_videos(name) if name and sprites is None else [])
 
@@ -70,11 +70,11 @@ class VideoDataset:
         """Leaves out the videos whose label is not in 0 .. num_classes - 1, and returns a message for each.
 
         Raises:
-            ValueError: nothing would be left, or there are sprites of more classes.
+            ValueError: no video would be left, or sprites have more classes than `num_classes`.
         """
         if self.sprites is not None:
             if num_classes < Sprites.num_classes:
-                raise ValueError(f"sprites have {Sprites.num_classes} classes, num_classes is {num_classes}.")
+                raise ValueError(f"sprites have {Sprites.num_classes} classes, but num_classes is {num_classes}.")
             return []
         good, messages = split_by_label(self.entries, num_classes)
         if self.entries and not good:
@@ -83,7 +83,7 @@ class VideoDataset:
         return messages
 
     def class_names(self, num_classes: int) -> list[str]:
-        """Names for reports."""
+        """Names of the classes, for reports."""
         if self.sprites is not None:
             directions = ("right", "down", "left", "up")
             names = [f"{shape} {direction}" for shape in SHAPES for direction in directions[:DIRECTIONS]]
@@ -91,7 +91,7 @@ class VideoDataset:
         return class_names(Path(self.name), num_classes)
 
     def describe(self, index: int) -> str:
-        """The video's path, for reports."""
+        """The path of a video, for reports."""
         return str(self.entries[index].path) if self.sprites is None else f"{self.name}[{index}]"
 
     def fingerprint(self) -> str:
@@ -120,14 +120,14 @@ class VideoDataset:
 
 @dataclass(frozen=True)
 class LabelledData:
-    """Data sets to train and to evaluate on, with the same classes.
+    """A training and an evaluation data set with the same classes.
 
     Attributes:
         train: the videos to train on.
         val: the videos to evaluate on.
         names: names of the classes.
-        train_left_out: messages about the videos of `train` whose labels are out of range; they are left out.
-        val_left_out: the same, of `val`.
+        train_left_out: messages about the videos that `train` leaves out, since their labels are out of range.
+        val_left_out: the same for `val`.
     """
 
     train: VideoDataset
@@ -138,7 +138,7 @@ class LabelledData:
 
     @classmethod
     def find(cls, train: str, val: str, settings: EncoderSettings, num_classes: int | None = None) -> LabelledData:
-        """The data sets of two names; `num_classes` is one more than the largest label, at least 2, if None.
+        """The data sets with these names. If `num_classes` is None, it is one more than the largest label, at least 2.
 
         Raises:
             FileNotFoundError: there is no such data set.
@@ -146,16 +146,16 @@ class LabelledData:
         """
         found, other = VideoDataset.find(train, settings), VideoDataset.find(val, settings)
         if found.sprites is not None and other.sprites is not None and found.sprites.seed == other.sprites.seed:
-            raise ValueError(f"--train {train} and --val {val} have the same clips; give one another seed.")
+            raise ValueError(f"--train {train} and --val {val} have the same clips; change the seed of one.")
         classes = num_classes or max(found.num_classes, other.num_classes, 2)
         left_out, other_left_out = found.drop_labels(classes), other.drop_labels(classes)
         return cls(found, other, other.class_names(classes), left_out, other_left_out)
 
     def describe_classes(self) -> str:
-        """The number of classes in each data set, and the classes of val that are never trained on, on one line."""
+        """How many classes each data set has, and which classes only val has, on one line."""
         known, unknown = self.train.labels(), sorted(self.val.labels() - self.train.labels())
         text = f"{len(self.names)}; videos of {len(known)} to train on, of {len(self.val.labels())} to evaluate on"
         if not unknown or not known:
             return text
         first = next((entry.where for entry in self.val.entries if entry.label == unknown[0]), self.val.name)
-        return f"{text}; WARNING: {len(unknown)} of val are never trained on, such as {unknown[0]} ({first})"
+        return f"{text}; WARNING: {len(unknown)} classes of val have no training videos, such as {unknown[0]} ({first})"

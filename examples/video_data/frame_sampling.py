@@ -1,10 +1,11 @@
 """The frames of a clip. A video of any length gives a clip; a short video repeats frames.
 
-Dense (I3D's, for Kinetics, UCF101 and HMDB51): frames at a fixed stride from one start. A video too short for that
-gives the frames at this stride that it has, then repeats its last frame.
+Dense (I3D's, for Kinetics, UCF101 and HMDB51): frames at a fixed stride from one start. A shorter video gives the
+frames that it has at this stride, then repeats its last frame.
 
-Segments (TSN's, for Something-Something): the video is cut into as many equal segments as a clip has frames, and each
-gives one frame, whatever the stride. A video with fewer frames than segments repeats each of them about equally often.
+Segments (TSN's, for Something-Something): the video is cut into equal segments, one for each frame of a clip. Each
+segment gives one frame, and the stride has no effect. A video with fewer frames than segments repeats each frame about
+equally often.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from video_data.video import VideoError
 def random_clip(
     sampling: FrameSampling, available: int, num_frames: int, stride: int, generator: torch.Generator
 ) -> list[int]:
-    """The frames of one training clip, ascending, of a video with `available` frames.
+    """The frames of a training clip, in ascending order, from a video with `available` frames.
 
     Dense: every start that fits is equally likely. Segments: every frame of a segment is equally likely.
     """
@@ -35,8 +36,9 @@ def random_clip(
 def fixed_clips(sampling: FrameSampling, available: int, num_frames: int, stride: int, clips: int) -> list[list[int]]:
     """The frames of each of `clips` fixed clips of a video, for evaluation.
 
-    Dense: starts from the first to the last one possible, evenly; the middle one for a single clip. Segments: each clip
-    takes its frames from another part of the segments (their beginning and middle for two clips); the middle for one.
+    Dense: starts are spread evenly from the first to the last possible one; a single clip takes the middle start.
+    Segments: each clip takes another place within the segments, such as beginning and middle for two clips. A single
+    clip takes the middle.
     """
     _check(available)
     if sampling == "dense":
@@ -61,5 +63,5 @@ def _dense(start: int, available: int, num_frames: int, stride: int) -> list[int
 
 
 def _segments(places: list[float], available: int, num_frames: int) -> list[int]:
-    """One frame of each segment; `places` in [0, 1) say where in it."""
+    """One frame of each segment; `places` in [0, 1) are the places within the segments."""
     return [math.floor((segment + place) * available / num_frames) for segment, place in enumerate(places)]

@@ -1,4 +1,4 @@
-"""DataLoaders of videos, whose reader processes leave signals to the main process."""
+"""DataLoaders of videos. Their reader processes leave signals to the main process."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ if hasattr(signal, "SIGUSR1"):  # not on Windows
 class ReaderSignals:
     """The signal handlers of a reader process. The main process still needs its readers after SIGTERM and SIGUSR1.
 
-    A scheduler signals every process of a job. A reader ignores SIGTERM until the main process is about to exit, when
-    multiprocessing sends it to the readers that are left.
+    A scheduler signals every process of a job, so a reader ignores SIGTERM at first. When the main process exits,
+    multiprocessing sends SIGTERM to the remaining readers, and they obey.
     """
 
     def __init__(self) -> None:
         self._ending = multiprocessing.RawValue("b", 0)
-        atexit.register(self._end)  # before multiprocessing's own, which was registered when it was imported
+        atexit.register(self._end)  # runs before multiprocessing's own exit handler, which was registered earlier
 
     def _end(self) -> None:
         self._ending.value = 1
 
     def __call__(self, _: int) -> None:
-        """Sets the handlers. A DataLoader passes the number of the reader, which is not used."""
+        """Sets the handlers. The DataLoader passes the number of the reader, which has no use here."""
         for number in SIGNALS:
             signal.signal(number, self._exit if number == signal.SIGTERM else signal.SIG_IGN)
 
@@ -65,6 +65,6 @@ def video_loader(
         collate_fn=collate,
         pin_memory=torch.cuda.is_available(),
         worker_init_fn=_READER_SIGNALS,
-        generator=torch.Generator(),  # its own, so that reading spends none of the randomness of masks and dropout
+        generator=torch.Generator(),  # keeps reading apart from the random numbers of masks and dropout
         **batching,
     )

@@ -1,4 +1,4 @@
-"""Packing videos into shards: a short side of so many pixels, a key frame every so many frames, no sound."""
+"""Packing videos into shards: resized, with a key frame every few frames, without sound."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ class Packing:
     """The format of the stored videos.
 
     Attributes:
-        short_side: pixels; a larger video is resized, a smaller one stays as it is, byte for byte.
-        videos_per_shard: how many go into a tar file.
-        keyframe_every: frames from one key frame to the next, the most that is decoded in vain for a clip.
-        crf: quality of H.264, lower is better and larger.
-        seed: of the order in which videos are packed, since lists are often sorted by class.
+        short_side: short side in pixels. A larger video is resized; a smaller one stays as it is, byte for byte.
+        videos_per_shard: number of videos in a tar file.
+        keyframe_every: frames from one key frame to the next; a clip decodes at most so many unused frames.
+        crf: quality of H.264; a lower number gives better quality and larger files.
+        seed: seed of the order of packing; lists are shuffled, since they are often sorted by class.
     """
 
     short_side: int = 320
@@ -50,20 +50,20 @@ class Packing:
 def pack(
     entries: Sequence[VideoEntry], folder: Path, packing: Packing, workers: int
 ) -> Iterator[tuple[list[str], int, int]]:
-    """Writes shards of all videos, then the index; what is there of an interrupted packing is kept.
+    """Writes shards of all videos, then the index. Shards of an interrupted packing are kept.
 
     Yields:
-        for each shard, as it is done: why some of its videos could not be packed, how many it has, and its bytes.
+        for each finished shard: messages about videos that could not be packed, number of videos, size in bytes.
 
     Raises:
-        ValueError: the folder has shards of other videos, or packed in another way.
+        ValueError: the folder has shards of other videos or other settings.
     """
     names = "\n".join(repr((str(entry.path), entry.label, entry.start, entry.frames)) for entry in entries)
     settings = {**asdict(packing), "videos": len(entries), "list": hashlib.sha256(names.encode()).hexdigest()}
     about = folder / "packing.json"
     if about.exists() and json.loads(about.read_text(encoding="utf-8")) != settings:
         raise ValueError(
-            f"{folder} has shards of another list, or packed in another way ({about}); name another folder."
+            f"{folder} has shards of another list or with other settings (see {about}); name another folder."
         )
     with replacing(about) as aside:
         aside.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
@@ -87,7 +87,7 @@ def pack(
 def _write(
     path: Path, reasons: Path, videos: list[tuple[int, VideoEntry]], stored: Iterator[tuple[str, bytes] | str]
 ) -> None:
-    """Writes a shard, whole or not at all, and why some videos are not in it."""
+    """Writes a shard, whole or not at all, and the reasons why videos are left out."""
     left_out: list[str] = []
     with replacing(path) as aside, tarfile.open(aside, "w", format=tarfile.USTAR_FORMAT) as tar:
         for (index, entry), found in zip(videos, stored, strict=True):
@@ -106,15 +106,15 @@ def _write(
 
 
 def _encode(entry: VideoEntry, packing: Packing) -> tuple[str, bytes] | str:
-    """Suffix and bytes of a video as it is stored, or why it cannot be used."""
+    """Suffix and bytes of a video as stored, or the reason why it cannot be used."""
     try:
         with entry.open() as video:
             height, width = video.size
             if min(height, width) > packing.short_side or entry.start or entry.frames is not None:
                 return ".mp4", _shrunk(video, entry, packing)
-            video.read_all()  # whole, or an error
+            video.read_all()  # raises for a broken video
         return entry.path.suffix.lower(), entry.read()
-    except (VideoError, av.FFmpegError, ValueError, ZeroDivisionError) as error:  # libav's for odd sizes and rates
+    except (VideoError, av.FFmpegError, ValueError, ZeroDivisionError) as error:  # libav's, for odd sizes and rates
         return str(error)
 
 
@@ -136,5 +136,5 @@ def _shrunk(video: Video, entry: VideoEntry, packing: Packing) -> bytes:
             count += 1
         container.mux(stream.encode(None))
     if not count:
-        raise VideoError("it has no frames in the part wanted")
+        raise VideoError("it has no frames in the part that the list names")
     return stored.getvalue()

@@ -1,9 +1,8 @@
-"""WebDataset shards: tar files of videos, and an index that says where in them each video is.
+"""WebDataset shards: tar files of videos, and an index with the place of each video in them.
 
-A video is read as one range of bytes, from a disk or, through fsspec, from where a URL points (https, s3, gs, ...). A
-data set in shards is therefore read in any order like one in files: shuffling, dealing to processes, and resuming are
-the same. The names in a shard name nothing on this machine, nothing is extracted or unpickled, and an index or shard
-that names a place outside is refused.
+A video is one range of bytes. It is read from a disk, or through fsspec from a URL (https, s3, gs, ...). So videos in
+shards can be read in any order, as files can: shuffling, distribution over processes and resuming work alike. Nothing
+is extracted or unpickled. An index or shard with a name that leads out of its folder is refused.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ _FORMAT = "adamae_sampler shards 1"
 
 @dataclass(frozen=True)
 class Span:
-    """Bytes of a shard: its path or URL, where they begin, how many they are."""
+    """A range of bytes of a shard: path or URL of the shard, first byte, number of bytes."""
 
     shard: str
     offset: int
@@ -36,8 +35,8 @@ class Span:
         """The bytes.
 
         Raises:
-            VideoError: there is no such shard, or it is truncated.
-            Unreachable: the place where it is cannot be reached.
+            VideoError: the shard is missing or truncated.
+            Unreachable: the disk or server of the shard cannot be reached.
         """
         try:
             if _is_url(self.shard):
@@ -49,7 +48,7 @@ class Span:
                     data = file.read(self.size)
         except FileNotFoundError as error:
             raise VideoError(f"{self.shard}: there is no such shard") from error
-        except Exception as error:  # each of fsspec's file systems has errors of its own
+        except Exception as error:  # the file systems of fsspec raise errors of their own
             raise Unreachable(f"{self.shard} cannot be read ({type(error).__name__}: {error})") from error
         if len(data) != self.size:
             raise VideoError(f"{self.shard} ends {self.size - len(data)} bytes early; it is truncated")
@@ -58,7 +57,7 @@ class Span:
 
 @dataclass(frozen=True)
 class ShardVideo:
-    """A video of a shard: its name there, its label, its bytes."""
+    """A video of a shard: name in the shard, label, and range of bytes."""
 
     name: str
     label: int
@@ -66,7 +65,7 @@ class ShardVideo:
 
 
 def is_index(data: str) -> bool:
-    """Whether a data set's name means shards: an index.json, or a folder that has one."""
+    """Whether the name of a data set means shards: an index.json, or a folder that has one."""
     return data.endswith(f"/{INDEX}") or data == INDEX or (not _is_url(data) and os.path.isfile(f"{data}/{INDEX}"))
 
 
@@ -74,8 +73,8 @@ def read_index(data: str) -> list[ShardVideo]:
     """The videos of an index.json (path or URL) or of a folder that has one.
 
     Raises:
-        FileNotFoundError: there is no such index, or one of its shards is missing.
-        ValueError: it is not an index, or it names a place outside of its folder or of a shard.
+        FileNotFoundError: the index or one of its shards is missing.
+        ValueError: the file is not an index, or it names a place outside of its folder or of a shard.
     """
     place = data if data.endswith(INDEX) else f"{data}/{INDEX}"
     with fsspec.open(place, "rb") as file:
@@ -84,7 +83,7 @@ def read_index(data: str) -> list[ShardVideo]:
         except ValueError as error:
             raise ValueError(f"{place} is not JSON: {error}.") from error
     if not isinstance(index, dict) or index.get("format") != _FORMAT:
-        raise ValueError(f"{place} is not an index of shards; 'prepare_data.py index' makes one.")
+        raise ValueError(f"{place} is not an index of shards; make one with 'prepare_data.py index'.")
     folder = place[: -len(INDEX)]
     videos = []
     for shard in index["shards"]:
@@ -93,19 +92,19 @@ def read_index(data: str) -> list[ShardVideo]:
             _check_size(path, shard["bytes"])
         for name, offset, size, label in shard["videos"]:
             if not (offset >= 0 and size >= 0 and offset + size <= shard["bytes"]):
-                raise ValueError(f"{place}: {name} at {offset}, {size} bytes, is not within {shard['name']}.")
+                raise ValueError(f"{place}: {name} (offset {offset}, {size} bytes) is not within {shard['name']}.")
             videos.append(ShardVideo(f"{path}/{_inside(name, place)}", int(label), Span(path, offset, size)))
     return videos
 
 
 def index_shard(path: Path) -> dict[str, Any]:
-    """The entry of a shard in the index: its name and size; and name, offset, size and label of its videos.
+    """The index entry of a shard: its name and size, and the name, offset, size and label of each video.
 
-    A sample is the members that share a name up to its first dot, as in WebDataset; its label is in a .cls member, or
-    is "label" in a .json one, else -1.
+    Members with the same name up to the first dot are one sample, as in WebDataset. The label is in a .cls member,
+    or is "label" in a .json member; without either it is -1.
 
     Raises:
-        ValueError: it is not an uncompressed tar file, or has a link, a device or a name with ".." or an absolute one.
+        ValueError: the file is not an uncompressed tar file, or has a link, a device, an absolute name or "..".
     """
     videos: dict[str, list[Any]] = {}
     labels: dict[str, int] = {}
@@ -114,16 +113,18 @@ def index_shard(path: Path) -> dict[str, Any]:
             for member in tar:
                 if member.isdir():
                     continue
-                if PurePosixPath(member.name).name.startswith("."):  # what file managers leave
+                if PurePosixPath(member.name).name.startswith("."):  # files that file managers leave
                     continue
                 name = _inside(member.name, str(path))
                 if not member.isreg() or member.issparse():
-                    raise ValueError(f"{path}: {name} is a link, a device or a sparse file; a shard has plain files.")
+                    raise ValueError(f"{path}: {name} is a link, a device or a sparse file; expected plain files.")
                 key, _, suffix = PurePosixPath(name).name.partition(".")
                 key = str(PurePosixPath(name).with_name(key))
                 if f".{suffix.rpartition('.')[2].lower()}" in VIDEO_SUFFIXES:
                     if key in videos:
-                        raise ValueError(f"{path}: {videos[key][0]} and {name} are of one sample, {key}; rename one.")
+                        raise ValueError(
+                            f"{path}: {videos[key][0]} and {name} are both videos of sample {key}; rename one."
+                        )
                     videos[key] = [name, member.offset_data, member.size]
                 elif suffix in ("cls", "json"):
                     stored = tar.extractfile(member)
@@ -135,18 +136,18 @@ def index_shard(path: Path) -> dict[str, Any]:
 
 
 def write_index(folder: Path, shards: list[dict[str, Any]]) -> Path:
-    """Writes index.json of shards in a folder (see `index_shard`)."""
+    """Writes index.json for the shards in a folder; `shards` are entries of `index_shard`."""
     with replacing(folder / INDEX) as aside:
         aside.write_text(json.dumps({"format": _FORMAT, "shards": shards}, ensure_ascii=False), encoding="utf-8")
     return folder / INDEX
 
 
 def _inside(name: str, where: str) -> str:
-    """The name; raises ValueError if it is absolute or leads out of the folder it is in."""
+    """The name. Raises ValueError if the name is absolute or leads out of its folder."""
     path = PurePosixPath(name)
-    # A URL's library may decode %2e, and ends the path at ? and #.
+    # Libraries for URLs may decode %2e, and end a path at ? and #.
     if path.is_absolute() or ".." in path.parts or any(each in name for each in "\\:%?#") or not path.parts:
-        raise ValueError(f"{where}: the name {name!r} leads out of the folder; it is refused.")
+        raise ValueError(f"{where}: the name {name!r} leads out of the folder.")
     return name
 
 
@@ -154,15 +155,15 @@ def _label(stored: bytes, suffix: str, where: str) -> int:
     try:
         return int(json.loads(stored).get("label", -1) if suffix == "json" else stored)
     except (ValueError, TypeError, AttributeError) as error:
-        raise ValueError(f"{where}: expected a label, a number ({error}).") from error
+        raise ValueError(f"{where}: expected a number, the label ({error}).") from error
 
 
 def _check_size(path: str, size: int) -> None:
     found = os.path.getsize(path) if os.path.isfile(path) else None
     if found is None:
-        raise FileNotFoundError(f"{path}: the index names this shard, and it is missing.")
+        raise FileNotFoundError(f"{path}: this shard of the index is missing.")
     if found != size:
-        raise ValueError(f"{path} has {found} bytes, the index says {size}; it is truncated or another file.")
+        raise ValueError(f"{path} has {found} bytes, expected {size} by the index; it is truncated or another file.")
 
 
 def _is_url(path: str) -> bool:

@@ -1,7 +1,7 @@
-"""`sprites`: generated clips for measurement, in which it is known what moves.
+"""`sprites`: generated clips with known motion, for measurements.
 
 One small sprite moves over a still, textured background. Clip `i` of seed `s` is the same on every machine and in
-every order of access. What moves covers 10 to 20% of the tokens at the default size.
+every order of access. Moving tokens are 10 to 20% of all at the default size.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Sprites(Dataset[dict[str, Any]]):
         img_size: H = W in pixels.
         patch_size: side of a patch, for `moving`.
         tubelet_size: frames of a patch, for `moving`.
-        seed: clips of different seeds are independent; use one for training, another for testing.
+        seed: clips of different seeds are independent. Use different seeds for training and testing.
     """
 
     num_classes = len(SHAPES) * DIRECTIONS
@@ -63,7 +63,7 @@ class Sprites(Dataset[dict[str, Any]]):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         if not 0 <= index < self.length:
-            raise IndexError(f"clip {index} of {self.length}.")
+            raise IndexError(f"no clip {index}; expected 0 to {self.length - 1}.")
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + index)
 
         def uniform(low: float, high: float, *shape: int) -> Tensor:
@@ -86,14 +86,14 @@ class Sprites(Dataset[dict[str, Any]]):
 
     @staticmethod
     def _texture(coarse: Tensor, fine: Tensor) -> Tensor:
-        """[3, H, W]: smooth blotches with grain on them."""
+        """The background [3, H, W]: smooth blotches with grain."""
         size = fine.shape[-1] * 2
         blotches = interpolate(coarse[None], size=(size, size), mode="bicubic", align_corners=False)[0]
         grain = interpolate(fine[None], scale_factor=2, mode="nearest")[0]
         return (blotches + grain).clamp(0, 1)
 
     def _path(self, shape: int, direction: int, uniform: Any) -> Tensor:
-        """[T, H, W] bool: where the sprite is in each frame; it wraps around the borders."""
+        """The pixels of the sprite in each frame, [T, H, W] bool. The sprite wraps around the borders."""
         size = self.img_size
         radius = uniform(0.12, 0.15) * size
         travel = uniform(0.5, 0.9) * size / self.num_frames  # pixels per frame
@@ -118,7 +118,7 @@ class Sprites(Dataset[dict[str, Any]]):
         return (dx**2 + dy**2 <= 1.1) & (dx**2 + dy**2 >= 0.3)  # ring
 
     def _tokens(self, inside: Tensor) -> Tensor:
-        """[T, H, W] bool -> [N] bool, True where any pixel of the tubelet is."""
+        """[T, H, W] bool -> [N] bool: True if any pixel of the token is True."""
         t, p = self.tubelet_size, self.patch_size
         blocks = inside.unflatten(0, (-1, t)).unflatten(2, (-1, p)).unflatten(4, (-1, p))  # [T', t, H', p, W', p]
         return blocks.any(5).any(3).any(1).flatten()

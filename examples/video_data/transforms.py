@@ -15,16 +15,16 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as tvf
 
 SCALES = (1.0, 0.875, 0.75, 0.66)
-_MAX_DISTORT = 1  # how many steps of SCALES height and width may differ by
-# Where a crop may lie, in quarters of the free space: corners, centre, middles of the sides, quarter points.
+_MAX_DISTORT = 1  # height and width may differ by so many steps of SCALES
+# Places of a crop, in quarters of the free space: corners, centre, middles of the sides, quarter points.
 _OFFSETS = [(0, 0), (4, 0), (0, 4), (4, 4), (2, 2), (0, 2), (4, 2), (2, 4), (2, 0), (1, 1), (3, 1), (1, 3), (3, 3)]
 
 
 def multi_scale_crop(frames: Tensor, size: tuple[int, int], generator: torch.Generator) -> Tensor:
     """One random crop for all frames, resized (Wang et al., 2016, "Temporal Segment Networks", MultiScaleCrop).
 
-    Height and width are drawn from SCALES of the largest box of the target's aspect ratio, at most one step apart,
-    and the place from thirteen fixed ones.
+    Height and width are SCALES times the largest box of the target's aspect ratio, at most one step of SCALES apart.
+    The crop lies at one of thirteen fixed places.
 
     Args:
         frames: [T, C, H, W].
@@ -48,7 +48,7 @@ def random_flip(frames: Tensor, generator: torch.Generator) -> Tensor:
 
 
 class PretrainTransform:
-    """MultiScaleCrop, and a flip where wanted (supplement, Table 6)."""
+    """MultiScaleCrop, and an optional flip (supplement, Table 6)."""
 
     def __init__(self, size: tuple[int, int], flip: bool) -> None:
         self.size = size
@@ -61,7 +61,7 @@ class PretrainTransform:
 
 
 class FinetuneTransform:
-    """RandAugment, a random resized crop, and a flip where wanted (supplement, Table 7; VideoMAE's order).
+    """RandAugment, a random resized crop, and an optional flip (supplement, Table 7; VideoMAE's order).
 
     Args:
         size: height and width of the result.
@@ -69,7 +69,7 @@ class FinetuneTransform:
         flip: mirror half of the clips.
 
     Raises:
-        ValueError: another configuration than timm's.
+        ValueError: timm cannot read `randaugment`.
     """
 
     def __init__(self, size: tuple[int, int], randaugment: str, flip: bool) -> None:
@@ -77,7 +77,9 @@ class FinetuneTransform:
         try:
             self.augment = rand_augment_transform(randaugment, hparams) if randaugment else None
         except (AssertionError, ValueError, KeyError) as error:
-            raise ValueError(f"randaugment={randaugment!r}, expected such as 'rand-m7-n4-mstd0.5-inc1'.") from error
+            raise ValueError(
+                f"randaugment={randaugment!r}, expected timm's form, such as 'rand-m7-n4-mstd0.5-inc1'."
+            ) from error
         self.crop = v2.RandomResizedCrop(size, scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3), antialias=True)
         self.flip = flip
 
@@ -87,7 +89,7 @@ class FinetuneTransform:
             seed = _draw_seed(generator)
             augmented = []
             for frame in frames:
-                with seeded(seed):  # again for each frame: the same operations at the same strength
+                with seeded(seed):  # every frame gets the same operations at the same strength
                     augmented.append(tvf.pil_to_tensor(self.augment(tvf.to_pil_image(frame))))
             frames = torch.stack(augmented)
         with seeded(_draw_seed(generator)):
@@ -101,7 +103,7 @@ def _draw_seed(generator: torch.Generator) -> int:
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Seeds the global generators that timm and torchvision draw from, and puts them back afterwards."""
+    """Seeds the global generators of timm and torchvision, and restores their states afterwards."""
     python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002 - timm draws from it
     try:
         with torch.random.fork_rng(devices=[]):
@@ -125,7 +127,7 @@ def fixed_crops(frames: Tensor, size: tuple[int, int], crops: int) -> list[Tenso
     Args:
         frames: [T, C, H, W].
         size: height and width of a crop.
-        crops: how many; a single one is from the centre, three are left, centre, right (top, centre, bottom).
+        crops: number of crops. One is the centre; three are left, centre, right or top, centre, bottom.
 
     Returns:
         `crops` tensors [T, C, *size].

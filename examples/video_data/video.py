@@ -12,28 +12,28 @@ import torch
 from torch import Tensor
 
 VIDEO_SUFFIXES = (".mp4", ".webm", ".avi", ".mkv", ".mov", ".mpg", ".mpeg", ".m4v")
-# Containers often count a frame or two more than their stream decodes to; more missing than that is a broken file.
+# Headers often count a frame or two more than decoding gives. A file that lacks more frames is broken.
 _MISSING_AT_END = 2
-_SHORTEST = 0.9  # of the stated duration, which may be that of a longer sound track
-_EARLIER = 32  # frames, where seeking lands behind the one wanted
+_SHORTEST = 0.9  # least share of the stated duration; a longer sound track may set that
+_EARLIER = 32  # frames to seek back when a seek lands behind the wanted frame
 
 
 class VideoError(RuntimeError):
-    """A video that cannot be read; the message says why, without the path."""
+    """A video cannot be read. The message says why, without the path."""
 
 
 class Unreachable(VideoError):
-    """A video that may be whole, in a place that cannot be reached now."""
+    """The place of a video cannot be reached now; the video may be whole."""
 
 
 class Video:
-    """A video, open for reading; use it as a context.
+    """A video, open for reading; a context manager.
 
     Args:
-        source: its file, or its bytes.
+        source: path or bytes of the video.
 
     Raises:
-        VideoError: there is no such file, or it is not a video.
+        VideoError: the file is missing or not a video.
     """
 
     def __init__(self, source: str | os.PathLike[str] | bytes) -> None:
@@ -64,11 +64,11 @@ class Video:
 
     @property
     def rate(self) -> Fraction:
-        """Frames per second, 25 where the stream does not say."""
+        """Frames per second; 25 if the stream does not say."""
         return Fraction(self._stream.average_rate or 25)
 
     def count(self) -> int:
-        """Frames of the video, from its header where that says, else by reading its packets."""
+        """Number of frames, from the header, or by reading packets if the header does not say."""
         if self._stream.frames:
             return int(self._stream.frames)
         try:
@@ -81,13 +81,13 @@ class Video:
     def read(self, indices: Sequence[int]) -> Tensor:
         """The frames at `indices` (ascending; repeats allowed) as [T, C, H, W] uint8 RGB.
 
-        Where a variable frame rate skips an index, the frame shown at that time is taken.
+        If a variable frame rate skips an index, the frame shown at that time is taken.
 
         Raises:
-            VideoError: the file cannot be decoded, or ends before the frames wanted.
+            VideoError: the file cannot be decoded, or ends before the last wanted frame.
         """
         wanted = sorted(set(indices))
-        # A seek that lands late, as it may where frames are stored out of order, is repeated from earlier on.
+        # A seek may land too late if frames are stored out of order. Then an earlier start is tried.
         starts = (wanted[0], max(wanted[0] - _EARLIER, 0), 0)
         try:
             origin = self._origin()
@@ -104,7 +104,7 @@ class Video:
         return torch.stack([found[index] for index in indices]).permute(0, 3, 1, 2)
 
     def read_all(self) -> int:
-        """Decodes every frame and returns their number, the test of whether a file is whole.
+        """Decodes every frame and returns the number of frames; a broken file raises.
 
         Raises:
             VideoError: as `decode_all`.
@@ -115,7 +115,7 @@ class Video:
         """Every frame, in order.
 
         Raises:
-            VideoError: a frame cannot be decoded, there is none, or the file ends before its header says.
+            VideoError: a frame cannot be decoded, there are no frames, or the file ends earlier than its header says.
         """
         stated, found = int(self._stream.frames), 0
         try:
@@ -129,13 +129,13 @@ class Video:
             raise VideoError("it has no frames")
         if found + _MISSING_AT_END < stated:
             raise VideoError(f"it ends after {found} of {stated} frames; it is broken or truncated")
-        if not stated and self._container.duration and self._stream.average_rate:  # Matroska states only how long it is
+        if not stated and self._container.duration and self._stream.average_rate:  # Matroska states only the duration
             seconds, long = found / self._stream.average_rate, self._container.duration / av.time_base
             if seconds < _SHORTEST * long:
                 raise VideoError(f"it ends after {float(seconds):.1f} of {long:.1f} seconds; it is broken or truncated")
 
     def _origin(self) -> int | None:
-        """Time stamp of the first frame, which headers do not always say right; None if frames have none (AVI)."""
+        """Time stamp of the first frame, by decoding, since headers may be wrong; None if frames have none (AVI)."""
         self._container.seek(0)
         for packet in self._container.demux(self._stream):
             if packet.size and (packet.pts is None or self._container.format.name == "avi"):
@@ -145,7 +145,7 @@ class Video:
         raise VideoError("no frame of it can be decoded")
 
     def _frames(self, start: int, origin: int | None) -> Iterator[tuple[int, av.VideoFrame]]:
-        """Frames and their index, from the key frame before `start` on; without time stamps, counted from the first."""
+        """Frames with their index, from the key frame before `start` on. Without time stamps, counts from the first."""
         self._container.seek(0)
         if origin is None:
             yield from enumerate(self._container.decode(self._stream))
@@ -163,13 +163,13 @@ class Video:
 
     @staticmethod
     def _collect(wanted: list[int], frames: Iterator[tuple[int, av.VideoFrame]]) -> dict[int, Tensor] | None:
-        """The pixels of the frames wanted; None if the first of `frames` is later than the first of them."""
+        """The pixels of the wanted frames; None if `frames` begin after the first wanted frame."""
         found: dict[int, Tensor] = {}
         shown, at = None, -1  # the frame on screen, and its index
         for index, frame in frames:
             if shown is None and index > wanted[0]:
                 return None
-            while wanted[len(found)] < index:  # passed over
+            while wanted[len(found)] < index:  # the stream skips this index
                 found[wanted[len(found)]] = _pixels(shown)
                 if len(found) == len(wanted):
                     return found
@@ -179,7 +179,7 @@ class Video:
                 if len(found) == len(wanted):
                     return found
         if shown is None or wanted[-1] > at + _MISSING_AT_END:
-            raise VideoError(f"it ends at frame {at} although frame {wanted[-1]} was wanted; it is broken or truncated")
+            raise VideoError(f"it ends at frame {at}, before the wanted frame {wanted[-1]}; it is broken or truncated")
         return found | dict.fromkeys(wanted[len(found) :], _pixels(shown))
 
 

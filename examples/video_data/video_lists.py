@@ -1,4 +1,4 @@
-"""List files: the videos of a data set, and their labels."""
+"""List files: the videos of a data set and their labels."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ class VideoEntry:
     """One video of a list.
 
     Attributes:
-        path: its file; for a video in a shard only its name.
-        label: its class, -1 where there is none.
+        path: path of the file; for a video in a shard only a name.
+        label: class of the video; -1 for none.
         start: first frame of the part that is used.
         frames: number of frames of that part; None is all frames from `start` on.
-        where: its name in messages.
-        span: its bytes in a shard; None for a file.
+        where: name of the video in messages.
+        span: bytes of the video in a shard; None for a file.
     """
 
     path: Path
@@ -35,7 +35,7 @@ class VideoEntry:
 
     @property
     def name(self) -> str:
-        """Its path, and its part if it has one."""
+        """The path, and the part if the list gives one."""
         part = "" if not self.start and self.frames is None else f" from {self.start}, {self.frames or 'all'} frames"
         return f"{self.path}{part}"
 
@@ -44,12 +44,12 @@ class VideoEntry:
         return Video(self.path if self.span is None else self.span.read())
 
     def count_frames(self, video: Video) -> int:
-        """The number of frames of the part that is used; `video` is this entry, opened. Raises VideoError."""
+        """The number of frames of the part that is used; `video` is the opened entry. Raises VideoError."""
         available = video.count() - self.start
         return available if self.frames is None else min(available, self.frames)
 
     def read(self) -> bytes:
-        """The bytes of its file; raises VideoError."""
+        """The bytes of the video file; raises VideoError."""
         if self.span is not None:
             return self.span.read()
         try:
@@ -58,28 +58,28 @@ class VideoEntry:
             raise VideoError(f"it cannot be read ({error})") from error
 
     def fingerprint(self) -> str:
-        """Tells this video and this state of its file from others, by path, part, label, size and time."""
+        """Identifies the video and the state of its file: path, part, label, size and time."""
         stat = self.path.stat() if self.span is None and self.path.exists() else None
         file = self.span or (stat and (stat.st_size, stat.st_mtime_ns))
         return repr(((str(self.path), self.label, self.start, self.frames), file))
 
 
 def list_videos(data: str | Path) -> list[VideoEntry]:
-    """The videos of a folder (searched through, sorted), of a list file, or of shards: a folder with an index.json, or
-    an index.json, also by its URL.
+    """The videos of a folder (with subfolders, sorted), of a list file, or of shards (a folder with an index.json, or
+    the path or URL of an index.json).
 
-    A line of a list is `path label` or `path start frames label`, as VideoMAE's; `frames` below 1 means to the end. A
-    relative path is relative to the list's folder. Empty lines and lines that start with # are passed over.
+    A line of a list is `path label` or `path start frames label`, as in VideoMAE. `frames` below 1 means all frames
+    from `start` on. Relative paths start at the list's folder. Empty lines and lines that begin with # are skipped.
 
     Raises:
-        FileNotFoundError: there is nothing at the path.
-        ValueError: a line of another form, named with its number; an index that cannot be; or no video at all.
+        FileNotFoundError: the path does not exist.
+        ValueError: a line has another form (the message has its number), the index is not valid, or there is no video.
     """
     if is_index(str(data)):
         shards = read_index(str(data))
         entries = [VideoEntry(Path(each.name), each.label, where=each.name, span=each.span) for each in shards]
         if not entries:
-            raise ValueError(f"{data} names no video.")
+            raise ValueError(f"{data} lists no videos.")
         return entries
     data = Path(data)
     if data.is_dir():
@@ -91,19 +91,19 @@ def list_videos(data: str | Path) -> list[VideoEntry]:
             _parse_line(data, n, line) for n, line in lines if line.strip() and not line.lstrip().startswith("#")
         ]
     else:
-        raise FileNotFoundError(f"{data}: no such folder or list file. 'sprites' needs no data at all.")
+        raise FileNotFoundError(f"{data}: no such folder or list file. Use 'sprites' for generated clips.")
     if not entries:
-        raise ValueError(f"{data} has no video; looked for {', '.join(VIDEO_SUFFIXES)} or lines of a list.")
+        raise ValueError(f"{data} has no videos; expected {', '.join(VIDEO_SUFFIXES)} files, or lines of a list.")
     return entries
 
 
 def _parse_line(data: Path, number: int, line: str) -> VideoEntry:
-    # From the right, since paths may have spaces.
+    # Numbers are matched from the right, since paths may have spaces.
     long = re.fullmatch(r"\s*(\S.*?)\s+(\d+)\s+(-?\d+)\s+(-?\d+)\s*", line)
     short = re.fullmatch(r"\s*(\S.*?)\s+(-?\d+)\s*", line)
     if long:
         path, (start, frames, label) = long[1], map(int, long.groups()[1:])
-    elif short and not re.search(r"\s-?\d+$", short[1]):  # two numbers: a line that lacks one
+    elif short and not re.search(r"\s-?\d+$", short[1]):  # two numbers: a number is missing
         path, start, frames, label = short[1], 0, 0, int(short[2])
     else:
         raise ValueError(f"{data}:{number}: {line!r}, expected 'path label' or 'path start frames label'.")
@@ -118,21 +118,23 @@ def _parse_line(data: Path, number: int, line: str) -> VideoEntry:
 
 
 def write_list(path: Path, entries: Iterable[VideoEntry]) -> None:
-    """Writes a list; paths within the list's folder are written relative to it.
+    """Writes a list. Paths within the folder of the list are written as relative paths.
 
     Raises:
-        ValueError: a path that no line can hold (a line break, a space or # at its beginning), or a video in a shard.
+        ValueError: a path cannot stand in a line (line break, outer space, # at the start), or a video is in a shard.
     """
     folder = path.parent.resolve()
     lines = []
     for entry in entries:
         if entry.span is not None:
-            raise ValueError(f"{entry.path} is in a shard; a list names files.")
+            raise ValueError(f"{entry.path} is in a shard; a list can only name files.")
         video = entry.path.resolve()
         name = str(video.relative_to(folder) if video.is_relative_to(folder) else video)
         if name != name.strip() or name.startswith("#") or len(name.splitlines()) != 1:
-            raise ValueError(f"{name!r} cannot stand in a list; rename the file.")
-        # The long form also where the end of a name would be taken for a number.
+            raise ValueError(
+                f"{name!r} cannot stand in a list (line break, outer space or # at the start); rename the file."
+            )
+        # The long form also keeps a number at the end of a name from being read as a label.
         long = entry.start or entry.frames is not None or re.search(r"\s-?\d+$", name)
         middle = f" {entry.start} {-1 if entry.frames is None else entry.frames}" if long else ""
         lines.append(f"{name}{middle} {entry.label}\n")
@@ -141,7 +143,7 @@ def write_list(path: Path, entries: Iterable[VideoEntry]) -> None:
 
 
 def class_names(data: Path, num_classes: int) -> list[str]:
-    """The names in labels.txt, beside a list or in a folder of shards, or numbers where there is none.
+    """The class names in labels.txt, beside a list or in a folder of shards; numbers if there is no such file.
 
     Raises:
         ValueError: the file has fewer names than there are classes.
@@ -151,12 +153,12 @@ def class_names(data: Path, num_classes: int) -> list[str]:
         return [str(label) for label in range(num_classes)]
     names = path.read_text(encoding="utf-8").splitlines()
     if len(names) < num_classes:
-        raise ValueError(f"{path} names {len(names)} classes, and there are {num_classes}.")
+        raise ValueError(f"{path} names {len(names)} classes, expected {num_classes}.")
     return names[:num_classes]
 
 
 def split_by_label(entries: Sequence[VideoEntry], num_classes: int) -> tuple[list[VideoEntry], list[str]]:
-    """The entries whose labels are in 0 .. num_classes - 1, and a message for each other one."""
+    """The entries with labels in 0 .. num_classes - 1, and a message for each of the others."""
     good = [entry for entry in entries if 0 <= entry.label < num_classes]
     bad = [
         f"{entry.where}: label {entry.label} is not in 0..{num_classes - 1}"

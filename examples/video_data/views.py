@@ -22,21 +22,21 @@ class ViewSource(Protocol):
     def __len__(self) -> int: ...
 
     def views(self, index: int) -> dict[str, Any]:
-        """{"video": [V, C, T, H, W] uint8, "label": int}; raises VideoError if it cannot be read."""
+        """{"video": [V, C, T, H, W] uint8, "label": int}; raises VideoError if the video cannot be read."""
         ...
 
 
 class VideoViews:
-    """Fixed clips and crops of videos, for evaluation; a video is decoded once for all of them.
+    """Fixed clips and crops of videos, for evaluation. A video is decoded once for all views.
 
     Args:
         entries: the videos.
         num_frames: T, frames of a clip.
-        stride: distance of two frames of a clip in frames of the video.
+        stride: distance between two frames of a clip, in frames of the video.
         img_size: height and width of a crop.
         sampling: the rule that chooses the frames of a clip.
-        clips: clips of a video.
-        crops: crops of a clip.
+        clips: number of clips of a video.
+        crops: number of crops of a clip.
     """
 
     def __init__(
@@ -78,7 +78,7 @@ class VideoViews:
 
 
 class ViewSet(Dataset[dict[str, Any]]):
-    """The views of a source as a dataset of torch. A video that cannot be read is a message in `left_out`."""
+    """The views of a source as a torch dataset. A video that cannot be read becomes a message in `left_out`."""
 
     def __init__(self, source: ViewSource) -> None:
         self.source = source
@@ -108,7 +108,7 @@ def view_loader(source: ViewSource, batches: Sequence[Sequence[int]], workers: i
 
     Args:
         source: the videos.
-        batches: for each batch the indices of its videos.
+        batches: indices of the videos of each batch.
         workers: processes that read videos.
     """
     return video_loader(ViewSet(source), collate_views, workers, batch_sampler=batches)

@@ -285,7 +285,7 @@ def test_sprites_are_a_function_of_seed_and_index():
         assert not torch.equal(one["video"], other[index]["video"])
     labels = torch.tensor([Sprites(length=2000)[i]["label"] for i in range(2000)]).bincount(minlength=20)
     assert labels.min() > 50
-    with pytest.raises(IndexError, match="clip 50 of 50"):
+    with pytest.raises(IndexError, match="no clip 50; expected 0 to 49"):
         clips[50]
 
 

@@ -73,7 +73,7 @@ def test_a_folder_with_broken_videos_trains_to_the_end_and_lists_exactly_those(l
     )  # after two epochs of 25 steps or one of two processes
     assert set(listed) == {str(tmp_path / "videos" / name) for name in broken}
     assert all(listed.values())
-    assert "5 videos could not be used and others took their place" in printed
+    assert "5 videos could not be used and were replaced by others" in printed
     assert len(metrics(tmp_path / "run")) == 52
 
 
@@ -98,8 +98,8 @@ def test_more_broken_videos_than_allowed_end_a_run(tmp_path):
     said = refused(pretrain_script.main, *arguments)
     assert "error: 1 of 2 videos cannot be used, more than max_broken=0.1 of them" in said
     assert "list.csv:2 (missing.mp4): there is no such file" in said
-    assert "allow more with --max-broken" in said
-    assert f"The state is {newest_checkpoint(tmp_path / 'run')}" in said
+    assert "raise --max-broken" in said
+    assert f"The run is saved in {newest_checkpoint(tmp_path / 'run')}" in said
     assert "Traceback" not in said
 
 
@@ -169,7 +169,7 @@ def test_a_process_that_dies_ends_the_job_at_once_with_a_clear_line(victim, tmp_
     _, errors = process.communicate(timeout=60)
     assert process.returncode != 0
     if victim == "reader":
-        assert "error: a process that reads videos died (DataLoader worker (pid" in errors
+        assert "error: a reader process died (DataLoader worker (pid" in errors
         assert "fewer --workers" in errors
         assert "Traceback" not in errors
     else:

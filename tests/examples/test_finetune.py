@@ -182,7 +182,7 @@ def test_bad_input_is_named_with_its_line_and_the_rest_is_done(tmp_path):
         assert f"{name}.csv:5 (broken.mp4): it cannot be opened as a video" in broken
         assert f"{name}.csv:9 (missing.mp4): there is no such file" in broken
         assert f"{name}.csv:6 (empty.mp4): it cannot be opened as a video" in broken
-    assert "3 videos could not be used and others took their place" in printed
+    assert "3 videos could not be used and were replaced by others" in printed
     assert "7 videos could not be used and were left out" in printed
 
 
@@ -213,8 +213,8 @@ def test_what_is_known_to_be_wrong_is_refused_before_training(data, pretrained, 
     (tmp_path / "labels.txt").write_text("run\n")
     (tmp_path / "val.csv").write_text(Path(data[3]).read_text(encoding="utf-8"), encoding="utf-8")
     for arguments, message in (
-        (["--val", tmp_path / "val.csv"], "labels.txt names 1 classes, and there are 3"),
-        (["--randaugment", "none"], "randaugment='none', expected such as 'rand-m7-n4-mstd0.5-inc1'"),
+        (["--val", tmp_path / "val.csv"], "labels.txt names 1 classes, expected 3"),
+        (["--randaugment", "none"], "randaugment='none', expected timm's form, such as 'rand-m7-n4-mstd0.5-inc1'"),
     ):
         settings = [*TINY, *data, "--checkpoint", pretrained, *arguments, "--output", tmp_path / "out"]
         assert message in refused(finetune.main, *settings)
@@ -230,14 +230,15 @@ def test_what_is_odd_but_possible_is_said(data, pretrained, tmp_path):
     printed = finetune_here(*arguments, "--img-size", 48, 48, "--output", tmp_path)
     assert "img_size (32, 32) there, (48, 48) here; position embeddings are computed anew" in printed
     assert (
-        "videos of 2 to train on, of 3 to evaluate on; WARNING: 1 of val are never trained on, such as 2 (" in printed
+        "videos of 2 to train on, of 3 to evaluate on; WARNING: 1 classes of val have no training videos, such as 2 ("
+        in printed
     )
     assert "val.csv:3 (" in printed
 
 
 def test_eval_only_needs_a_head(data, pretrained, tmp_path):
     said = refused(finetune.main, "--eval-only", "--checkpoint", pretrained, *data[2:], "--output", tmp_path)
-    assert "has no head; --eval-only needs a classifier, a file of finetune.py" in said
+    assert "has no head; --eval-only needs a classifier of finetune.py" in said
 
 
 def test_presets_follow_the_supplements_table_7():

@@ -114,14 +114,14 @@ def test_another_batch_is_refused(monkeypatch):
     for _ in range(6):
         step([({"video": torch.ones(2)}, 0)])
     assert seen.tolist() == [6, 6]
-    with pytest.raises(ValueError, match=r"video is \(1,\), the graph takes \(2,\)"):
+    with pytest.raises(ValueError, match=r"video is \(1,\), expected \(2,\)"):
         step([({"video": torch.ones(1)}, 0)])
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_graph_wants_a_gpu(tmp_path):
     message = refused(pretrain_script.main, *COMMON, "--graph", "--checkpoint-activations", "--output", tmp_path)
-    assert "--graph needs a CUDA device, and the device is cpu; kept activations" in message
+    assert "--graph needs a CUDA device (found cpu); a run without --checkpoint-activations" in message
 
 
 @pytest.mark.gpu

@@ -51,9 +51,7 @@ FIRST = {
 COMMON = [*TINY_PRETRAIN, "--data", "sprites:64", "--steps", 8, "--save-every", 4, "--effective-batch", 8]
 
 
-NO_GPUS = (
-    "error: the launch file is for FSDP2 or DeepSpeed, which Accelerate runs on two or more GPUs, and 0 were found"
-)
+NO_GPUS = "error: the launch file is for FSDP2 or DeepSpeed, which Accelerate runs on two or more GPUs; found 0"
 
 
 def launched(config):
@@ -198,7 +196,7 @@ def test_a_moving_average_of_shards_is_refused(monkeypatch, tmp_path):
     monkeypatch.setattr(finetune, "make_accelerator", sharded)
     arguments = [*ENCODER, "--train", "sprites:16:1", "--val", "sprites:3:2", "--ema", 0.9, "--output", tmp_path]
     said = refused(finetune.main, *arguments)
-    assert "--ema needs the whole weights on each device, which FSDP2 shards" in said
+    assert "--ema needs full weights on each device, and FSDP2 shards them" in said
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -220,7 +218,7 @@ def test_launched_shards_without_gpus_are_refused(tmp_path):
 def test_half_precision_that_does_not_train_is_refused(monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     monkeypatch.setattr("torch.accelerator.is_available", lambda: True)
-    with pytest.raises(ValueError, match="--precision fp16 does not work with DeepSpeed; use bf16"):
+    with pytest.raises(ValueError, match="--precision fp16 does not work with DeepSpeed; use --precision bf16"):
         make_accelerator("fp16")
 
 

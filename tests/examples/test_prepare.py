@@ -51,7 +51,9 @@ def test_something_something(prefix, tmp_path, capsys):
     assert "train.json, id 1: 1" in (tmp_path / "lists" / "missing.txt").read_text()
     assert "1 videos of the annotations are not in" in capsys.readouterr().out
     (annotations / f"{prefix}validation.json").write_text('[{"id": "5", "template": "Eating [something]"}]')
-    with pytest.raises(SystemExit, match=r"validation.json, id 5: class 'Eating something' is not among the 2 classes"):
+    with pytest.raises(
+        SystemExit, match=r"validation.json, id 5: class 'Eating something' is not one of the 2 classes"
+    ):
         lists_of("ssv2", tmp_path)
 
 
@@ -107,11 +109,11 @@ def test_hmdb51(tmp_path):
     assert classes == ["brush_hair", "wave"]
     assert found == {"train": [("brush_hair/April (1) a.avi", 0), ("wave/b.avi", 1)], "val": [("brush_hair/b.avi", 0)]}
     (annotations / "wave_test_split1.txt").write_text("b.avi 7\n")
-    with pytest.raises(SystemExit, match=r"wave_test_split1.txt:1: .* expected 'video.avi 0', 1 \(training\)"):
+    with pytest.raises(SystemExit, match=r"wave_test_split1.txt:1: .* expected 'video.avi' and 1 \(training\)"):
         lists_of("hmdb51", tmp_path)
-    with pytest.raises(SystemExit, match=r"_test_split3.txt; give the folder of the official splits"):
+    with pytest.raises(SystemExit, match=r"_test_split3.txt; --annotations is the folder of the official splits"):
         lists_of("hmdb51", tmp_path, "--split", "3")
-    with pytest.raises(SystemExit, match="--split 7: the official splits are 1, 2 and 3"):
+    with pytest.raises(SystemExit, match="--split 7: expected 1, 2 or 3"):
         lists_of("hmdb51", tmp_path, "--split", "7")
 
 
@@ -147,7 +149,7 @@ def test_class_names(tmp_path):
     assert class_names(tmp_path / "val.csv", 3) == ["0", "1", "2"]
     (tmp_path / "labels.txt").write_text("run\njump\n")
     assert class_names(tmp_path / "val.csv", 2) == ["run", "jump"]
-    with pytest.raises(ValueError, match="names 2 classes, and there are 3"):
+    with pytest.raises(ValueError, match="names 2 classes, expected 3"):
         class_names(tmp_path / "val.csv", 3)
 
 
@@ -178,4 +180,4 @@ def test_check_reads_every_video_once_and_reports_what_is_broken(tmp_path):
         assert any(f"list.csv:{line} (" in each and cause in each for each in report), report
     good = [entry.path.name for entry in list_videos(tmp_path / "good.csv")]
     assert good == ["good ü.mp4", "short.avi", "whole.mkv"]
-    assert "1 videos stand more than once" in run.stdout
+    assert "1 videos occur more than once" in run.stdout

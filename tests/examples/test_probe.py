@@ -84,7 +84,7 @@ def test_extracted_features_are_the_encoders(suffix, pretrained, videos, tmp_pat
 def test_an_earlier_file_is_not_written_over(pretrained, videos, tmp_path):
     (tmp_path / "f.npz").write_text("mine")
     arguments = ["--checkpoint", pretrained[1], "--data", str(videos), "--output", str(tmp_path / "f.npz")]
-    with pytest.raises(SystemExit, match=r"f.npz exists already; name another file"):
+    with pytest.raises(SystemExit, match=r"f.npz already exists; name another file"):
         extract_features.main(arguments)
     assert (tmp_path / "f.npz").read_text() == "mine"
 
@@ -126,7 +126,7 @@ def test_probing_twice_computes_features_once(kind, pretrained, videos, tmp_path
     assert "parameters loaded" in printed
     assert "2 videos could not be used" in printed  # the broken one, in both lists
     predictions = (tmp_path / "probe" / "predictions.csv").read_text()
-    with pytest.raises(SystemExit, match=r"probe has results.json already; name another folder"):
+    with pytest.raises(SystemExit, match=r"probe already has results.json; name another folder"):
         linear_probe.main(arguments)
     again = [*arguments, "--output", str(tmp_path / "again")]
     monkeypatch.setattr("evaluation.features.frozen_encoder", None)  # would be called for features that are not cached
@@ -164,7 +164,7 @@ def test_a_linear_probe_finds_what_logistic_regression_finds():
 
 def test_a_recipe_that_trains_nothing():
     for wrong in ({"epochs": 0}, {"batch_size": 0}, {"lr": 0.0}):
-        with pytest.raises(ValueError, match="epochs and batch_size are 1 or more"):
+        with pytest.raises(ValueError, match="expected epochs and batch_size of 1 or more"):
             ProbeRecipe(**wrong)
 
 
@@ -203,7 +203,7 @@ def test_files_state_sizes_and_sampling(tmp_path, monkeypatch):
     (tmp_path / "config.json").write_text('{"model_type": "bert"}')
     monkeypatch.chdir(tmp_path)
     assert stated_sizes("") == stated_recipe("") == {}
-    with pytest.raises(ValueError, match="of a bert model, expected videomae"):
+    with pytest.raises(ValueError, match="model_type is bert, expected videomae"):
         stated_sizes(str(tmp_path))
     config = {"model_type": "videomae", "image_size": 32, "architectures": ["VideoMAEForVideoClassification"]}
     (tmp_path / "config.json").write_text(json.dumps({**config, "id2label": {"0": "a", "1": "b", "2": "c"}}))

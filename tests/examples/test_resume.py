@@ -95,9 +95,9 @@ def test_what_is_another_run_is_refused(tmp_path):
     for change, message in (
         (["--base-lr", 1], "base_lr: 0.032 -> 1.0"),
         (["--effective-batch", 8], "effective batch: 4 -> 8"),
-        (["--steps", 1], "it is at step 2, this run ends at 1"),
+        (["--steps", 1], "is at step 2, this run ends at 1"),
         (["--data", "sprites:32"], "number of videos: 64 -> 32"),
-        (["--data", "sprites:64:1"], "videos: as many, with other names or in another order"),
+        (["--data", "sprites:64:1"], "videos: the same number, but other names or another order"),
     ):
         assert message in refused(pretrain_script.main, "--resume", checkpoint, *change)
     # Going on in the folder of another run sets that one aside. What only saves memory may change.
@@ -118,7 +118,7 @@ def test_data_that_moved_is_the_same_data(tmp_path):
     assert "from step 1" in pretrain_here(*arguments, "--data", tmp_path / "there", "--steps", 2)
     (tmp_path / "there" / "b.mp4").rename(tmp_path / "there" / "c.mp4")
     said = refused(pretrain_script.main, *arguments, "--data", tmp_path / "there", "--steps", 3)
-    assert "videos: as many, with other names or in another order" in said
+    assert "videos: the same number, but other names or another order" in said
 
 
 def test_auto_begins_goes_on_and_passes_over_what_is_not_whole(tmp_path):
@@ -134,10 +134,10 @@ def test_auto_begins_goes_on_and_passes_over_what_is_not_whole(tmp_path):
         {"a": torch.zeros(1)}, folder / "step_00000006.safetensors", {"state": json.dumps({**foreign, "kind": "x"})}
     )
     printed = pretrain_here(*common, "--steps", 4)
-    assert "step_00000003.safetensors is truncated or no checkpoint" in printed
+    assert "step_00000003.safetensors is truncated or not a checkpoint" in printed
     assert "step_00000004.safetensors is not a training state of these scripts" in printed
-    assert "step_00000005.safetensors is truncated or no checkpoint" in printed
-    assert "step_00000006.safetensors: a state of x.py, which pretrain.py cannot go on from" in printed
+    assert "step_00000005.safetensors is truncated or not a checkpoint" in printed
+    assert "step_00000006.safetensors is a state of x.py; pretrain.py cannot resume it" in printed
     assert "step_00000002.safetensors from step 2" in printed
     assert [line["step"] for line in metrics(tmp_path / "run")] == [1, 2, 3, 4]
     assert not (tmp_path / "run-1").exists()
@@ -187,7 +187,7 @@ def test_trees_of_tensors_come_back():
     assert torch.equal(back["a"][0], torch.arange(3))
     assert back["b"]["c"] == 2.5
     assert (back["a"][1:], back["b"]["d"]) == ([1, None, "x"], [0.1, float("inf"), True])
-    with pytest.raises(TypeError, match=r"/a is a set; a checkpoint holds tensors"):
+    with pytest.raises(TypeError, match=r"/a is a set, expected tensors"):
         _take_tensors({"a": {1}}, "", {})
 
 
@@ -297,7 +297,7 @@ def test_sigusr1_saves_and_sigterm_saves_and_stops(launcher, tmp_path):
     last = newest_checkpoint(folder)
     assert last > first
     step = int(last.stem.removeprefix("step_"))
-    assert f"stopped after step {step}, as the signal asked; go on with --resume {last}" in output
+    assert f"stopped after step {step} by a signal; go on with --resume {last}" in output
     assert metrics_so_far(folder) == step  # every step that was done is saved
     if not launcher:
         assert f"from step {step}" in pretrain_here("--resume", last, "--steps", step + 2, "--workers", 0)
@@ -309,7 +309,7 @@ def test_another_number_of_processes_goes_on_with_the_same_videos(tmp_path):
     pretrain_here(*common, "--steps", 2, "--output", tmp_path / "run")
     arguments = ["--resume", newest_checkpoint(tmp_path / "run"), "--steps", 4, "--batch-size", 2]
     printed = succeeded(pretrain(*arguments, launcher=TWO_PROCESSES))
-    assert "1 processes there, 2 here: the same videos in each step, other masks and dropout" in printed
+    assert "1 processes before, 2 now: steps have the same videos, but other masks and dropout" in printed
     assert "2 videos x 2 devices x 1 accumulated = 4" in printed
     assert [line["step"] for line in metrics(tmp_path / "run")] == [1, 2, 3, 4]
 

@@ -91,7 +91,7 @@ def test_an_interrupted_packing_goes_on(videos, shards):
     assert len(list_videos(shards)) == 12
     assert not list(shards.glob(".*"))
     another = ["pack", "--data", videos / "list.csv", "--output", shards, "--short-side", 64]
-    assert "has shards of another list, or packed in another way" in refused(prepare_data.main, *another)
+    assert "has shards of another list or with other settings" in refused(prepare_data.main, *another)
 
 
 def test_clips_of_shards_are_those_of_files(videos, shards):
@@ -225,7 +225,7 @@ def add(tar, name, content=b"", **more):
         ("%2e%2e/escape.mp4", {}, "leads out of the folder"),
         ("link.mp4", {"type": tarfile.SYMTYPE, "linkname": "/etc/passwd"}, "is a link, a device"),
         ("hard.mp4", {"type": tarfile.LNKTYPE, "linkname": "../x"}, "is a link, a device"),
-        ("0.cls", {}, "expected a label"),
+        ("0.cls", {}, "expected a number"),
     ],
 )
 def test_shards_that_lead_outside_are_refused(name, more, message, tmp_path):
@@ -258,7 +258,7 @@ def test_an_index_that_leads_outside_or_lies_is_refused(change, message, shards)
 
 def test_missing_and_broken_shards_are_named(shards, tmp_path):
     (shards / "shard-000001.tar").unlink()
-    with pytest.raises(FileNotFoundError, match=r"shard-000001\.tar: the index names this shard, and it is missing"):
+    with pytest.raises(FileNotFoundError, match=r"shard-000001\.tar: this shard of the index is missing"):
         list_videos(shards)
     (shards / "index.json").write_bytes(b"\x80\x04N.")  # a pickle
     with pytest.raises(ValueError, match="is not JSON"):

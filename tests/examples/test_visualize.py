@@ -173,7 +173,7 @@ def test_sprites_and_a_file_without_a_sampler(tmp_path):
     torch.save(as_videomae(tiny_model().state_dict()), tmp_path / "videomae.pth")
     sizes = [*ENCODER, *DECODER, "--mask-ratios", "0.75"]
     common = ["--checkpoint", str(tmp_path / "videomae.pth"), "--video", "sprites:3:1", *sizes, "--animate", "none"]
-    with pytest.raises(SystemExit, match="has no sampler, so it has no p to show; choose --masking random"):
+    with pytest.raises(SystemExit, match="has no sampler, so there is no p to show; choose --masking random"):
         visualize_masks.main([*common, "--output", str(tmp_path / "a")])
     visualize_masks.main([*common, "--masking", "tube", "--leak-free", "--output", str(tmp_path / "b")])
     assert {path.name for path in Path(tmp_path / "b").iterdir()} == {"overview_75.png", "masks.png"}
@@ -181,7 +181,7 @@ def test_sprites_and_a_file_without_a_sampler(tmp_path):
 
 def test_what_cannot_be_shown(video_file, tmp_path):
     save_weights(tiny_classifier(), tmp_path / "tuned.safetensors", FinetuneRecipe())
-    with pytest.raises(SystemExit, match=r"is a classifier, without a decoder; pictures need a file of pretrain\.py"):
+    with pytest.raises(SystemExit, match=r"is a classifier and has no decoder; pictures need a file of pretrain\.py"):
         visualize_masks.main(["--checkpoint", str(tmp_path / "tuned.safetensors"), "--video", video_file])
     weights = {name: each for name, each in tiny_model().state_dict().items() if name.startswith("encoder.")}
     torch.save(weights, tmp_path / "encoder.pth")
