@@ -257,7 +257,7 @@ def test_a_place_that_cannot_be_reached_is_waited_for_and_nothing_is_quarantined
     assert not any(item["left_out"] for item in items)
     assert pauses == [1, 2, 4]
     gone = stream_of(Away(dict.fromkeys(range(8), 99)))
-    with pytest.raises(VideoError, match="the shard cannot be read, for 123 seconds"):
+    with pytest.raises(VideoError, match="the shard cannot be read; tried for 123 seconds"):
         gone[0]
 
 

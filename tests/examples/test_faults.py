@@ -194,7 +194,7 @@ def test_metrics_that_a_full_disk_refuses_are_written_with_the_next_line(tmp_pat
 def test_processes_that_would_go_on_from_different_checkpoints_are_told(monkeypatch):
     """As where --output is a folder of each machine."""
     monkeypatch.setattr("training.loop.gather_object", lambda mine: [*mine, ("step_00000040.safetensors", 40)])
-    with pytest.raises(TrainingError, match=r"different checkpoints, .*'none'.*; --output must be a shared folder"):
+    with pytest.raises(TrainingError, match=r"different checkpoints: .*'none'.*; --output must be a shared folder"):
         TrainingLoop(Job(None, None, None, None, None, None), None, ("loss", -1))
 
 

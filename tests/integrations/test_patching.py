@@ -108,7 +108,15 @@ def test_copies_are_patched_too_and_independent(case, way):
     assert copied.state_dict().keys() == case.make().state_dict().keys()
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if case.name != "hiera video"], ids=repr)
+# One that compiles as a whole is enough for the short form.
+COMPILED = [
+    pytest.param(case, marks=() if case.name == "videomae" else pytest.mark.slow, id=repr(case))
+    for case in CASES
+    if case.name != "hiera video"
+]
+
+
+@pytest.mark.parametrize("case", COMPILED)
 def test_compile(case):
     model = patch(case.make().train(), 0.75)
     x = case.inputs()
