@@ -44,9 +44,17 @@ def test_reconstruction_error(kind, normalize, dtype, video_dtype, patch, tubele
     assert_close([grad], [kernel_grad], dtype)
 
 
-@pytest.mark.parametrize("kind", ["mse", "l1"])
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("masks", "rows"), [(1, 99), (3, 99), (3, 14), (2, 3)])
+# In the short form every dtype, both kinds, and chunks of all, most and few of a clip's rows; the rest of the grid is slow.
+SHORT = (((3, 14), 0, "mse"), ((3, 14), 0, "l1"), ((2, 3), 1, "mse"), ((3, 99), 2, "mse"), ((1, 99), 1, "l1"))
+HEADS = [
+    pytest.param(kind, dtype, *sizes, marks=() if (sizes, number, kind) in SHORT else pytest.mark.slow)
+    for sizes in ((1, 99), (3, 99), (3, 14), (2, 3))
+    for number, dtype in enumerate(DTYPES)
+    for kind in ("mse", "l1")
+]
+
+
+@pytest.mark.parametrize(("kind", "dtype", "masks", "rows"), HEADS)
 def test_head_error(kind, dtype, masks, rows, monkeypatch):
     """Mean, errors and all gradients, in parts of several masks and of less than one, against the reference in fp64."""
     monkeypatch.setattr(head, "_CHUNK_BYTES", rows * 96 * dtype.itemsize)
