@@ -1,6 +1,7 @@
 import doctest
 import importlib
 import pkgutil
+import re
 import subprocess
 import sys
 import zipfile
@@ -104,6 +105,5 @@ def test_the_example_of_the_ops_runs():
     exec(readme[start : readme.index("```", start)], space)
     assert space["loss"].isfinite()
     assert all(each.weight.grad is not None for each in (space["score"], space["encoder"], space["head"]))
-    rows = [line.split("|") for line in readme.splitlines() if line.startswith("| `")]
-    files = {row[1].strip(" `"): row[2].strip(" `") for row in rows if row[2].strip(" `").endswith(".py")}
-    assert files == {f"{name}": f"{MOVED[name]}.py" for name in MOVED}
+    files = dict(re.findall(r"^\| `(\w+)` \| \[`(\w+\.py)`\]", readme, re.MULTILINE))
+    assert files == {name: f"{MOVED[name]}.py" for name in MOVED}
