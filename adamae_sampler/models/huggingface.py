@@ -11,6 +11,8 @@ from torch import Tensor
 
 from adamae_sampler.models.adamae import AdaMAE
 
+# Some releases of transformers 5 have one. It adds the same to all scores of a query, so softmax takes no notice of it.
+_KEY_BIAS = "attention.attention.key.bias"
 MARKER = r"(^|\.)encoder\.layer\.\d+\.attention\.attention\.query\.weight$"
 
 # (their name, our name), within a block and outside of blocks. The biases are query.bias and value.bias in
@@ -38,7 +40,7 @@ _OUTSIDE = (
 
 def from_huggingface(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Weights of VideoMAEModel, VideoMAEForPreTraining or VideoMAEForVideoClassification under our names."""
-    ours = {_our_name(name): tensor for name, tensor in weights.items()}
+    ours = {_our_name(name): tensor for name, tensor in weights.items() if not name.endswith(_KEY_BIAS)}
     for query in [name for name in ours if name.endswith(".attn.q.weight")]:
         block = query.removesuffix("q.weight")
         parts = [ours.pop(f"{block}{each}.weight") for each in "qkv" if f"{block}{each}.weight" in ours]
