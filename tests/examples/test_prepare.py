@@ -175,7 +175,7 @@ def test_check_reads_every_video_once_and_reports_what_is_broken(tmp_path):
         (4, "cannot be opened"),
         (5, "cannot be opened"),
         (6, "no such file"),
-        (8, "begins at frame 100 of 40"),
+        (8, "it has 40 frames, and its part begins at frame 100"),
     ):
         assert any(f"list.csv:{line} (" in each and cause in each for each in report), report
     good = [entry.path.name for entry in list_videos(tmp_path / "good.csv")]
