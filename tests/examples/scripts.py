@@ -6,16 +6,15 @@ import subprocess
 import sys
 import time
 from contextlib import redirect_stderr, redirect_stdout
-from pathlib import Path
 from unittest import mock
 
 import pretrain
 import pytest
 import torch
+from forked import EXAMPLES, Started, run_group
 
 from adamae_sampler.models import AdaMAE
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
 # The sizes of conftest.tiny_model, for files that do not state them.
 ENCODER = "--img-size 32 32 --num-frames 8 --patch-size 8 --embed-dim 32 --depth 2 --num-heads 2".split()  # noqa: SIM905
 DECODER = "--decoder-embed-dim 16 --decoder-depth 1 --decoder-num-heads 2".split()  # noqa: SIM905
@@ -23,8 +22,9 @@ TINY_PRETRAIN = [*ENCODER, *DECODER]
 TINY_PRETRAIN += "--mask-ratio 0.75 --batch-size 4 --warmup-steps 1 --workers 0 --log-every 1".split()  # noqa: SIM905
 
 
-def run_script(name, *arguments, launcher=()):
-    return subprocess.run(_command(name, launcher, arguments), capture_output=True, text=True, timeout=300, check=False)
+def run_script(name, *arguments, processes=1):
+    """What a script comes to in processes of its own."""
+    return run_group(processes, EXAMPLES / name, *arguments)
 
 
 def refused(main, *arguments):
@@ -43,12 +43,11 @@ def run_here(main, *arguments):
 
 
 def start_script(name, *arguments, launcher=()):
-    pipe = subprocess.PIPE
-    return subprocess.Popen(_command(name, launcher, arguments), stdout=pipe, stderr=pipe, text=True)
-
-
-def _command(name, launcher, arguments):
-    return [sys.executable, *launcher, str(EXAMPLES / name), *map(str, arguments)]
+    """A script in a process of its own, or with a launcher started as its users start it."""
+    if not launcher:
+        return Started(EXAMPLES / name, *arguments)
+    command = [sys.executable, *launcher, str(EXAMPLES / name), *map(str, arguments)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def succeeded(run):
@@ -70,10 +69,18 @@ def patched(self, video, **kwargs):
 """
 
 
-def run_patched(patch, folder, *arguments, launcher=(), first=""):
-    """pretrain.py with a patch of AdaMAE.forward: in this process, or as a file, since launchers start files."""
+def run_patched(patch, folder, *arguments, start=None, first=""):
+    """pretrain.py with a patch of AdaMAE.forward, in this process or in others.
+
+    Args:
+        patch: code that defines `patched`, with `forward` and torch at hand.
+        folder: of the file that other processes run.
+        arguments: of pretrain.py.
+        start: runs that file to its end; None for this process.
+        first: code of the file before it imports the package.
+    """
     folder.mkdir(exist_ok=True)
-    if not launcher:
+    if start is None:
         names = {"torch": torch, "forward": AdaMAE.forward}
         exec(patch, names)
         with mock.patch.object(AdaMAE, "forward", names["patched"]):
@@ -84,9 +91,7 @@ def run_patched(patch, folder, *arguments, launcher=(), first=""):
         f"from adamae_sampler.models import AdaMAE\nforward = AdaMAE.forward\n{patch}\nAdaMAE.forward = patched\n"
         f"pretrain.main({[str(each) for each in arguments]!r})\n"
     )
-    command = [sys.executable, *launcher, str(script)]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
-    return succeeded(run)
+    return succeeded(start(script))
 
 
 def metrics(folder):

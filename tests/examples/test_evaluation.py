@@ -2,13 +2,12 @@
 
 import csv
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from scripts import TWO_PROCESSES
+from forked import run_group
+from scripts import succeeded
 from test_classifier import tiny_classifier
 from videos import write_video
 
@@ -128,7 +127,6 @@ import sys
 sys.path[:0] = {folders!r}
 import torch
 from pathlib import Path
-from scripts import TWO_PROCESSES
 from test_classifier import tiny_classifier
 from test_evaluation import views_of
 from common.devices import make_accelerator
@@ -151,10 +149,8 @@ def test_one_and_two_processes_agree_to_the_last_bit(videos, tmp_path):
     data = str(videos[0].path.parent / "val.csv")
     folders = [str(each) for each in (TESTS, TESTS / "models", TESTS / "examples", TESTS.parent / "examples")]
     script.write_text(SCRIPT.format(folders=folders, data=data, out=str(tmp_path / "out")))
-    for launcher in ((), TWO_PROCESSES):
-        command = [sys.executable, *launcher, str(script)]
-        run = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
-        assert run.returncode == 0, run.stderr
+    for processes in (1, 2):
+        succeeded(run_group(processes, script))
     one, *two = (torch.load(tmp_path / f"out-{name}") for name in ("1-0", "2-0", "2-1"))
     assert len(one[0]) == 5
     for other in two:

@@ -13,7 +13,6 @@ import torch
 from conftest import tiny_model
 from scripts import (
     ENCODER,
-    TWO_PROCESSES,
     metrics,
     newest_checkpoint,
     refused,
@@ -151,7 +150,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(data, pretrained, tmp_path):
 @pytest.mark.slow
 def test_two_processes(data, pretrained, tmp_path):
     arguments = [*TINY, *data, "--checkpoint", pretrained, "--batch-size", 2, "--steps", 3, "--eval-every", 1]
-    printed = succeeded(run_finetune(*arguments, "--output", tmp_path, launcher=TWO_PROCESSES))
+    printed = succeeded(run_finetune(*arguments, "--output", tmp_path, processes=2))
     assert "2 videos x 2 devices x 1 accumulated = 4" in printed
     assert printed.count("top-1 ") == 1
     assert len([line for line in metrics(tmp_path) if "loss" in line]) == 3

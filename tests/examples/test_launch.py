@@ -3,9 +3,9 @@
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
+from unittest import mock
 
 import finetune
 import pretrain
@@ -13,9 +13,9 @@ import pytest
 import safetensors.torch
 import torch
 from accelerate.commands.launch import launch_command, launch_command_parser
+from forked import EXAMPLES, free_port, run_group
 from scripts import (
     ENCODER,
-    EXAMPLES,
     FIXED_MASKS,
     TINY_PRETRAIN,
     metrics,
@@ -59,16 +59,27 @@ def launched(config):
     return ["-m", "accelerate.commands.launch", *options]
 
 
-def free_port():
-    with socket.socket() as found:
-        found.bind(("localhost", 0))
-        return found.getsockname()[1]
+def launch(*arguments):
+    """What `accelerate launch` hands to torchrun: (its arguments, the environment of its processes)."""
+    started = []
+    with mock.patch("torch.distributed.run.run", lambda args: started.append((args, dict(os.environ)))):
+        launch_command(launch_command_parser().parse_args([str(each) for each in arguments]))
+    [torchrun] = started
+    return torchrun
+
+
+def in_two(config, script):
+    """A file in two processes that have the environment which the launch file gives them."""
+    options = launched(config)[2:]
+    torchrun, environment = launch(*options, script)
+    assert (torchrun.nproc_per_node, torchrun.training_script) == ("2", str(script))
+    return run_group(2, script, environment=environment)
 
 
 def in_parts(config, folder, *arguments, patch=FIXED_MASKS):
     """On two processes, each batch in two parts, with recomputed activations."""
     arguments = [*COMMON, "--batch-size", 2, "--checkpoint-activations", *arguments, "--output", folder / "run"]
-    return run_patched(patch, folder, *arguments, launcher=launched(config), first=FIRST[config])
+    return run_patched(patch, folder, *arguments, start=lambda script: in_two(config, script), first=FIRST[config])
 
 
 def assert_same(one, two, steps=4, tolerance=1e-5):
@@ -172,10 +183,9 @@ def test_fine_tuning_with_shards_evaluates_on_every_process(config, tmp_path):
     script = tmp_path / "script.py"
     script.write_text(
         f"import sys\nsys.path.insert(0, {str(EXAMPLES)!r})\n{FIRST[config]}\nimport finetune\n"
-        "finetune.main(sys.argv[1:])\n"
+        f"finetune.main({[str(each) for each in arguments]!r})\n"
     )
-    command = [sys.executable, *launched(config), str(script), *map(str, arguments)]
-    printed = succeeded(subprocess.run(command, capture_output=True, text=True, check=False))
+    printed = succeeded(in_two(config, script))
     assert "of 3 videos" in printed
     assert any("val_top1" in line for line in metrics(tmp_path / "run"))
     # The weights that were written are those that were evaluated.
@@ -276,16 +286,13 @@ def test_a_slurm_job_saves_and_is_queued_again_when_its_time_is_up_and_not_when_
 
 
 @pytest.mark.parametrize("config", ["many_machines", "fsdp2", "deepspeed_zero2"])
-def test_every_launch_file_starts_torchrun_on_each_of_several_machines(config, monkeypatch):
+def test_every_launch_file_starts_torchrun_on_each_of_several_machines(config):
     """And not DeepSpeed's own launcher, which would start a run of its own on each."""
     if config == "deepspeed_zero2":
         pytest.importorskip("deepspeed")
-    started = []
-    monkeypatch.setattr("torch.distributed.run.run", started.append)
-    options = ["--config_file", str(LAUNCH / f"{config}.yaml"), "--num_machines", "2", "--num_processes", "16"]
-    options += ["--machine_rank", "1", "--main_process_ip", "nodeA", "--main_process_port", "29511"]
-    launch_command(launch_command_parser().parse_args([*options, "script.py", "--preset", "k400"]))
-    [torchrun] = started
+    options = ["--config_file", LAUNCH / f"{config}.yaml", "--num_machines", 2, "--num_processes", 16]
+    options += ["--machine_rank", 1, "--main_process_ip", "nodeA", "--main_process_port", 29511]
+    torchrun, _ = launch(*options, "script.py", "--preset", "k400")
     assert (str(torchrun.nnodes), str(torchrun.nproc_per_node), int(torchrun.node_rank)) == ("2", "8", 1)
     assert (torchrun.rdzv_endpoint or f"{torchrun.master_addr}:{torchrun.master_port}") == "nodeA:29511"
     assert torchrun.training_script == "script.py"

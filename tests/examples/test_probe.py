@@ -10,7 +10,7 @@ import pytest
 import safetensors
 import torch
 from conftest import tiny_model
-from scripts import ENCODER, TWO_PROCESSES, run_script, succeeded
+from scripts import ENCODER, run_script, succeeded
 from test_checkpoint import renamed_as_official
 from timm.layers import AttentionPoolLatent
 from videos import write_video
@@ -243,12 +243,9 @@ def test_bad_arguments(script, arguments, message):
 @pytest.mark.slow
 def test_two_processes_write_one_cache_and_find_what_one_finds(pretrained, videos, tmp_path):
     found = {}
-    for name, launcher in (("one", ()), ("two", TWO_PROCESSES)):
+    for name, processes in (("one", 1), ("two", 2)):
         arguments = probe_arguments(pretrained[1], videos, tmp_path / name, "--batch-size", 2, "--probe.epochs", 3)
-        if launcher:
-            succeeded(run_script("linear_probe.py", *arguments, launcher=launcher))
-        else:
-            linear_probe.main(arguments)
+        succeeded(run_script("linear_probe.py", *arguments, processes=processes))
         (values,) = (tmp_path / name / "features").glob("*/values.npy")
         found[name] = np.load(values), (tmp_path / name / "probe" / "predictions.csv").read_text()
     assert np.array_equal(found["one"][0], found["two"][0])

@@ -1,8 +1,11 @@
 """Pre-training on several processes draws other masks on each; the rest is the same as on one: test_launch.py."""
 
+from functools import partial
+
 import pytest
 import torch
-from scripts import TINY_PRETRAIN, TWO_PROCESSES, run_patched
+from forked import run_group
+from scripts import TINY_PRETRAIN, run_patched
 
 DRAWN = """
 def patched(self, video, **kwargs):
@@ -27,7 +30,7 @@ def test_every_process_draws_masks_of_its_own(tmp_path):
         "--output",
         tmp_path / "run",
     ]
-    run_patched(DRAWN, tmp_path, *arguments, launcher=TWO_PROCESSES)
+    run_patched(DRAWN, tmp_path, *arguments, start=partial(run_group, 2))
     (first, weights), (second, same_weights) = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
     assert torch.equal(weights, same_weights)
     assert not (first == second).all(1).any()

@@ -5,8 +5,6 @@ import json
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from functools import partial
 
@@ -16,6 +14,7 @@ import pytest
 import safetensors.torch
 import torch
 import yaml
+from forked import Started, run_group
 from scripts import (
     EXAMPLES,
     TINY_PRETRAIN,
@@ -69,7 +68,8 @@ def write(self, step, values):
 m.RunLog.write = write
 pretrain.main({[str(each) for each in [*arguments, "--output", folder]]!r})
 """
-    assert subprocess.run([sys.executable, "-c", script], capture_output=True, check=False).returncode == 3
+    (folder.parent / "script.py").write_text(script)
+    assert run_group(1, folder.parent / "script.py").returncode == 3
 
 
 @pytest.mark.slow
@@ -231,13 +231,13 @@ pretrain.main(sys.argv[1:])
 def test_killed_at_random_moments_a_run_loses_nothing(tmp_path):
     """ADAMAE_SAMPLER_KILLS=20 for more of them."""
     kills = int(os.environ.get("ADAMAE_SAMPLER_KILLS", "3"))
+    (tmp_path / "script.py").write_text(SLOW_DISK)
     common = [*SPRITES, "--save-every", 1, "--steps", 25 * kills]
     pretrain_here(*common, "--output", tmp_path / "whole")
     parts, moments = tmp_path / "parts", random.Random(0)
     reached, while_writing = 0, 0
     for _ in range(kills):
-        command = [sys.executable, "-c", SLOW_DISK, *map(str, [*common, "--output", parts, "--resume", "auto"])]
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        process = Started(tmp_path / "script.py", *common, "--output", parts, "--resume", "auto")
         wait_for_step(parts, reached + 1, process)
         time.sleep(moments.uniform(0, 0.5))
         process.kill()
@@ -271,7 +271,8 @@ def save_file(tensors, path, metadata):
 safetensors.torch.save_file = save_file
 pretrain.main({[*map(str, common), "--output", str(tmp_path / "parts")]!r})
 """
-    assert subprocess.run([sys.executable, "-c", script], capture_output=True, check=False).returncode == -9
+    (tmp_path / "script.py").write_text(script)
+    assert run_group(1, tmp_path / "script.py").returncode == -9
     pretrain_here(*common, "--output", tmp_path / "whole")
     printed = pretrain_here(*common, "--output", tmp_path / "parts", "--resume", "auto")
     assert "step_00000002.safetensors from step 2" in printed
@@ -308,7 +309,7 @@ def test_another_number_of_processes_goes_on_with_the_same_videos(tmp_path):
     common = [*SPRITES, "--masking", "tube", "--save-every", 2]
     pretrain_here(*common, "--steps", 2, "--output", tmp_path / "run")
     arguments = ["--resume", newest_checkpoint(tmp_path / "run"), "--steps", 4, "--batch-size", 2]
-    printed = succeeded(pretrain(*arguments, launcher=TWO_PROCESSES))
+    printed = succeeded(pretrain(*arguments, processes=2))
     assert "1 processes before, 2 now: steps have the same videos, but other masks and dropout" in printed
     assert "2 videos x 2 devices x 1 accumulated = 4" in printed
     assert [line["step"] for line in metrics(tmp_path / "run")] == [1, 2, 3, 4]
@@ -330,7 +331,8 @@ def write(self, step, values):
 m.RunLog.write = write
 pretrain.main({[*map(str, common)]!r})
 """
-    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    (tmp_path / "script.py").write_text(script)
+    run = run_group(1, tmp_path / "script.py")
     assert run.returncode != 0
     assert "step 2 could not be saved" in run.stdout
     assert (
