@@ -1,4 +1,4 @@
-"""The notebook: it runs from top to bottom, and what it shows is so."""
+"""The notebook runs from top to bottom, and its outputs show what its text says."""
 
 import re
 from pathlib import Path
