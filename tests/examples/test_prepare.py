@@ -1,4 +1,4 @@
-"""Lists from the published annotations, and the check of lists."""
+"""prepare_data.py: lists made from the published annotations, and the check of lists."""
 
 import json
 import subprocess
@@ -138,7 +138,7 @@ def test_lists_survive_being_written_and_read(tmp_path):
     assert [(e.path, e.label, e.start, e.frames) for e in back] == [
         (e.path, e.label, e.start, e.frames) for e in entries
     ]
-    write_list(path, [VideoEntry(tmp_path / "lists" / "take 2", 7)])  # a name that ends with a number
+    write_list(path, [VideoEntry(tmp_path / "lists" / "take 2", 7)])  # the name ends with a number
     assert (list_videos(path)[0].path.name, list_videos(path)[0].label) == ("take 2", 7)
     for name in ("#a.mp4", "a\nb.mp4"):
         with pytest.raises(ValueError, match="cannot stand in a list"):

@@ -105,7 +105,7 @@ def test_thumbnails_are_the_means_of_pixels():
 
 
 def test_the_sampler_learns_from_pixels():
-    """Every weight of the sampler gets a gradient."""
+    """Every parameter of the sampler gets a gradient, except the bias that shifts all scores alike."""
     model = without_dropout(tiny_model(**FAST)).train()
     _, _, gradients = step(model, clips())
     sampler = {name: each for name, each in gradients.items() if name.startswith("sampler.")}
