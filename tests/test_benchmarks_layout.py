@@ -55,7 +55,7 @@ def test_every_folder_has_a_level():
 
 
 def test_the_gpu_command_needs_the_standard_library_alone():
-    """So a machine without torch gets a clear first line instead of a traceback."""
+    """A machine without torch then gets a clear first line instead of a traceback."""
     for path in (ROOT / "benchmarks" / "gpu.py", *imports(ROOT / "benchmarks" / "gpu.py")):
         for node in ast.walk(ast.parse(path.read_text())):
             names = [each.name for each in node.names] if isinstance(node, ast.Import) else []

@@ -52,7 +52,7 @@ def commands(page):
     lines += re.findall(r"`((?:python|pytest|pip|accelerate|bash|sbatch) [^`]*)`", prose(page))
     lines = [
         re.sub(r"-m (benchmarks)\.(\w+)", r"\1/\2.py", line) for line in lines
-    ]  # a module is a script of its package
+    ]  # -m benchmarks.name runs benchmarks/name.py
     return [words for line in lines if (words := shlex.split(line, comments=True))]
 
 
@@ -128,7 +128,7 @@ def test_pages_are_short(page):
     assert len(page.read_text(encoding="utf-8").splitlines()) <= (210 if page == ROOT / "README.md" else 150)
 
 
-def test_the_table_of_the_readme_is_the_report_s():
+def test_the_readme_has_the_table_of_the_report():
     def table(page):
         return re.findall(r"(?:^\|.*\n)+", page.read_text(encoding="utf-8"), re.MULTILINE)
 

@@ -116,7 +116,7 @@ def test_the_papers_estimator_makes_p_proportional_to_the_error_that_a_token_has
 
 
 def test_the_papers_estimator_is_not_the_gradient_of_the_expected_error(errors):
-    """The two gradients differ in direction, whatever their length and sign. benchmarks/estimator_bias.py measures it."""
+    """Its expectation has another direction, whatever its length and sign. benchmarks/estimator_bias.py measures this."""
     scores = torch.randn(TOKENS, dtype=torch.float64, requires_grad=True)
     log_probs = scores.log_softmax(0)
     expected = torch.zeros_like(scores)

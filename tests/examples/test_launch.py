@@ -133,7 +133,7 @@ atexit.register(lambda: print("compiled graphs:", torch._dynamo.utils.counters["
 
 @pytest.mark.parametrize(("config", "compiled"), [("fsdp2", "blocks"), ("deepspeed_zero2", None)])
 @pytest.mark.slow
-def test_half_precision_with_parts_and_a_bad_step_that_all_skip(config, compiled, one, tmp_path):
+def test_every_process_skips_a_bad_step_in_half_precision(config, compiled, one, tmp_path):
     """A step whose loss is not finite on one process changes no weight on any process."""
     if config == "deepspeed_zero2":
         pytest.importorskip("deepspeed")

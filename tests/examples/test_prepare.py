@@ -117,7 +117,7 @@ def test_hmdb51(tmp_path):
         lists_of("hmdb51", tmp_path, "--split", "7")
 
 
-def test_none_of_the_videos(tmp_path):
+def test_annotations_without_any_of_their_videos_are_refused(tmp_path):
     (tmp_path / "annotations").mkdir()
     (tmp_path / "annotations" / "wave_test_split1.txt").write_text("b.avi 1\nc.avi 2\n")
     with pytest.raises(SystemExit, match="no such folder"):

@@ -210,7 +210,7 @@ def test_nothing_is_unpickled(tmp_path, monkeypatch):
     assert not (tmp_path / "pickle_was_loaded").exists()
 
 
-# ---- what happens to runs ----
+# ---- runs that are killed, signalled or short of disk ----
 
 
 # With this slow disk, a checkpoint is being written about half of the time.

@@ -300,7 +300,7 @@ def test_videomae_loads_our_encoder(tmp_path):
     torch.testing.assert_close(theirs.forward_features(video), expected[:, 0], rtol=1e-5, atol=1e-5)
 
 
-def test_save_encoder_refuses(tmp_path):
+def test_save_encoder_refuses_bad_arguments(tmp_path):
     model = tiny_model()
     (tmp_path / "there").mkdir()
     with pytest.raises(FileExistsError, match="exists already"):
@@ -330,7 +330,7 @@ def test_a_configuration_that_models_share_is_not_changed(make, shape, argument,
 
 
 @each_host
-def test_weights_without_the_samplers_are_refused(make, shape, argument, tmp_path):
+def test_weights_without_the_sampler_are_refused(make, shape, argument, tmp_path):
     patch(make(), 0.8).save_pretrained(tmp_path / "patched")
     plain = type(make()).from_pretrained(tmp_path / "patched")  # keeps the configuration, drops the sampler
     plain.save_pretrained(tmp_path / "plain")

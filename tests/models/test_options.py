@@ -375,7 +375,7 @@ def test_presets_are_their_settings():
         ({"preset": "fast", "masking": "tube"}, "masking='tube' contradicts preset='fast'"),
     ],
 )
-def test_presets_that_other_arguments_contradict(options, message):
+def test_arguments_that_contradict_a_preset_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         create(**options)
 

@@ -177,7 +177,7 @@ def test_gather_for_several_masks_of_a_clip(masks, kind, dtype):
 
 @pytest.mark.parametrize("batch", [1, 2])
 def test_positions_are_rounded_to_the_tokens_dtype_before_they_are_added(batch):
-    """One table for all clips, and one for each. In fp16, which the interpreter rounds as hardware does."""
+    """One table for all clips, and one for each. The tokens are fp16, which the interpreter rounds as hardware does."""
     sample = make_sample(2, 37, 11)
     x, mask_token = torch.randn(2, 37, 5).to(DEVICE, torch.float16), torch.randn(5, device=DEVICE)
     pos = torch.randn(batch, 37, 5, device=DEVICE)
