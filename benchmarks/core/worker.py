@@ -81,9 +81,10 @@ class Worker:
         if self._line is None:
             context = mp.get_context("forkserver")
             context.set_forkserver_preload([module])
-            self._line, theirs = context.Pipe()
-            self._process = context.Process(target=_serve, args=(theirs,))
-            self._process.start()
+            line, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(theirs,))
+            process.start()
+            self._process, self._line = process, line
             theirs.close()  # so that the end of the process ends the wait for it
         return self._line
 

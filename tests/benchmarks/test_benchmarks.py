@@ -47,7 +47,7 @@ def command(name, *arguments):
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     folder = tmp_path_factory.mktemp("results")
-    command("run", "--quick", "--output", str(folder))
+    run.main(run.Options(quick=True, output=folder))
     return folder
 
 
@@ -122,7 +122,7 @@ def test_bytes_are_the_fewest_that_must_move():
 def test_the_study_pre_trains_probes_and_fine_tunes_every_variant(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(study, "relative_step_times", lambda options: dict.fromkeys(options.variants, 1.0))
     few = {"probe_labels": 40, "finetune_labels": 40, "test_clips": 30, "steps": 2, "finetune_steps": 2}
-    study.main(study.Options(("exact", "scratch"), seeds=(3,), output=tmp_path / "rows.csv", **few))
+    study.main(study.Options(("exact", "scratch"), seeds=(3,), jobs=1, output=tmp_path / "rows.csv", **few))
     rows = read_rows(tmp_path / "rows.csv", runs.Row)
     assert [(row.variant, row.seed, row.steps) for row in rows] == [("exact", 3, 2), ("scratch", 3, 0)]
     assert all(0 <= row.finetune_top1 <= 100 and 0 <= row.probe_top1 <= 100 for row in rows)
