@@ -188,7 +188,7 @@ def first_line(missing: Iterable[str], absent: Iterable[Stage]) -> str:
 
 def stages_with_missing_rows(options: Options, statuses: Statuses) -> list[str]:
     """The stages that are done but for rows: of cases that came later, or of rows that were taken away."""
-    if not statuses.any:
+    if not statuses.any_done:
         return []
     command = [*summary_command(options), "--left"]
     done = subprocess.run(command, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, text=True)
@@ -247,9 +247,9 @@ class Statuses:
         return self._known.get(stage, ("", 0.0))[0]
 
     @property
-    def any(self) -> bool:
-        """Whether any stage has run."""
-        return bool(self._known)
+    def any_done(self) -> bool:
+        """Whether any stage is done."""
+        return any(status == "done" for status, _ in self._known.values())
 
     def reopen(self, stages: Iterable[str]) -> None:
         """Stages that are to run again, though they were done."""

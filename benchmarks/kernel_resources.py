@@ -32,7 +32,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 import adamae_sampler.ops  # noqa: F401  # registers the operators
-from benchmarks.core.rows import RESULTS, kept_rows, write_rows
+from benchmarks.core.rows import RESULTS, read_rows, write_rows
 
 _VERSION = tuple(int(part) for part in triton.__version__.split(".")[:2])
 ARCHITECTURES = (80, 90, 100) if _VERSION >= (3, 3) else (80, 90)  # what this Triton's assembler knows
@@ -252,7 +252,7 @@ def main() -> None:
             f"{row.instructions} instructions, loads {row.loads}, stores {row.stores}"
         )
     output = Path(sys.argv[1]) if len(sys.argv) > 1 else RESULTS / "kernel_resources.csv"
-    others = [row for row in kept_rows(output, Resources) if row.triton != triton.__version__]
+    others = [row for row in read_rows(output, Resources) if row.triton != triton.__version__]
     write_rows(output, Resources, [*others, *rows])
     print(f"{len(rows)} compiled kernels, {sum(row.spilled_bytes > 0 for row in rows)} that spill; rows in {output}")
 

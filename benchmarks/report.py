@@ -12,7 +12,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from benchmarks.core.rows import OURS, RESULTS, Row, find, kept_rows
+from benchmarks.core.rows import OURS, RESULTS, Row, find, read_rows
 from benchmarks.core.tables import Column, source, table
 from benchmarks.pages import plots
 from benchmarks.pages.cpu import counts_page, cpu_page, hosts_page, loader_page, options_page
@@ -74,7 +74,7 @@ def summary_page(folder: Path, runs: Sequence[GpuRun]) -> str:
     columns: list[Column[str]] = [("method", lambda name: name)]
     sources = []
     group = next(iter(option_groups(StepCase())))  # that of the three which took turns on the CPU
-    on_cpu = {row.implementation: row for row in kept_rows(folder / "options_cpu.csv", Row) if row.case == group}
+    on_cpu = {row.implementation: row for row in read_rows(folder / "options_cpu.csv", Row) if row.case == group}
     if on_cpu:
         of_random = {name: row.of_first / on_cpu["random"].of_first for name, row in on_cpu.items()}  # type: ignore[operator]
         columns.append(("CPU, 2 clips (s)", lambda name: f"{on_cpu[name].median_s:.2f}"))

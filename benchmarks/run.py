@@ -2,7 +2,6 @@
 
     python -m benchmarks.run                             # ops, training steps and fine-tuning
     python -m benchmarks.run --suite ops
-    python -m benchmarks.run --suite steps --official ~/adamae     # beside the official code itself
     python -m benchmarks.run --suite options             # the options of adaptive masking; ten minutes
     python -m benchmarks.run --suite hosts               # patched beside unpatched models
     python -m benchmarks.run --quick                     # tiny sizes, to see that it works
@@ -30,15 +29,14 @@ import torch
 import tyro
 
 from benchmarks.core.commit import current_commit
-from benchmarks.core.rows import OURS, PRODUCTS, RESULTS, Facts, Row, RowWriter, facts_of, format_seconds
+from benchmarks.core.rows import OFFICIAL, RESULTS, Facts, Row, RowWriter, facts_of, format_seconds
 from benchmarks.core.worker import in_one_line
 from benchmarks.steps.finetune import FinetuneStep
 from benchmarks.steps.hosts import host_groups
-from benchmarks.steps.repositories import repository_name
 from benchmarks.steps.step import AnyStep, check_step
 from benchmarks.suites import cpu
 from benchmarks.suites.measure import (
-    in_own_process,
+    CPU,
     measure_op_in_turns,
     measure_options_in_turns,
     measure_parts_in_turns,
@@ -48,7 +46,6 @@ from benchmarks.suites.measure import (
 
 SUITES = ("ops", "steps", "finetune")  # of "all"
 Suite = Literal["ops", "steps", "finetune", "options", "hosts", "all"]
-CPU = torch.device("cpu")
 
 _OP_S, _STEP_S, _HOST_STEP_S = 4.0, 80.0, 45.0  # for all implementations of a case, which take turns
 _ROUNDS, _QUICK_ROUNDS = (5, 9), (2, 3)  # of steps, the fewest and the most
@@ -60,8 +57,6 @@ class Options:
 
     suite: tuple[Suite, ...] = ("all",)
     """Which to run; "all" is without "options" and "hosts"."""
-    official: tuple[Path, ...] = ()
-    """Checkouts of github.com/wgcban/adamae or github.com/MCG-NJU/VideoMAE, whose steps are timed too."""
     checkouts: Path | None = None
     """Folder with mae, mae_st, VideoMAE and VideoMAEv2, for the suite "hosts"."""
     quick: bool = False
@@ -81,15 +76,13 @@ def main(options: Options) -> None:
     """Checks, measures and prints each task's times."""
     start, others = time.perf_counter(), cpu_seconds_of_others()
     commit = options.commit or current_commit()  # before the rows of the last run are replaced
-    for path in options.official:
-        repository_name(path)  # raises, before anything has been waited for
     # One thread for the smoke test, which has to be quick where other programs run too.
     torch.set_num_threads(1 if options.quick else options.threads)
-    suites = [*(SUITES if "all" in options.suite else ()), *(suite for suite in options.suite if suite != "all")]
-    suites = list(dict.fromkeys(suites))
+    asked = [*(SUITES if "all" in options.suite else ()), *options.suite]
+    suites = [suite for suite in dict.fromkeys(asked) if suite != "all"]
     facts = facts_of(CPU, commit)
     print(f"{facts.device}, torch {facts.torch}", flush=True)
-    count = check_all(options, suites)  # tests/test_host_identity.py checks the hosts
+    count = check_all(options, suites)  # tests/integrations/test_host_identity.py checks the hosts
     print(f"[{time.perf_counter() - start:4.0f} s] {count} cases correct", flush=True)
     folder = options.output or (Path(tempfile.mkdtemp()) if options.quick else RESULTS)
     problems = []
@@ -104,20 +97,19 @@ def main(options: Options) -> None:
 
 
 def check_all(options: Options, suites: Sequence[str]) -> int:
-    """Checks every op case, and every baseline of a step; how many. Raises AssertionError where one fails."""
-    ops = dict.fromkeys(cpu.op_cases(options.quick) if "ops" in suites else ())
-    groups = cpu.step_groups(options.quick, options.official) if "steps" in suites else []
-    steps = dict.fromkeys(
+    """Checks every case that has an official formulation; how many. Raises AssertionError where one fails."""
+    ops = cpu.op_cases(options.quick) if "ops" in suites else ()
+    groups = cpu.step_groups(options.quick) if "steps" in suites else []
+    steps = {
         replace(case, clips=1, dtype=torch.float32)
         for group in groups
         for case in group
-        if case.implementation not in (OURS, PRODUCTS)
-    )
+        if case.implementation == OFFICIAL
+    }
     for op in ops:
         op.check(CPU)
     for step in steps:
-        # The repositories' code takes over names of modules, so it gets a process of its own.
-        in_own_process(check_step, step, CPU) if step.repository else check_step(step, CPU)
+        check_step(step, CPU)
         release(CPU)
     return len(ops) + len(steps)
 
@@ -129,7 +121,7 @@ def make_tasks(suite: str, options: Options, facts: Facts) -> Iterator[Task]:
     rounds = _QUICK_ROUNDS if quick else _ROUNDS
     if suite == "ops":
         for op in cpu.op_cases(quick):
-            yield f"{op.op} {op.name}", partial(measure_op_in_turns, op, suite, facts, 0.05 if quick else _OP_S)
+            yield f"{op.op} {op.name}", partial(measure_op_in_turns, op, facts, 0.05 if quick else _OP_S)
     elif suite == "options":
         for name, steps in cpu.option_groups_of(quick).items():
             yield name, partial(measure_options_in_turns, name, steps, facts, seconds, rounds)
@@ -137,8 +129,8 @@ def make_tasks(suite: str, options: Options, facts: Facts) -> Iterator[Task]:
             yield parts[0].name, partial(measure_parts_in_turns, parts, facts, seconds / 2)
     else:
         groups: dict[str, Callable[[], Sequence[Sequence[AnyStep]]]] = {
-            "steps": lambda: cpu.step_groups(quick, options.official),
-            "finetune": lambda: [(cpu.QUICK_FINETUNE if quick else FinetuneStep(clips=2),)],
+            "steps": lambda: cpu.step_groups(quick),
+            "finetune": lambda: [[cpu.QUICK_FINETUNE if quick else FinetuneStep(clips=2)]],
             "hosts": lambda: host_groups(options.checkouts, quick),
         }
         for group in groups[suite]():

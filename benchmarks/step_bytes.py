@@ -28,7 +28,7 @@ from torch.utils._pytree import tree_leaves
 
 from adamae_sampler.ops import backend
 from benchmarks.core.commit import current_commit
-from benchmarks.core.rows import RESULTS, kept_rows, read_texts, write_rows
+from benchmarks.core.rows import RESULTS, read_rows, read_texts, write_rows
 from benchmarks.pages.cpu import bytes_table
 from benchmarks.steps.options import FAST
 from benchmarks.steps.step import StepCase, our_forward
@@ -202,7 +202,7 @@ def measure(setting: str, case: StepCase, commit: str) -> Bytes:
 
 def main(output: Path, commit: str) -> None:
     """Counts, prints the table and writes the rows."""
-    rows = [row for row in kept_rows(output, Bytes) if row.commit != commit]
+    rows = [row for row in read_rows(output, Bytes) if row.commit != commit]
     rows += [measure(setting, case, commit) for setting, case in CASES.items()]
     write_rows(output, Bytes, rows)
     print(bytes_table(read_texts(output)))

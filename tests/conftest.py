@@ -11,11 +11,11 @@ import torch
 from hypothesis import settings
 from torch import Tensor
 
-# The models are tiny and tests run side by side: more threads, or processes that compile, would wait for each other.
-os.environ |= {"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}  # of the processes that tests start, too
+# The models are tiny and tests run side by side: more threads or compile workers would only wait for each other.
+os.environ |= {"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}  # child processes inherit them
 
 if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # counts when the kernels are defined, so before the import below
+    os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it where kernels are defined, so before the import below
 
 from adamae_sampler.models import AdaMAE
 
@@ -23,9 +23,7 @@ if "TRITON_INTERPRET" in os.environ:
     interpreter_compatibility.mend()
 
 torch.set_num_threads(1)
-torch.backends.cudnn.allow_tf32 = (
-    False  # of an fp32 convolution: tests of fp32 compare what other code rounds otherwise
-)
+torch.backends.cudnn.allow_tf32 = False  # fp32 tests compare with convolutions that do not round to TF32
 
 needs_torch_2_11 = pytest.mark.skipif(
     tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 11),
@@ -58,7 +56,7 @@ def _seed() -> None:
 
 @pytest.fixture(autouse=True)
 def _signals() -> None:
-    """A script that ran in this process has left SIGUSR1 ignored, and processes started after it would inherit that."""
+    """Restores SIGUSR1. A script run in this process leaves it ignored, and child processes would inherit that."""
     signal.signal(signal.SIGUSR1, signal.SIG_DFL)
 
 
@@ -72,7 +70,7 @@ class Golden(NamedTuple):
 
 @pytest.fixture(scope="session")
 def golden() -> Golden:
-    """What the official code gave; see data/README.md."""
+    """Weights, inputs, outputs and gradients of the official code; see data/README.md."""
     with safetensors.safe_open(DATA / "official_adamae_tiny.safetensors", "pt") as file:
         config = json.loads(file.metadata()["config"])
         return Golden(config, {name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
@@ -97,7 +95,7 @@ def tiny_model(**kwargs) -> AdaMAE:
 
 @pytest.fixture
 def poisoned_memory():
-    """What an allocation leaves uninitialised is NaN and extremes, so that a place that no kernel wrote shows."""
+    """Fills uninitialised memory with NaN or extreme values, so that a place that no kernel wrote is seen."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     assert torch.empty(3).isnan().all()
     yield

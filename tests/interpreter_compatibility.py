@@ -1,7 +1,7 @@
-"""Lets the interpreter of Triton 3.6 and older count loops under NumPy 2.4 and newer, and that of 3.2 negate booleans.
+"""Repairs of Triton's interpreter: loops under NumPy 2.4 for Triton 3.6 and older, boolean negation for Triton 3.2.
 
-That NumPy refuses `int(array)` for an array with one axis, which is how the interpreter reads a loop's bound. Newer
-Tritons squeeze the array first. The interpreter of Triton 3.2 lacks the type int1, and the value that negates it.
+The interpreter reads a loop's bound as `int(array)`. NumPy 2.4 and newer refuse this for an array with one axis. Newer
+Tritons squeeze the array first. The interpreter of Triton 3.2 lacks the type int1 and its value of all ones.
 """
 
 from typing import Any
@@ -10,7 +10,7 @@ import numpy as np
 
 
 def mend() -> None:
-    """Replaces the interpreter's `tensor.__index__`, whichever Triton is installed; nothing without Triton."""
+    """Replaces the interpreter's `tensor.__index__` and adds int1 where it is missing. Without Triton, does nothing."""
     try:
         import triton.language as tl
         from triton.runtime import interpreter

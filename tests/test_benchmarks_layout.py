@@ -55,7 +55,7 @@ def test_every_folder_has_a_level():
 
 
 def test_the_gpu_command_needs_the_standard_library_alone():
-    """A machine without torch is told so in the first line, instead of by a traceback."""
+    """A machine without torch then gets a clear first line instead of a traceback."""
     for path in (ROOT / "benchmarks" / "gpu.py", *imports(ROOT / "benchmarks" / "gpu.py")):
         for node in ast.walk(ast.parse(path.read_text())):
             names = [each.name for each in node.names] if isinstance(node, ast.Import) else []
@@ -65,7 +65,7 @@ def test_the_gpu_command_needs_the_standard_library_alone():
 
 
 def test_the_gpu_command_starts_from_a_bare_checkout(tmp_path):
-    """By its path, from any folder, with no package on the path (-S: no site-packages; -E: no PYTHONPATH)."""
+    """The command runs by its path, from any folder, without packages (-S: no site-packages; -E: no PYTHONPATH)."""
     call = [sys.executable, "-S", "-E", str(ROOT / "benchmarks" / "gpu.py"), "--help"]
     done = subprocess.run(call, capture_output=True, text=True, check=False, cwd=tmp_path)
     assert done.returncode == 0, done.stderr

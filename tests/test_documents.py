@@ -1,4 +1,4 @@
-"""Links, commands and code of the documents: what they name is there."""
+"""The documents: their links, commands and code name things that exist."""
 
 import ast
 import contextlib
@@ -39,20 +39,20 @@ def prose(page):
 
 
 def anchors(page):
-    """GitHub's: lower case, without punctuation, hyphens for spaces."""
+    """The anchors that GitHub makes of the titles: lower case, no punctuation, hyphens for spaces."""
     titles = re.findall(r"^#+ (.*)$", prose(page), re.MULTILINE)
     plain = (re.sub(r"\[(.*?)\]\(.*?\)", r"\1", title).replace("`", "") for title in titles)
     return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in plain}
 
 
 def commands(page):
-    """Every command line of the page: of its blocks, and in its text between backticks."""
+    """Every command line of the page, from its bash blocks and from backticks in its text."""
     shell = "\n".join(blocks(page, "bash")).replace("\\\n", " ")
     lines = [each for line in shell.splitlines() for each in re.split(r" && |; ", line)]
     lines += re.findall(r"`((?:python|pytest|pip|accelerate|bash|sbatch) [^`]*)`", prose(page))
     lines = [
         re.sub(r"-m (benchmarks)\.(\w+)", r"\1/\2.py", line) for line in lines
-    ]  # a module is a script of its package
+    ]  # -m benchmarks.name runs benchmarks/name.py
     return [words for line in lines if (words := shlex.split(line, comments=True))]
 
 
@@ -70,7 +70,7 @@ def test_every_link_leads_somewhere(page):
 
 @cache
 def help_of(script, *subcommand):
-    """What the script, or a subcommand of it, prints for --help."""
+    """The help text that the script, or one of its subcommands, prints for --help."""
     out = io.StringIO()
     before = sys.argv, list(sys.path)
     sys.argv, sys.path[:0] = [str(script), *subcommand, "--help"], [str(script.parent), str(ROOT)]
@@ -83,7 +83,7 @@ def help_of(script, *subcommand):
 
 
 def options_of(page):
-    """Each script that a command of the page gives options to, these, and all that it is given."""
+    """(script, its options, all its arguments) for each command of the page that gives a script options."""
     for words in commands(page):
         scripts = [word for word in words if re.fullmatch(r"(examples|benchmarks)/\w+\.py", word)]
         given = words[words.index(scripts[0]) + 1 :] if scripts else []
@@ -106,7 +106,7 @@ def test_every_command_can_be_typed(page):
         assert all(preset in {file.stem for file in folder.iterdir()} for preset in presets), f"{script} {presets}"
 
 
-def test_every_extra_is_there():
+def test_every_extra_named_exists():
     known = importlib.metadata.metadata("adamae_sampler").get_all("Provides-Extra")
     named = {each for page in WRITTEN for each in re.findall(r'"\.\[(\w+)\]"', page.read_text(encoding="utf-8"))}
     assert named
@@ -128,7 +128,7 @@ def test_pages_are_short(page):
     assert len(page.read_text(encoding="utf-8").splitlines()) <= (210 if page == ROOT / "README.md" else 150)
 
 
-def test_the_table_of_the_readme_is_the_report_s():
+def test_the_readme_has_the_table_of_the_report():
     def table(page):
         return re.findall(r"(?:^\|.*\n)+", page.read_text(encoding="utf-8"), re.MULTILINE)
 

@@ -1,4 +1,4 @@
-"""The report for a bug report: complete, aligned, private, and never an error."""
+"""The environment report for bug reports is complete, aligned and private, and it never fails."""
 
 import getpass
 import os
@@ -14,7 +14,7 @@ from adamae_sampler import env, ops
 
 
 def report(code="", **environment):
-    """The report of a process of its own, in which `code` runs first."""
+    """The report that a new process prints after running `code`."""
     inherited = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     run = f"{code}\nimport runpy; runpy.run_module('adamae_sampler.env', run_name='__main__')"
     command = [sys.executable, "-c", run] if code else [sys.executable, "-m", "adamae_sampler.env"]
@@ -48,7 +48,7 @@ def test_without_triton_and_without_a_gpu():
     assert "NVIDIA driver           no nvidia-smi" in printed
 
 
-def test_what_is_absent_is_said():
+def test_a_package_that_is_not_installed_is_reported():
     assert env.package_version("no-such-package") == "not installed"
     assert env.package_version("timm")[0].isdigit()
 
@@ -61,7 +61,7 @@ def test_what_is_absent_is_said():
         ("exit 0", "unknown: nvidia-smi lists no GPU"),
     ],
 )
-def test_what_nvidia_smi_says(script, said, tmp_path, monkeypatch):
+def test_the_driver_version_or_why_it_is_unknown(script, said, tmp_path, monkeypatch):
     command = tmp_path / "nvidia-smi"
     command.write_text(f"#!/bin/sh\n{script}\n")
     command.chmod(0o755)
@@ -70,7 +70,7 @@ def test_what_nvidia_smi_says(script, said, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("chosen", ["auto", "torch"])
-def test_auto_is_told_whatever_is_in_force(chosen):
+def test_auto_is_described_whatever_backend_is_set(chosen):
     with ops.use_backend(chosen):
         assert env.describe_auto(torch.device("cpu")).startswith("plain PyTorch, because the tensors are on")
         assert ops.get_backend() == env.collect()["backend in force"] == chosen

@@ -1,4 +1,4 @@
-"""The estimators of the sampler's gradient, against enumerations of every mask that can be drawn."""
+"""The estimators of the sampler's gradient, against an enumeration of every mask that can be drawn."""
 
 import itertools
 import math
@@ -17,7 +17,7 @@ def sample_of(log_probs, visible):
 
 
 def probability(p, visible):
-    """Of the set, summed over every order in which it can be drawn."""
+    """The probability of the visible set, summed over every order in which it can be drawn."""
     total = 0.0
     for order in itertools.permutations(visible):
         chance, left = 1.0, 1.0
@@ -43,16 +43,16 @@ def test_the_probability_of_a_set_is_the_sum_over_its_orders(tokens, visible, sp
         torch.testing.assert_close(gradient(got, scores), gradient(wanted, scores), rtol=0, atol=1e-5)
 
 
-def test_the_probabilities_of_all_sets_are_one():
+def test_the_probabilities_of_all_sets_sum_to_one():
     log_probs = (torch.randn(9) * 2).log_softmax(0)
     sets = itertools.combinations(range(9), 4)
     total = sum(float(set_log_prob(sample_of(log_probs, chosen)).exp()) for chosen in sets)
     assert total == pytest.approx(1, abs=1e-5)
 
 
-def test_the_size_of_a_real_mask_in_single_precision_and_certain_tokens():
+def test_full_sized_masks_and_near_certain_tokens_are_accurate_in_fp32():
     scores = torch.randn(2, 1568)
-    scores[1, :70] += 200  # all but certain to be seen
+    scores[1, :70] += 200  # almost certain to be visible
     log_probs = scores.log_softmax(1).requires_grad_()
     visible = torch.stack([torch.randperm(1568)[:78].sort().values, torch.arange(78)])
     sample = MaskSample.from_mask(torch.ones(2, 1568, dtype=torch.bool).scatter(1, visible, False), 78)
@@ -61,7 +61,7 @@ def test_the_size_of_a_real_mask_in_single_precision_and_certain_tokens():
         found, set_log_prob(sample._replace(log_probs=log_probs.double())).float(), rtol=1e-4, atol=1e-3
     )
     assert torch.autograd.grad(found.sum(), log_probs)[0].isfinite().all()
-    # The certain ones left out, the chance of the other eight among the tokens that remain is what is left.
+    # Clip 1 sees its 70 near-certain tokens anyway, so only the draw of the other 8 from the remaining tokens counts.
     rest = scores[1:, 70:].log_softmax(1)
     eight = MaskSample.from_mask(torch.arange(1498)[None] >= 8, 8)._replace(log_probs=rest)
     torch.testing.assert_close(found[1:], set_log_prob(eight), rtol=1e-4, atol=1e-3)
@@ -73,13 +73,13 @@ SETS = list(itertools.combinations(range(TOKENS), VISIBLE))
 
 @pytest.fixture
 def errors():
-    """e_i of the masked tokens for every mask: any function of it."""
+    """Random errors e_i of the masked tokens, for every mask."""
     torch.manual_seed(3)
     return {chosen: torch.rand(1, TOKENS - VISIBLE, dtype=torch.float64) * 3 for chosen in SETS}
 
 
 def exact_gradient(scores, errors):
-    """Of the expected error of a mask."""
+    """The exact gradient of the expected error of a mask."""
     p = scores.softmax(0)
     return gradient(sum(probability(p, chosen) * errors[chosen].mean() for chosen in SETS), scores)
 
@@ -87,7 +87,7 @@ def exact_gradient(scores, errors):
 @pytest.mark.parametrize(("estimator", "sign"), [("plackett_luce", 1), ("plackett_luce_max", -1)])
 @pytest.mark.parametrize("num_masks", [1, 2])
 def test_the_policy_gradient_is_unbiased(estimator, sign, num_masks, errors):
-    """Over every pair of masks: two of one clip, or one of each of two clips of the same p."""
+    """Averages over every pair of masks: two masks of one clip, or one mask of each of two clips with the same p."""
     scores = torch.randn(TOKENS, dtype=torch.float64, requires_grad=True)
     log_probs = scores.log_softmax(0)
     expected = torch.zeros_like(scores)
@@ -115,8 +115,8 @@ def test_the_papers_estimator_makes_p_proportional_to_the_error_that_a_token_has
     torch.testing.assert_close(expected, wanted, rtol=0, atol=1e-6)
 
 
-def test_the_papers_estimator_is_no_gradient_of_the_expected_error(errors):
-    """What benchmarks/estimator_bias.py measures: it points elsewhere, whatever its length and sign."""
+def test_the_papers_estimator_is_not_the_gradient_of_the_expected_error(errors):
+    """Its expectation has another direction, whatever its length and sign. benchmarks/estimator_bias.py measures this."""
     scores = torch.randn(TOKENS, dtype=torch.float64, requires_grad=True)
     log_probs = scores.log_softmax(0)
     expected = torch.zeros_like(scores)
@@ -129,7 +129,7 @@ def test_the_papers_estimator_is_no_gradient_of_the_expected_error(errors):
 
 @pytest.mark.parametrize("decoded", [1, 2])
 def test_losses_of_a_part_of_the_masked_tokens_are_unbiased(decoded):
-    """Over every part that may be decoded, with the model's own errors for it: means are those over all tokens."""
+    """Averaged over every part that may be decoded, the losses and gradients equal those of all masked tokens."""
     log_probs = torch.randn(1, TOKENS).log_softmax(1).requires_grad_()
     sample = sample_of(log_probs[0], (1, 3))
     video, prediction = torch.rand(1, 1, 1, 2, 2 * TOKENS), torch.rand(1, TOKENS - VISIBLE, 4)
@@ -150,11 +150,11 @@ def test_losses_of_a_part_of_the_masked_tokens_are_unbiased(decoded):
 def test_leave_one_out():
     reward = torch.tensor([1.0, 2.0, 6.0, 5.0, 5.0, 5.0])
     assert leave_one_out(reward, 3).tolist() == [-3, -1.5, 4.5, 0, 0, 0]
-    assert leave_one_out(torch.tensor([1.0, 3.0]), 1).tolist() == [-2, 2]  # of two clips
+    assert leave_one_out(torch.tensor([1.0, 3.0]), 1).tolist() == [-2, 2]  # the other clip is the baseline
     assert leave_one_out(torch.tensor([4.0]), 1).tolist() == [4]  # nothing to compare with
 
 
-def test_what_cannot_be_is_refused():
+def test_invalid_arguments_are_refused():
     sample = sample_of(torch.randn(5).log_softmax(0), (1, 3))
     with pytest.raises(ValueError, match=r"estimator='pl', expected one of 'categorical', 'plackett_luce'"):
         AdaMAELoss(estimator="pl")

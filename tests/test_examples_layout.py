@@ -81,7 +81,7 @@ def test_the_package_imports_nothing_of_the_examples():
 
 @pytest.mark.parametrize("folder", sorted(ORDER.keys() - {"scripts"}))
 def test_a_folder_is_the_package_that_is_imported(folder):
-    """No installed package, and no folder of the tests, has its name."""
+    """No installed package and no folder of the tests hides it."""
     assert Path(importlib.import_module(folder).__file__) == EXAMPLES / folder / "__init__.py"
 
 

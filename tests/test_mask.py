@@ -40,7 +40,7 @@ def test_error_names_ratio_visible_and_total():
 
 
 @pytest.mark.parametrize("tokens", [2, 3, 7, 100, 1568, 18_432])
-def test_the_remedies_work(tokens):
+def test_the_ratio_that_an_error_suggests_works(tokens):
     with pytest.raises(ValueError, match="Use at most") as caught:
         num_visible_tokens(tokens, 0.999999)
     assert num_visible_tokens(tokens, float(str(caught.value).split("at most ")[1].split(",")[0])) >= 1

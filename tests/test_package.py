@@ -50,7 +50,7 @@ assert not {"matplotlib", "av", "accelerate", "tensorboard", "tyro", "common", "
 
 
 def test_data_flows_one_way():
-    """mask <- ops, estimators <- attention, transformer, networks, sampler, losses <- models, integrations, visualize, env; none imports upwards."""
+    """A module imports only from its own layer and the layers before it."""
     layers = [
         ["mask"],
         ["ops", "estimators"],

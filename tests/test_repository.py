@@ -1,4 +1,4 @@
-"""What GitHub and pre-commit read: it parses, and says of the project what is so."""
+"""The files that GitHub and pre-commit read parse and agree with the project."""
 
 import os
 import re
@@ -72,13 +72,13 @@ def test_the_oldest_releases_are_the_lower_bounds():
     for requirement in map(Requirement, PROJECT["dependencies"]):
         (least,), (pinned,) = requirement.specifier, oldest[requirement.name]
         assert (least.operator, pinned.operator) == (">=", "==")
-        # 2.6 -> 2.6.0, and 0.4 -> 0.4.5: the newest correction of the oldest release.
+        # The pin is a patch release of the lower bound: 2.6 -> 2.6.0, 0.4 -> 0.4.5.
         assert f"{pinned.version}.".startswith(f"{least.version}."), requirement.name
 
 
 @pytest.mark.parametrize("constraints", ["", ".ci/oldest.txt"])
 def test_ci_passes_constraints_to_pip(constraints, tmp_path):
-    """The line of .ci/run that installs the package, with a pip that prints what it is given."""
+    """Runs the line of .ci/run that installs the package, with a pip that prints its arguments."""
     script = (ROOT / ".ci" / "run").read_text()
     (line,) = re.findall(r"^(?:pip )?install .*\[test\](?:.*\\\n)*.*", script, flags=re.MULTILINE)
     recorder = 'pip() { printf "%s\\n" "$@"; }\ninstall() { pip "$@"; }\n'

@@ -43,7 +43,7 @@ def test_sizes_of_the_strategies_at_the_paper_grid():
     assert FrameTokenSampler(grid, 0.95).num_visible == 196
 
 
-def test_tube_repeats_one_frame_and_frame_takes_whole_ones():
+def test_tube_repeats_one_frame_and_frame_masks_whole_frames():
     tokens = torch.zeros(50, 60, 1)
     tube = TubeTokenSampler(GRID, 0.8)(tokens).mask.view(50, 4, 15)
     assert (tube == tube[:, :1]).all()
@@ -62,7 +62,7 @@ def test_fixed_strategies_are_uniform(cls):
     assert (seen - share).abs().max() < 5 * (share * (1 - share) / 20_000) ** 0.5
 
 
-def test_generator_decides():
+def test_the_generator_decides_the_mask():
     for sampler in all_samplers():
         sampler.eval()
         tokens = torch.randn(2, 60, 16)
@@ -80,7 +80,7 @@ def test_a_given_mask_keeps_the_log_probs_of_the_sampler():
     assert torch.equal(given.log_probs, sampler(tokens).log_probs)
     torch.set_rng_state(state)
     sampler(tokens, mask=mask)
-    assert torch.equal(torch.get_rng_state(), state)  # no noise is spent on a mask that is given
+    assert torch.equal(torch.get_rng_state(), state)  # a given mask draws no noise
     other = MaskSample.from_mask(torch.arange(60).expand(2, 60) > 0, 1)  # another number of visible tokens
     assert sampler(tokens, mask=other).num_visible == 1
     with pytest.raises(ValueError, match="leaves 1 tokens visible in row 0, expected 15"):
@@ -89,7 +89,7 @@ def test_a_given_mask_keeps_the_log_probs_of_the_sampler():
         sampler(torch.randn(3, 60, 16), mask=other)
 
 
-def test_detach_tokens_is_the_switch_to_the_tokenizer():
+def test_detach_tokens_stops_the_gradient_to_the_tokenizer():
     for detach in (False, True):
         sampler = AdaptiveTokenSampler(16, GRID, 0.75, detach_tokens=detach)
         tokens = torch.randn(2, 60, 16, requires_grad=True)

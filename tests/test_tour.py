@@ -1,4 +1,4 @@
-"""The notebook: it runs from top to bottom, and what it shows is so."""
+"""The notebook runs from top to bottom, and its outputs show what its text says."""
 
 import re
 from pathlib import Path
@@ -18,7 +18,7 @@ def assert_the_sampler_beats_the_control(notebook):
     found = dict(re.findall(r"^(\w+): p\(moving\) / p\(still\) = ([\d.]+)", printed, re.MULTILINE))
     assert set(found) == {"adaptive", "control"}
     assert float(found["adaptive"]) > 2 * float(found["control"])
-    assert sum("image/png" in output.get("data", {}) for output in outputs) == 2  # the curves; p and the mask
+    assert sum("image/png" in output.get("data", {}) for output in outputs) == 2  # curves; p and mask
     assert any("data:image/gif;base64," in output.get("data", {}).get("text/html", "") for output in outputs)
 
 

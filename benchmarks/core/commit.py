@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def current_commit() -> str:
-    """This repository's, as git describes it; "unknown" without git."""
+    """This repository's commit, as git describes it; "unknown" without git."""
     if shutil.which("git") is None:
         return "unknown"
     command = ["git", "describe", "--always", "--dirty"]

@@ -10,7 +10,6 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -21,54 +20,32 @@ RESULTS = Path(__file__).parent.parent / "results"
 T = TypeVar("T")
 OURS = "adamae_sampler"
 OFFICIAL, COMPILED = "official", "official compiled"
-COPY, PRODUCTS = "device copy", "matrix products alone"  # what bounds an op, and a step
+COPY, PRODUCTS = "device copy", "matrix products alone"  # the bounds of an op and of a step
 
 
 @dataclass(frozen=True)
 class Subject:
-    """The case of a measurement: the fields of a row that all implementations of a case share.
-
-    Attributes:
-        suite: "ops", "steps", "options" and so on.
-        case: what is timed.
-        op: the op, or "training step".
-        direction: "forward", "backward", "forward+backward", or "step".
-        clips: B.
-        tokens: N.
-        visible: K.
-        dtype: of the inputs, or what a step computes in.
-        width: D, or P for predictions.
-        shape: of the tokens or scores, B x N x D; of a step's video, frames x height x width.
-        bytes: the fewest that must move, read and written.
-    """
+    """The case of a measurement: the fields of a row that all implementations of a case share."""
 
     suite: str
     case: str
-    op: str
-    direction: str
+    op: str  # or "training step"
+    direction: str  # "forward", "backward", "forward+backward", or "step"
     clips: int
     tokens: int
     visible: int
-    dtype: str
-    width: int | None = None
-    shape: str = ""
-    bytes: int | None = None
+    dtype: str  # of the inputs; of a step, the one that it computes in
+    width: int | None = None  # values of a token
+    shape: str = ""  # of the tokens or scores, B x N x D; of a step's video, frames x height x width
+    bytes: int | None = None  # the fewest that must move, read and written
 
 
 @dataclass(frozen=True)
 class Facts:
-    """The machine and the versions of a run.
-
-    Attributes:
-        device: its name.
-        threads: of PyTorch on the CPU.
-        torch: its version.
-        triton: its version.
-        commit: of this repository.
-    """
+    """The machine and the versions of a run."""
 
     device: str
-    threads: int
+    threads: int  # of PyTorch on the CPU
     torch: str
     triton: str
     commit: str
@@ -82,13 +59,11 @@ class Row(Subject, Facts):
         implementation: "adamae_sampler", "official", "official compiled", "device copy", ...
         timing: "graph", "events", "alternated" or "wall", see timing.py.
         median_s: seconds of one call; the next four are of the same repeats.
-        repeats: how many.
         fraction_of_copy: seconds of a device copy that moves as many bytes, over median_s, where both took turns;
-            `of_copy` tells it for any row.
-        of_official: median_s over that of "official", by round, where both took turns; `of_official` tells it for any.
+            `of_copy` gives it for any row.
+        of_official: median_s over that of "official", by round, where both took turns; `of_official` gives it for any.
         of_first: median_s over that of the first step of its group, by round, where the steps of a group took turns.
         peak_bytes: device memory at its peak: of an op, beyond its inputs; of a step, in all.
-        clips_per_s: clips over median_s.
     """
 
     implementation: str
@@ -99,41 +74,20 @@ class Row(Subject, Facts):
     q3_s: float
     max_s: float | None
     repeats: int
-    fraction_of_copy: float | None
-    of_official: float | None
-    of_first: float | None
-    peak_bytes: int | None
+    fraction_of_copy: float | None = None
+    of_official: float | None = None
+    of_first: float | None = None
+    peak_bytes: int | None = None
     clips_per_s: float | None
 
 
 def facts_of(device: torch.device, commit: str) -> Facts:
     """The facts of this process."""
-    return Facts(device_name(device), torch.get_num_threads(), torch.__version__, _triton_version(), commit)
+    return Facts(device_name(device), torch.get_num_threads(), torch.__version__, version_of("triton"), commit)
 
 
-def make_row(
-    subject: Subject,
-    implementation: str,
-    times: Times,
-    facts: Facts,
-    *,
-    copy: Times | None = None,
-    of_official: float | None = None,
-    of_first: float | None = None,
-    peak_bytes: int | None = None,
-) -> Row:
-    """One row.
-
-    Args:
-        subject: what was measured.
-        implementation: whose.
-        times: of one call.
-        facts: of the run.
-        copy: of a device copy of the subject's bytes that took turns with it.
-        of_official: see `Row`, as for the next two.
-        of_first: see there.
-        peak_bytes: see there.
-    """
+def make_row(subject: Subject, implementation: str, times: Times, facts: Facts, **others: Any) -> Row:
+    """The row of a measurement; `others` are the fields that have defaults."""
     q1, q3 = times.quartiles
     return Row(
         **vars(subject),
@@ -146,11 +100,8 @@ def make_row(
         q3_s=q3,
         max_s=max(times.seconds),
         repeats=len(times.seconds),
-        fraction_of_copy=None if copy is None else copy.median / times.median,
-        of_official=of_official,
-        of_first=of_first,
-        peak_bytes=peak_bytes,
         clips_per_s=subject.clips / times.median,
+        **others,
     )
 
 
@@ -164,10 +115,10 @@ class RowWriter(Generic[T]):
     """
 
     def __init__(self, path: Path, kind: type[T], keep: Iterable[T] = ()) -> None:
-        self.path, self.rows = path, list(keep)
+        self.rows = list(keep)
         self._names = [each.name for each in fields(kind)]  # type: ignore[arg-type]
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f"{path.name}.partial")  # what is kept is at no time in no file
+        partial = path.with_name(f"{path.name}.partial")  # kept rows are in one of both files at any time
         self._file = partial.open("w", newline="", encoding="utf-8")
         self._csv = csv.writer(self._file, lineterminator="\n")
         self._csv.writerow(self._names)
@@ -178,9 +129,7 @@ class RowWriter(Generic[T]):
     def __enter__(self) -> RowWriter[T]:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._file.close()
 
     def add(self, row: T) -> None:
@@ -200,7 +149,7 @@ def find(rows: Iterable[Row], implementation: str, graph: bool = False) -> Row |
 
 
 def of_official(row: Row, case: Iterable[Row]) -> float | None:
-    """Its time over the official formulation's, which its caller sees; None if that was not timed in this case."""
+    """Its time over the official formulation's, timed in the same way; None if the case has no such row."""
     if row.of_official is not None:
         return row.of_official
     official = find(case, OFFICIAL)
@@ -208,7 +157,7 @@ def of_official(row: Row, case: Iterable[Row]) -> float | None:
 
 
 def of_copy(row: Row, case: Iterable[Row]) -> float | None:
-    """A device copy's time for the bytes of the case, over its own; None if no copy was timed."""
+    """A device copy's time for the bytes of the case, over the row's; None if no copy was timed."""
     if row.fraction_of_copy is not None:
         return row.fraction_of_copy
     copies = [each.median_s for each in case if each.implementation == COPY]
@@ -223,12 +172,12 @@ def write_rows(path: Path, kind: type[T], rows: Iterable[T]) -> None:
 
 
 def read_rows(path: Path, kind: type[T]) -> list[T]:
-    """The rows of a file that `RowWriter` wrote; the beginning of a last row, where a run was cut short, is left out.
+    """The rows that `RowWriter` wrote to a file; none if there is no file.
 
     Columns that came later are None in the rows of an earlier file, where None is allowed: they were not measured.
 
     Raises:
-        ValueError: a column that `kind` does not have, or one that it needs and the file lacks.
+        ValueError: the file has a column that `kind` lacks, or lacks one that `kind` needs.
     """
     types = {each.name: str(each.type) for each in fields(kind)}  # type: ignore[arg-type]
     rows = read_texts(path)
@@ -239,14 +188,9 @@ def read_rows(path: Path, kind: type[T]) -> list[T]:
     return [kind(**{name: _value(its_type, row.get(name, "")) for name, its_type in types.items()}) for row in rows]
 
 
-def kept_rows(path: Path, kind: type[T]) -> list[T]:
-    """The rows of an earlier run; none if there is no file of one."""
-    return read_rows(path, kind) if path.exists() else []
-
-
 def read_texts(path: Path) -> list[dict[str, str]]:
-    """The rows of a CSV file as they stand there, whole lines alone."""
-    text = path.read_text(encoding="utf-8")
+    """The rows of a CSV file as texts; none if there is no file. A last line that was cut short is left out."""
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
     return list(csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1])))
 
 
@@ -283,8 +227,9 @@ def _text(value: Any) -> str:
     return "" if value is None else f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
-def _triton_version() -> str:
+def version_of(package: str) -> str:
+    """The installed version of a package; empty if there is none."""
     try:
-        return importlib.metadata.version("triton")
-    except importlib.metadata.PackageNotFoundError:  # there are no wheels for this platform
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
         return ""

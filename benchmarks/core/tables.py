@@ -1,20 +1,19 @@
-"""Tables of rows as Markdown: a column is a header and what it says of a case."""
+"""Tables of rows as Markdown: a column is a header and a function from a case to its cell."""
 
 from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from itertools import groupby
 from typing import Any, TypeVar
 
 from benchmarks.core.rows import Row, format_seconds
 
 T = TypeVar("T")
-Case = Sequence[Row]  # the rows of one case
+Case = list[Row]  # the rows of one case
 Column = tuple[str, Callable[[T], str]]
 
 
-def table(columns: Sequence[tuple[str, Callable[[Any], str]]], cases: Sequence[Any]) -> str:
+def table(columns: Sequence[Column[Any]], cases: Sequence[Any]) -> str:
     """Markdown, without the columns in which no case has anything; empty without cases."""
     if not cases:
         return ""
@@ -28,7 +27,7 @@ def table(columns: Sequence[tuple[str, Callable[[Any], str]]], cases: Sequence[A
 
 
 def spread(values: Sequence[float], digits: int) -> str:
-    """Mean ± standard deviation; the mean alone where all are the same, and nothing of none."""
+    """Mean ± standard deviation; the mean alone where all values are the same; empty without values."""
     if len(set(values)) < 2:
         return "".join(f"{value:.{digits}f}" for value in set(values))
     return f"{statistics.mean(values):.{digits}f} ± {statistics.stdev(values):.{digits}f}"
@@ -47,9 +46,15 @@ def source(rows: Sequence[Row] | Sequence[Mapping[str, str]]) -> str:
 
 def by_case(rows: Sequence[Row]) -> list[Case]:
     """The rows of each case together, cases in their first row's order."""
-    order = list(dict.fromkeys(row.case for row in rows))
-    ordered = sorted(rows, key=lambda row: order.index(row.case))
-    return [list(case) for _, case in groupby(ordered, key=lambda row: row.case)]
+    return grouped(rows, lambda row: row.case)
+
+
+def grouped(rows: Sequence[T], key: Callable[[T], object]) -> list[list[T]]:
+    """The rows with the same key together, keys in their first row's order."""
+    found: dict[object, list[T]] = {}
+    for row in rows:
+        found.setdefault(key(row), []).append(row)
+    return list(found.values())
 
 
 def seconds(row: Row | None) -> str:

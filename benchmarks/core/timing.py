@@ -2,10 +2,10 @@
 
 A GPU runs behind the program that feeds it. "events" times what a caller sees, launches and waits included: repeated
 calls between two CUDA events. "graph" times the device alone: many calls are captured into one CUDA graph, whose
-replays launch nothing from Python, which is what tells the time of an op of microseconds. Code that reads from the
-device cannot be captured. On a CPU ("alternated") the implementations take turns call by call, A B C then C B A, since
-the machine's speed drifts with what else runs on it; ratios are taken within a round. "wall" times one after the
-other on a CPU, for rehearsals of what is meant for a GPU.
+replays launch nothing from Python. So it resolves an op of microseconds. Code that reads from the device cannot be
+captured. On a CPU ("alternated") the implementations take turns call by call, A B C then C B A, since other programs
+change the machine's speed; ratios are taken within a round. "wall" times one after the other on a CPU, for rehearsals
+of the GPU's benchmarks.
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Hashable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache, partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -24,8 +25,8 @@ Call = Callable[[], object]
 Name = TypeVar("Name", bound=Hashable)
 
 _WARM_UP_S = 0.1  # the clocks of an idle GPU are low
-_REPEAT_S = 4e-3  # what a repeat should last at least, so that the events' own time does not count
-_LONG_REPEAT_S = 0.5  # what a repeat may last at most to take every input once
+_REPEAT_S = 4e-3  # the least that a repeat should last, so that the events' own time does not count
+_LONG_REPEAT_S = 0.5  # the most that a repeat may last to take every input once
 _MAX_CALLS = 512  # in one repeat
 _REPEATS = (5, 200)  # of a measurement on a GPU
 _ROUNDS = (5, 200)  # on a CPU
@@ -89,7 +90,7 @@ def time_events(calls: Sequence[Call], budget_s: float) -> Times:
 
 def time_wall(calls: Sequence[Call], budget_s: float) -> Times:
     """Seconds of one call on a CPU, which does not run behind its caller. Arguments as above."""
-    calls[0]()  # whatever the first one sets up
+    calls[0]()  # not timed: it sets up caches
     seconds: list[float] = []
     while len(seconds) < 2 or (sum(seconds) < budget_s and len(seconds) < _REPEATS[1]):
         seconds.append(_wall(calls[len(seconds) % len(calls)]))
@@ -100,7 +101,7 @@ def time_alternated(calls: dict[str, Call], budget_s: float, rounds: tuple[int, 
     """Seconds of one call of each, on the CPU, taking turns. Arguments as `take_turns` has them."""
     clocks: dict[str, Callable[[], float]] = {}
     for name, call in calls.items():
-        call()  # whatever the first one sets up
+        call()  # not timed: it sets up caches
         clocks[name] = partial(_wall, call, max(1, math.ceil(_SHORT_S / max(_wall(call), 1e-9))))
     return take_turns(clocks, budget_s, rounds)
 
@@ -133,6 +134,16 @@ def copy_calls(num_bytes: int, device: torch.device) -> list[Call]:
         source = torch.randint(256, (half,), dtype=torch.uint8, device=device)
         calls.append(partial(torch.empty_like(source).copy_, source))
     return calls
+
+
+def own_stream(device: torch.device) -> AbstractContextManager[Any]:
+    """Makes this process's own CUDA stream the current one: the default stream cannot be captured into a graph."""
+    return torch.cuda.stream(_stream()) if device.type == "cuda" else nullcontext()
+
+
+@cache
+def _stream() -> torch.cuda.Stream:
+    return torch.cuda.Stream()
 
 
 def input_sets(num_bytes: int, device: torch.device) -> int:

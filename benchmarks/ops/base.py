@@ -1,4 +1,4 @@
-"""What an op case is: inputs, the package's call and the official one, a check that both agree, a floor in bytes."""
+"""An op at one size: its inputs, the package's call and the official one, a check that both agree, a floor in bytes."""
 
 from __future__ import annotations
 
@@ -32,6 +32,7 @@ class OpCase(ABC):
         direction: the pass that is timed. "forward" runs without gradients, "backward" on the graph of one forward.
         dtype: of tokens or predictions.
         compile_official: time `torch.compile` of the official code too, which takes a while to compile.
+        width: values of a token: D, P for a prediction, 0 where a token has only a score.
     """
 
     clips: int
@@ -40,8 +41,10 @@ class OpCase(ABC):
     direction: Direction = "forward"
     dtype: torch.dtype = torch.float32
     compile_official: bool = False
+    width: int = 0
 
     op: ClassVar[str]
+    out_axes: ClassVar[str] = ""  # the letters of the output's shape: "BKD" is [clips, visible, width]
     leaves: ClassVar[tuple[str, ...]] = ()  # the inputs with a gradient
     copies: ClassVar[tuple[str, ...]] = ()  # "output", and leaves whose gradient is: equal bit for bit, not close
 
@@ -51,19 +54,15 @@ class OpCase(ABC):
         return self.tokens - self.visible
 
     @property
-    def columns(self) -> int:
-        """Values of a token: D, P for a prediction, 0 where a token has only a score."""
-        return 0
-
-    @property
     def detail(self) -> str:
-        """What tells this case from others of its op, besides sizes, dtypes and direction."""
+        """The settings of this case besides sizes, dtypes and direction."""
         return ""
 
     @property
     def out_shape(self) -> tuple[int, ...]:
-        """Of the output that a backward pass starts from."""
-        raise TypeError(f"{self.op} has no backward pass here.")
+        """The shape of the output that a backward pass starts from."""
+        sizes = {"B": self.clips, "N": self.tokens, "K": self.visible, "M": self.masked, "D": self.width}
+        return tuple(sizes[axis] for axis in self.out_axes)
 
     @property
     def out_dtype(self) -> torch.dtype:
@@ -78,7 +77,7 @@ class OpCase(ABC):
     @property
     def name(self) -> str:
         """The name that people read, the same for all implementations."""
-        width = f" x {self.columns}" if self.columns else ""
+        width = f" x {self.width}" if self.width else ""
         size = f"{self.clips} x {self.tokens}{width}, {self.visible} visible"
         return ", ".join(filter(None, (size, self.detail, self.dtypes, self.direction)))
 
@@ -93,8 +92,8 @@ class OpCase(ABC):
             tokens=self.tokens,
             visible=self.visible,
             dtype=self.dtypes,
-            width=self.columns or None,
-            shape="x".join(str(each) for each in (self.clips, self.tokens, self.columns) if each),
+            width=self.width or None,
+            shape="x".join(str(each) for each in (self.clips, self.tokens, self.width) if each),
             bytes=self.bytes,
         )
 

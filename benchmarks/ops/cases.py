@@ -1,4 +1,4 @@
-"""The ops that are timed, each as a kind of `OpCase`: what goes in, ours, the official code, the check, the bytes."""
+"""The ops that are timed, each as a kind of `OpCase`."""
 
 from __future__ import annotations
 
@@ -75,13 +75,9 @@ class GatherTokens(OpCase):
     width: int = 768
 
     op = "gather_tokens"
+    out_axes = "BKD"
     leaves = ("tokens",)
     copies = ("output", "tokens")  # and one addition, which rounds the same everywhere
-
-    @property
-    def columns(self) -> int:
-        """D, the width of a token."""
-        return self.width
 
     @property
     def bytes(self) -> int:
@@ -91,11 +87,6 @@ class GatherTokens(OpCase):
         everything = self.clips * self.tokens * self.width * self.dtype.itemsize
         table = self.tokens * self.width * _FP32
         return {"forward": 2 * visible + indices + table, "backward": visible + indices + everything}[self.direction]
-
-    @property
-    def out_shape(self) -> tuple[int, ...]:
-        """[B, K, D]."""
-        return self.clips, self.visible, self.width
 
     def make(self, device: torch.device) -> Tensors:
         """Tokens, a position table and a mask."""
@@ -121,13 +112,9 @@ class AssembleTokens(OpCase):
     order: Literal["concat", "restore"] = "concat"
 
     op = "assemble_tokens"
+    out_axes = "BND"
     leaves = ("visible", "mask_token")
     copies = ("output", "visible")
-
-    @property
-    def columns(self) -> int:
-        """D, the width of a token."""
-        return self.width
 
     @property
     def detail(self) -> str:
@@ -144,11 +131,6 @@ class AssembleTokens(OpCase):
         forward = visible + mask_token + indices + self.tokens * mask_token + everything
         backward = everything + (indices if self.order == "restore" else 0) + visible + mask_token
         return {"forward": forward, "backward": backward}[self.direction]
-
-    @property
-    def out_shape(self) -> tuple[int, ...]:
-        """[B, N, D]."""
-        return self.clips, self.tokens, self.width
 
     def make(self, device: torch.device) -> Tensors:
         """Visible tokens, the mask token, a position table and a mask, also as MAE's list of where tokens stand."""
@@ -180,18 +162,15 @@ class AssembleTokens(OpCase):
 class ReconstructionError(OpCase):
     """prediction [B, M, P] and video -> the error of each masked token [B, M]."""
 
+    width: int = 3 * 2 * 16 * 16  # P of tubelets of 2 x 16 x 16 pixels
     grid: tuple[int, int, int] = (8, 14, 14)
     video_dtype: torch.dtype = torch.float32
     kind: Literal["mse", "l1"] = "mse"
     normalize: bool = True
 
     op = "reconstruction_error"
+    out_axes = "BM"
     leaves = ("prediction",)
-
-    @property
-    def columns(self) -> int:
-        """P of tubelets of 2 x 16 x 16 pixels."""
-        return 3 * 2 * 16 * 16
 
     @property
     def detail(self) -> str:
@@ -206,16 +185,11 @@ class ReconstructionError(OpCase):
     @property
     def bytes(self) -> int:
         """Reads predictions and the masked tokens' pixels, writes errors; with backward, a gradient as well."""
-        values = self.clips * self.masked * self.columns
+        values = self.clips * self.masked * self.width
         read = values * (self.dtype.itemsize + self.video_dtype.itemsize) + self.clips * self.masked * _INDEX
         errors = self.clips * self.masked * _FP32
         both = read + 2 * errors + values * self.dtype.itemsize  # the errors' gradient is read
         return {"forward": read + errors, "forward+backward": both}[self.direction]
-
-    @property
-    def out_shape(self) -> tuple[int, ...]:
-        """[B, M]."""
-        return self.clips, self.masked
 
     @property
     def out_dtype(self) -> torch.dtype:
@@ -233,7 +207,7 @@ class ReconstructionError(OpCase):
         video = pixels if self.video_dtype == torch.uint8 else normalised.to(self.video_dtype)
         sample = random_sample(self, device)
         return {
-            "prediction": torch.randn(self.clips, self.masked, self.columns, device=device, dtype=self.dtype),
+            "prediction": torch.randn(self.clips, self.masked, self.width, device=device, dtype=self.dtype),
             "video": video,
             "normalised": normalised if self.video_dtype == torch.uint8 else video,
             "masked_idx": sample.masked_idx,
@@ -243,15 +217,8 @@ class ReconstructionError(OpCase):
     def ours(self, x: Tensors) -> Tensor:
         """[B, M]."""
         mean, std = (None, None) if self.video_dtype == torch.uint8 else (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
-        return ops.reconstruction_error(
-            x["prediction"],
-            x["video"],
-            x["masked_idx"],
-            kind=self.kind,
-            normalize=self.normalize,
-            mean=mean,
-            std=std,
-        )
+        pixels = x["prediction"], x["video"], x["masked_idx"]
+        return ops.reconstruction_error(*pixels, kind=self.kind, normalize=self.normalize, mean=mean, std=std)
 
     def official(self, x: Tensors) -> Tensor:
         """[B, M]. Its autocast computes losses in fp32, from predictions cast to it."""
@@ -271,11 +238,6 @@ class SamplingLoss(OpCase):
         """Reads masked log-probabilities, indices and errors; writes a scalar and the gradient of all N."""
         masked = self.clips * self.masked * (_FP32 + _INDEX + _FP32)
         return {"forward+backward": masked + self.clips * self.tokens * _FP32 + 2 * _FP32}[self.direction]
-
-    @property
-    def out_shape(self) -> tuple[int, ...]:
-        """The shape of a scalar."""
-        return ()
 
     def make(self, device: torch.device) -> Tensors:
         """p and its log, errors and a mask."""

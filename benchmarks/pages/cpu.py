@@ -1,4 +1,4 @@
-"""The pages that need no GPU: ops and steps, hosts, options, readers of videos, and counts of bytes and registers."""
+"""The pages of rows that need no GPU."""
 
 from __future__ import annotations
 
@@ -14,24 +14,18 @@ from benchmarks.core.rows import (
     PRODUCTS,
     Row,
     find,
-    kept_rows,
     of_copy,
     of_official,
+    read_rows,
     read_texts,
 )
-from benchmarks.core.tables import Case, Column, by_case, number, rate, seconds, source, table
+from benchmarks.core.tables import Case, Column, by_case, grouped, number, rate, seconds, source, table
 from benchmarks.steps.hosts import PATCHED, UNPATCHED
 from benchmarks.steps.options import PART
-from benchmarks.steps.repositories import ADAMAE, VIDEOMAE
 
-_TIMES = {  # header and implementation
-    "ours": OURS,
-    "official": OFFICIAL,
-    "official, compiled": COMPILED,
-    ADAMAE: ADAMAE,
-    VIDEOMAE: VIDEOMAE,
-    PRODUCTS: PRODUCTS,
-}
+_REPOSITORIES = ("AdaMAE repository", "VideoMAE repository")  # the committed rows have them; nothing times them now
+_TIMES = {"ours": OURS, "official": OFFICIAL, "official, compiled": COMPILED}  # header and implementation
+_TIMES |= {name: name for name in (*_REPOSITORIES, PRODUCTS)}
 _TITLES = {"steps": "Training step", "finetune": "Fine-tuning step", "ops": "Op"}
 
 
@@ -88,9 +82,9 @@ def options_page(results: Path) -> str:
         ("ratio", lambda row: number(row.of_first, "{:.2f}")),
     ]
     about = (
-        f"Medians of {source(rows)}, ViT-B, 2 clips, fp32, `python -m benchmarks.run --suite options`. A ratio is the"
+        f"Medians of {source(rows)}, ViT-B, 2 clips, fp32, `python -m benchmarks.run --suite options`. A ratio is the "
+        "median of the ratios within a round, and differs from that of the medians on a busy machine."
     )
-    about += " median of the ratios within a round, and differs from that of the medians on a busy machine."
     parts = ["# Options of adaptive masking on a CPU", about, table(columns, steps)]
     if len(steps) < len(rows):
         parts += ["Both passes of the samplers and of the encoder alone; in brackets, times those of the first line:"]
@@ -113,14 +107,14 @@ def _part(name: str, least: float, case: Case) -> str:
 
 def loader_page(results: Path) -> str:
     """Clips a second of one core, by reader."""
-    rows = read_texts(path) if (path := results / "loader_cpu.csv").exists() else []
+    rows = read_texts(results / "loader_cpu.csv")
     return f"# Reading videos\n\n{loader_tables(rows)}" if rows else ""
 
 
 def loader_tables(rows: Sequence[Mapping[str, str]]) -> str:
     """A line for each kind of videos, a column for each decoder, and the training step beneath."""
     reads = [row for row in rows if row["what"] == "read and crop"]
-    kinds = [[row for row in rows if row["videos"] == kind] for kind in dict.fromkeys(row["videos"] for row in reads)]
+    kinds = grouped([row for row in rows if row["videos"]], lambda row: row["videos"])
     columns: list[Column[Any]] = [
         ("Videos, 10 s at 30 frames/s", lambda kind: kind[0]["videos"]),
         ("KiB each", lambda kind: f"{float(kind[0]['kib']):.0f}"),
@@ -144,8 +138,8 @@ def _clips_per_second(name: str, kind: Sequence[Mapping[str, str]]) -> str:
 
 def counts_page(results: Path) -> str:
     """Bytes of a step and registers of the kernels."""
-    moved, kernels = results / "step_bytes.csv", results / "kernel_resources.csv"
-    if not moved.exists() or not kernels.exists():
+    moved, kernels = read_texts(results / "step_bytes.csv"), read_texts(results / "kernel_resources.csv")
+    if not moved or not kernels:
         return ""
     about = "A GPU's work, counted on a CPU without one."
     of_bytes = (
@@ -156,8 +150,8 @@ def counts_page(results: Path) -> str:
         "The most that each kernel takes in any of its cases, compiled for sm_90; the rows have sm_80 and "
         "sm_100 too, `python -m benchmarks.kernel_resources`:"
     )
-    parts = [about, of_bytes, bytes_table(read_texts(moved)), of_kernels, kernels_table(read_texts(kernels))]
-    return "\n\n".join(["# Counts without a GPU", *parts])
+    parts = ["# Counts without a GPU", about, of_bytes, bytes_table(moved), of_kernels, kernels_table(kernels)]
+    return "\n\n".join(parts)
 
 
 def bytes_table(rows: Sequence[Mapping[str, str]]) -> str:
@@ -173,23 +167,21 @@ def _three_digits(name: str, row: Mapping[str, str]) -> str:
 
 
 def kernels_table(rows: Sequence[Mapping[str, str]]) -> str:
-    """A line for each kernel: what it takes at most, by version of Triton."""
+    """A line for each kernel: the most that it takes in any case, by version of Triton."""
     mine = [row for row in rows if row["architecture"] == "sm_90"]
-    columns: list[Column[str]] = [("kernel", lambda kernel: f"`{kernel}`")]
+    columns: list[Column[Any]] = [("kernel", lambda kernel: f"`{kernel[0]['kernel']}`")]
     for version in dict.fromkeys(row["triton"] for row in mine):
-        of_version = [row for row in mine if row["triton"] == version]
         for name in ("registers", "spilled_bytes"):
-            header = f"{name.replace('_', ' ')}, Triton {version}"
-            columns.append((header, partial(_most, of_version, name)))
-    return table(columns, list(dict.fromkeys(row["kernel"] for row in mine)))
+            columns.append((f"{name.replace('_', ' ')}, Triton {version}", partial(_most, version, name)))
+    return table(columns, grouped(mine, lambda row: row["kernel"]))
 
 
-def _most(rows: Sequence[Mapping[str, str]], name: str, kernel: str) -> str:
-    return str(max((int(row[name]) for row in rows if row["kernel"] == kernel), default=""))
+def _most(version: str, name: str, kernel: Sequence[Mapping[str, str]]) -> str:
+    return str(max((int(row[name]) for row in kernel if row["triton"] == version), default=""))
 
 
 def _rows(results: Path, suite: str) -> list[Row]:
-    return kept_rows(results / f"{suite}_cpu.csv", Row)
+    return read_rows(results / f"{suite}_cpu.csv", Row)
 
 
 def _time(implementation: str, case: Case) -> str:

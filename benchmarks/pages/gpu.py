@@ -1,16 +1,16 @@
-"""The page of a GPU, and the table at the end of gpu.py, made of the rows of gpu.py."""
+"""The page of a GPU, and the table that gpu.py prints at its end."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 from benchmarks.core import tables
 from benchmarks.core.rows import COMPILED, COPY, OURS, PRODUCTS, Row, find, format_seconds, of_copy, of_official
-from benchmarks.core.tables import Case, Column, by_case, number, table
+from benchmarks.core.tables import Case, Column, by_case, grouped, number, table
 from benchmarks.stages.gpu_run import TESTS, GpuRun, Prediction
 from benchmarks.steps.options import option_groups
 from benchmarks.steps.step import StepCase
@@ -23,7 +23,7 @@ _BYTES = "elementwise and LayerNorm"
 
 
 def summary(run: GpuRun) -> str:
-    """The facts, the tests, one table, what was missed and why, and what failed."""
+    """The facts, the tests, one table, the missed predictions and the failures."""
     parts = [facts(run), tests_line(run), headline(run), *explanations(run), profile_facts(run), sanitizer_line(run)]
     return "\n\n".join(filter(None, [*parts, failures_list(run)]))
 
@@ -60,7 +60,7 @@ def headline(run: GpuRun) -> str:
     suites = ("steps", "compiled", "finetune", "ops")
     cases = by_case([row for suite in suites for row in run.of(suite)])
     lines = [Line(run, case, row) for case in cases for row in _best_of_ours(case)]
-    columns: list[tuple[str, Callable[[Line], str]]] = [
+    columns: list[Column[Line]] = [
         ("", lambda line: line.name),
         ("predicted", lambda line: line.prediction.text if line.prediction else ""),
         ("floor", lambda line: "" if line.floor_s is None else format_seconds(line.floor_s)),
@@ -129,7 +129,7 @@ def _best_of_ours(case: Case) -> list[Row]:
 
 
 def explanations(run: GpuRun) -> list[str]:
-    """A paragraph for each prediction that was missed: what the profile, or ncu, says of it."""
+    """A paragraph for each prediction that was missed, with the profile or ncu's counters."""
     paragraphs = []
     for row in run.rows:
         predicted = run.predicted(row.suite, row.case, row.implementation, row.timing)
@@ -213,26 +213,21 @@ def section(run: GpuRun) -> str:
 
 def profile_table(run: GpuRun) -> str:
     """A line for each family of kernels, a column for each profiled step."""
-    cases = list(dict.fromkeys(share.case for share in run.shares))
-    families = list(dict.fromkeys(name for case in cases for name in family_seconds(run, case)))
-    columns: list[tuple[str, Callable[[str], str]]] = [("Kernels", lambda family: family)]
-    for case in cases:
-        found = family_seconds(run, case)
-        columns.append((case, partial(_cell, found)))
-    return table(columns, families)
+    steps = {case: family_seconds(run, case) for case in dict.fromkeys(share.case for share in run.shares)}
+    columns: list[Column[str]] = [("Kernels", lambda family: family)]
+    columns += [(case, partial(_cell, found)) for case, found in steps.items()]
+    return table(columns, list(dict.fromkeys(family for found in steps.values() for family in found)))
 
 
 def profile_facts(run: GpuRun) -> str:
     """For each profiled step the attention that ran, and how often the host waited."""
     lines = []
-    for case in dict.fromkeys(share.case for share in run.shares):
-        mine = [share for share in run.shares if share.case == case]
+    for mine in grouped(run.shares, lambda share: share.case):
         ran = [f"{share.name} {share.share:.0%}" for share in mine if share.kind == "attention"]
         waits = [f"{share.calls:g} ({share.name})" for share in mine if share.kind == "waits"]
         facts = {"attention": ran, "waits for the device in a step": waits}
-        lines.append(
-            f"{case}: " + "; ".join(f"{name}: {', '.join(each)}" for name, each in facts.items() if each) + "."
-        )
+        told = "; ".join(f"{name}: {', '.join(each)}" for name, each in facts.items() if each)
+        lines.append(f"{mine[0].case}: {told}.")
     return "\n\n".join(lines)
 
 
@@ -278,8 +273,7 @@ def sweep_table(run: GpuRun) -> str:
     """Adaptive beside random masking, over clips of a batch and tokens of a clip."""
     steps = [row for row in (*run.of("sweep"), *run.of("steps")) if row.direction == "step"]
     steps.sort(key=lambda row: (_size_of(row), row.tokens, row.clips))
-    sizes = dict.fromkeys((_size_of(row), row.clips, row.tokens) for row in steps)
-    columns: list[tuple[str, Callable[[Case], str]]] = [
+    columns: list[Column[Case]] = [
         ("Model, clips x tokens", lambda case: f"{_size_of(case[0])}, {case[0].clips} x {case[0].tokens}"),
         ("adaptive 95%", lambda case: tables.seconds(_fastest(case, "adaptive 95%"))),
         ("random 95%", lambda case: tables.seconds(_fastest(case, "random 95%"))),
@@ -287,8 +281,7 @@ def sweep_table(run: GpuRun) -> str:
         ("peak, adaptive", lambda case: tables.memory(_fastest(case, "adaptive 95%"))),
         ("peak, random", lambda case: tables.memory(_fastest(case, "random 95%"))),
     ]
-    grouped = [[row for row in steps if (_size_of(row), row.clips, row.tokens) == size] for size in sizes]
-    return table(columns, grouped)
+    return table(columns, grouped(steps, lambda row: (_size_of(row), row.clips, row.tokens)))
 
 
 def _size_of(row: Row) -> str:

@@ -12,7 +12,7 @@ matplotlib.use("Agg")  # no display is needed
 import matplotlib.pyplot as plt
 from matplotlib.ticker import NullLocator, ScalarFormatter
 
-from benchmarks.core.rows import OURS, Row, kept_rows
+from benchmarks.core.rows import OURS, Row, read_rows
 from benchmarks.stages.gpu_run import GpuRun
 from benchmarks.steps.options import PART
 
@@ -28,7 +28,7 @@ _PARTS = {  # label and colour
 def draw(folder: Path, runs: Sequence[GpuRun]) -> list[Path]:
     """Draws the rows of a folder; the files written."""
     figures = {f"sweep_{run.slug}": _sweep([*run.of("sweep"), *run.of("steps")]) for run in runs}
-    figures["options_cpu"] = _parts(kept_rows(folder / "options_cpu.csv", Row))
+    figures["options_cpu"] = _parts(read_rows(folder / "options_cpu.csv", Row))
     written = []
     for name, figure in figures.items():
         if figure is not None:

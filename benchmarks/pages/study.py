@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 
 from benchmarks.core.rows import read_texts
-from benchmarks.core.tables import Column, source, spread, table
+from benchmarks.core.tables import Column, grouped, source, spread, table
 from benchmarks.studies.variants import TITLES, VARIANTS
 
 Texts = Mapping[str, str]
@@ -41,8 +41,7 @@ def study_page(results: Path) -> str:
 
 def study_table(rows: Sequence[Texts]) -> str:
     """Mean and standard deviation over the seeds of what a file's rows say, as Markdown."""
-    names = dict.fromkeys(row["variant"] for row in rows)
-    variants = [[row for row in rows if row["variant"] == name] for name in names]
+    variants = grouped(rows, lambda row: row["variant"])
     columns: list[Column[Sequence[Texts]]] = [(name, partial(_first, name)) for name in ("variant", "steps")]
     columns += [(header, partial(_spread, name, digits)) for name, (header, digits) in _COLUMNS.items()]
     return table(columns, variants)
@@ -100,10 +99,9 @@ def _command(rows: Sequence[Texts]) -> str:
 
 
 def _estimators(results: Path) -> list[str]:
-    path = results / "estimator_bias.csv"
-    if not path.exists():
+    rows = read_texts(results / "estimator_bias.csv")
+    if not rows:
         return []
-    rows = read_texts(path)
     about = (
         "The expected gradient of each estimator beside the exact gradient of the expected error, by enumeration of "
         f"all masks of 2 of 6 tokens, commit {rows[0]['commit']}, `python -m benchmarks.estimator_bias`."

@@ -1,4 +1,4 @@
-"""What every stage is told, and the files that they share."""
+"""The settings that every stage gets, and the file of failures that all of them write."""
 
 from __future__ import annotations
 
@@ -9,24 +9,17 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.core.rows import RowWriter, device_slug, kept_rows
+from benchmarks.core.rows import RowWriter, device_slug, read_rows
 
 
 @dataclass(frozen=True)
 class Told:
-    """What a stage is told.
+    """The settings that every stage gets."""
 
-    Attributes:
-        output: folder of the rows.
-        commit: that they name.
-        quick: tiny sizes.
-        device: the GPU; in a rehearsal without one, the CPU.
-    """
-
-    output: Path
+    output: Path  # folder of the rows
     commit: str
     quick: bool
-    device: torch.device
+    device: torch.device  # the GPU; in a rehearsal without one, the CPU
 
     def file(self, name: str) -> Path:
         """The file of that name for this device."""
@@ -43,7 +36,7 @@ def parser(about: str | None) -> argparse.ArgumentParser:
 
 
 def told(given: argparse.Namespace) -> Told:
-    """From a parsed command line; ends the process where there is no GPU and none of the sizes is for a CPU."""
+    """The settings of a parsed command line; ends the process without a GPU, unless the sizes are --quick."""
     if not (given.quick or torch.cuda.is_available()):
         sys.exit("no GPU that torch can use; --quick rehearses on a CPU, in tiny sizes")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -52,7 +45,7 @@ def told(given: argparse.Namespace) -> Told:
 
 @dataclass(frozen=True)
 class Failure:
-    """Something that could not be measured, and why, in one line."""
+    """A measurement that failed, and the reason in one line."""
 
     stage: str
     what: str
@@ -60,15 +53,15 @@ class Failure:
 
 
 class Failures:
-    """The failures of a stage's run, in the file of all stages', each written when it comes.
+    """Writes the failures of a stage, each when it comes, to the file that all stages share.
 
     Args:
-        stage: whose last failures are gone from the file once this run begins.
-        where: the file is.
+        stage: its name; the failures of its last run are removed from the file.
+        where: the settings.
     """
 
     def __init__(self, stage: str, where: Told) -> None:
-        known = kept_rows(where.file("failures"), Failure)
+        known = read_rows(where.file("failures"), Failure)
         self.before = {each.what for each in known if each.stage == stage}
         self.count = 0
         self._stage = stage

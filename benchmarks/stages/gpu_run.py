@@ -1,4 +1,4 @@
-"""All that gpu.py wrote of one device, the predictions that it is held against, and what is not measured yet."""
+"""The rows that gpu.py wrote of one device, the predictions beside them, and the cases that have no rows yet."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.core.rows import Row, format_seconds, kept_rows, read_rows, read_texts
+from benchmarks.core.rows import Row, format_seconds, read_rows, read_texts
 from benchmarks.stages.common import Failure
 from benchmarks.stages.machine import Machine
 from benchmarks.stages.outcomes import Outcome, last_outcomes
@@ -21,36 +21,23 @@ from benchmarks.suites import gpu
 PREDICTIONS = Path(__file__).parent.parent / "predictions.csv"
 STAGES = "stages.csv"  # that gpu.py writes
 TESTS = ("kernel-tests", "gpu-tests")  # of its stages
-MISSED = 1 / 3  # of a prediction: what is further off is explained
+MISSED = 1 / 3  # of a prediction: a measurement that is further off is explained
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """What was expected of a row before it was measured.
+    """A prediction of a row, written before the row was measured."""
 
-    Attributes:
-        when: "before", of the code as the first GPU found it, or "planned", of changes to come.
-        device: the beginning of its name.
-        suite: the row's; "profile" for a family of kernels in a profiled step.
-        case: the row's.
-        implementation: the row's; the family of kernels.
-        timing: the row's; empty for a family.
-        floor_s: what no version can be faster than.
-        low_s: the least that is expected.
-        high_s: the most.
-        how: the prediction was made.
-    """
-
-    when: str
-    device: str
-    suite: str
+    when: str  # "before", of the code as the first GPU found it, or "planned", of changes to come
+    device: str  # the beginning of its name
+    suite: str  # the row's; "profile" for a family of kernels in a profiled step
     case: str
-    implementation: str
-    timing: str
-    floor_s: float | None
+    implementation: str  # the row's, or the family of kernels
+    timing: str  # the row's; empty for a family
+    floor_s: float | None  # no version can be faster
     low_s: float
     high_s: float
-    how: str
+    how: str  # the prediction was made
 
     @property
     def text(self) -> str:
@@ -89,20 +76,18 @@ class GpuRun:
     def predicted(self, suite: str, case: str, implementation: str, timing: str) -> Prediction | None:
         """The prediction that was written before the first GPU ran the code."""
         wanted = ("before", suite, case, implementation, timing)
-        found = (
-            each
-            for each in self.predictions
-            if (each.when, each.suite, each.case, each.implementation, each.timing) == wanted
-            and self.device.startswith(each.device)
-        )
-        return next(found, None)
+        for each in self.predictions:
+            its = each.when, each.suite, each.case, each.implementation, each.timing
+            if its == wanted and self.device.startswith(each.device):
+                return each
+        return None
 
 
 def read_run(folder: Path, slug: str) -> GpuRun:
-    """The rows of a device; what is not there is empty."""
+    """The rows of a device; empty for files that are not there."""
 
     def read(name: str, kind: type[Any]) -> tuple[Any, ...]:
-        return tuple(kept_rows(folder / f"{name}_{slug}.csv", kind))
+        return tuple(read_rows(folder / f"{name}_{slug}.csv", kind))
 
     return GpuRun(
         slug,
@@ -113,12 +98,12 @@ def read_run(folder: Path, slug: str) -> GpuRun:
         (*read("sanitizer", Finding), *read("ncu", Finding)),
         read("failures", Failure),
         tuple(read_rows(PREDICTIONS, Prediction)),
-        {row["stage"]: row["status"] for row in read_texts(folder / STAGES)} if (folder / STAGES).exists() else {},
+        {row["stage"]: row["status"] for row in read_texts(folder / STAGES)},
     )
 
 
 def missing_rows(run: GpuRun, device: torch.device, quick: bool) -> dict[str, tuple[int, int]]:
-    """The stages that there are too few rows of: how many cases are missing, and of how many."""
+    """For each stage that lacks rows, the number of cases without them, and of all cases."""
     found = {}
     for suite in gpu.SUITES:
         units = gpu.units(suite, device, quick)
@@ -131,7 +116,7 @@ def missing_rows(run: GpuRun, device: torch.device, quick: bool) -> dict[str, tu
 
 
 def not_measured(run: GpuRun, device: torch.device, quick: bool) -> list[str]:
-    """What there are no rows of, for people; and the other stages that have not ended well."""
+    """The cases without rows, for people, and the other stages that have not ended well."""
     rows = missing_rows(run, device, quick)
     others = [name for name, status in run.stages.items() if name not in rows and status not in ("done", "")]
     counted = [f"{stage}: {missing} of {count}" for stage, (missing, count) in rows.items()]

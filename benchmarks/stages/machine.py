@@ -1,4 +1,4 @@
-"""What machine this is, which versions it has, and its ceilings: a large copy and a large product of matrices.
+"""The machine, its versions, and its ceilings: a large copy and a large product of matrices.
 
 python -m benchmarks.stages.machine --output runs/gpu
 """
@@ -6,7 +6,6 @@ python -m benchmarks.stages.machine --output runs/gpu
 from __future__ import annotations
 
 import datetime
-import importlib.metadata
 import platform
 import shutil
 import subprocess
@@ -14,32 +13,21 @@ from dataclasses import dataclass
 
 import torch
 
-from benchmarks.core.rows import RowWriter, device_name
-from benchmarks.core.timing import copy_calls, time_graph, time_wall
+from benchmarks.core.rows import device_name, version_of, write_rows
+from benchmarks.core.timing import copy_calls, own_stream, time_graph, time_wall
 from benchmarks.stages.common import Told, parser, told
-from benchmarks.suites.measure import own_stream
 
 
 @dataclass(frozen=True)
 class Machine:
-    """Versions and ceilings; empty where there is none.
-
-    Attributes:
-        device: its name.
-        capability: compute capability.
-        memory_bytes: of the device.
-        multiprocessors: how many.
-        copy_bytes_per_s: of a copy of gigabytes within the device, read and written ones together.
-        product_flops: of a product of two 8192 x 8192 matrices in bf16; small and fp32 on a CPU.
-        date: of the measurement, in UTC.
-    """
+    """Versions and ceilings; empty where there is none."""
 
     device: str
     capability: str
     memory_bytes: int | None
     multiprocessors: int | None
-    copy_bytes_per_s: float
-    product_flops: float
+    copy_bytes_per_s: float  # of a copy of gigabytes within the device, read and written bytes together
+    product_flops: float  # of a product of two 8192 x 8192 matrices in bf16; small and fp32 on a CPU
     driver: str
     cuda: str
     cudnn: str
@@ -78,18 +66,9 @@ def main(where: Told) -> None:
         commit=where.commit,
         date=datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
     )
-    with RowWriter(where.file("machine"), Machine) as rows:
-        rows.add(machine)
+    write_rows(where.file("machine"), Machine, [machine])
     for name, value in vars(machine).items():
         print(f"{name:16s} {value:.4g}" if isinstance(value, float) else f"{name:16s} {value}")
-
-
-def version_of(package: str) -> str:
-    """The installed version; empty if there is none."""
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return ""
 
 
 def driver_version() -> str:

@@ -15,25 +15,17 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.core.rows import RowWriter, device_slug, kept_rows
+from benchmarks.core.rows import RowWriter, device_slug, read_rows
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a test ended. The last row of a test counts: one that failed runs again, one may fail after its call.
+    """How a test ended. A test may have several rows, of which the last counts."""
 
-    Attributes:
-        test: its node id.
-        outcome: "passed", "failed" or "skipped".
-        seconds: of the call.
-        message: the error's, its first line.
-        torch: the version.
-    """
-
-    test: str
-    outcome: str
+    test: str  # its node id
+    outcome: str  # "passed", "failed" or "skipped"
     seconds: float
-    message: str
+    message: str  # the first line of the error's
     torch: str
 
 
@@ -67,7 +59,7 @@ class Recorder:
     """
 
     def __init__(self, path: Path, is_worker: bool) -> None:
-        known = last_outcomes(kept_rows(path, Outcome))
+        known = last_outcomes(read_rows(path, Outcome))
         self.done = {each.test for each in known if each.outcome != "failed"}
         # Failures stay until their tests run again: another stage's may not be among those that run now.
         self.writer = None if is_worker else RowWriter(path, Outcome, known)

@@ -13,20 +13,21 @@ import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch._C._autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from adamae_sampler.attention import prefer_cudnn
-from benchmarks.core.rows import RowWriter, device_name, kept_rows
+from benchmarks.core.rows import RowWriter, device_name, read_rows
+from benchmarks.core.timing import own_stream
 from benchmarks.core.worker import Worker, WorkFailed
 from benchmarks.stages.common import Failures, Told, parser, told
 from benchmarks.steps.options import FAST
-from benchmarks.steps.step import StepCase, make_step
+from benchmarks.steps.step import StepCase
 from benchmarks.suites.cpu import QUICK_STEP
-from benchmarks.suites.measure import own_stream, release
+from benchmarks.suites.measure import release
 
 STAGE = "profile"
 FAMILIES = (  # the first that a kernel's name matches; names as torch 2.11, cuDNN 9.19 and cuBLAS 13.1 have them
@@ -51,33 +52,22 @@ _LIMIT_S = 120.0
 
 @dataclass(frozen=True)
 class Share:
-    """A part of a step.
-
-    Attributes:
-        case: the step.
-        clips: of a batch.
-        kind: "family", "attention" or "waits".
-        name: of the family, or the attention's implementation.
-        calls: in one step.
-        seconds: on the device, in one step; None where only calls count.
-        share: of all families'.
-    """
+    """A part of a step."""
 
     case: str
     clips: int
-    kind: str
-    name: str
-    calls: float
-    seconds: float | None
-    share: float | None
+    kind: str  # "family", "attention" or "waits"
+    name: str  # of the family, or of the attention's implementation
+    calls: float  # in one step
+    seconds: float | None  # on the device, in one step; None where only calls count
+    share: float | None  # of all families'
     device: str
     torch: str
     commit: str
 
 
-@dataclass(frozen=True)
-class Kernel:
-    """What ran on the device: its name, and its seconds."""
+class Kernel(NamedTuple):
+    """A kernel that ran on the device."""
 
     name: str
     seconds: float
@@ -92,7 +82,7 @@ def profile_step(case: StepCase, device: torch.device, commit: str) -> Iterator[
     """The shares of one step; three are profiled after two others."""
     count = 3
     with own_stream(device), prefer_cudnn():
-        step = make_step(case, device)
+        step = case.make(device)
         for _ in range(2):
             step()
         activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
@@ -169,7 +159,7 @@ def profiled_cases(quick: bool) -> list[StepCase]:
 def main(where: Told) -> int:
     """Profiles what has no rows yet; the number of steps that failed."""
     path, failed = where.file(STAGE), Failures(STAGE, where)
-    with RowWriter(path, Share, kept_rows(path, Share)) as rows, Worker() as worker:
+    with RowWriter(path, Share, read_rows(path, Share)) as rows, Worker() as worker:
         done = {row.case for row in rows.rows if row.kind == "waits"}  # the last of a step's
         for case in profiled_cases(where.quick):
             if case.name in done:

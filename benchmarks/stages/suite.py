@@ -14,7 +14,7 @@ from collections.abc import Iterator
 
 import torch
 
-from benchmarks.core.rows import Row, RowWriter, format_seconds, kept_rows
+from benchmarks.core.rows import Row, RowWriter, format_seconds, read_rows
 from benchmarks.core.worker import Worker, WorkFailed
 from benchmarks.ops.base import OpCase
 from benchmarks.stages.common import Failures, Told, parser, told
@@ -29,7 +29,7 @@ def main(suite: str, where: Told) -> int:
     """Measures what is left; the number of cases that failed."""
     began, path = time.perf_counter(), where.file(suite)
     units, failed = gpu.units(suite, where.device, where.quick), Failures(suite, where)
-    with RowWriter(path, Row, kept_rows(path, Row)) as rows, Worker() as worker:
+    with RowWriter(path, Row, read_rows(path, Row)) as rows, Worker() as worker:
         for unit in sorted(units, key=lambda unit: unit.name in failed.before):
             missing = left(unit, rows.rows, where.device)
             if not missing:

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 import adamae_sampler.ops
-from benchmarks.core.rows import RowWriter, device_name, kept_rows
+from benchmarks.core.rows import RowWriter, device_name, read_rows
 from benchmarks.stages.common import Failures, Told, parser, told
 from benchmarks.stages.every_op import DONE
 
@@ -41,20 +41,11 @@ _ERROR_CODE = 86  # what compute-sanitizer is to end with
 
 @dataclass(frozen=True)
 class Finding:
-    """What a tool told.
+    """A number that a tool counted."""
 
-    Attributes:
-        tool: its name; compute-sanitizer's check.
-        kernel: of which kernel; "all of the package" for a check.
-        launch: the number of the launch among the kernel's; None for a check.
-        metric: what was counted.
-        value: how much.
-        unit: of it.
-    """
-
-    tool: str
-    kernel: str
-    launch: int | None
+    tool: str  # its name; compute-sanitizer's check
+    kernel: str  # its name; "all of the package" for a check
+    launch: int | None  # the number of the launch among the kernel's; None for a check
     metric: str
     value: float
     unit: str
@@ -132,7 +123,7 @@ def main(tool: str, where: Told) -> int:
     """Runs what has no rows yet; 1 if something failed or a check found errors."""
     path, failed = where.file(tool), Failures(tool, where)
     facts = device_name(where.device), torch.__version__, where.commit
-    with RowWriter(path, Finding, kept_rows(path, Finding)) as rows:
+    with RowWriter(path, Finding, read_rows(path, Finding)) as rows:
         done = {row.tool for row in rows.rows}
         for name in CHECKS if tool == "sanitizer" else ("ncu",):
             if name in done:

@@ -1,4 +1,4 @@
-"""A training step of the classifier: all tokens of a clip, where pre-training's encoder sees the visible ones alone."""
+"""A training step of the classifier, whose encoder sees all tokens of a clip."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ from torch.nn.functional import cross_entropy
 
 from adamae_sampler.models import VideoClassifier
 from benchmarks.core.rows import OURS, Subject
-from benchmarks.steps.step import Step
+from benchmarks.ops.base import name_of
+from benchmarks.steps.step import AnyStep, Step
 
 _CLASSES = 400
 
 
 @dataclass(frozen=True)
-class FinetuneStep:
+class FinetuneStep(AnyStep):
     """Forward, cross-entropy, backward and AdamW with layer-wise decay of ViT-B, on 16x224x224 clips.
 
     Attributes:
@@ -38,20 +39,15 @@ class FinetuneStep:
     def name(self) -> str:
         """The name that people read."""
         depth = "" if self.depth is None else f" of depth {self.depth}"
-        return f"ViT-B{depth}, fine-tuning, {self.clips} x {self.shape}, {str(self.dtype).removeprefix('torch.')}"
+        return f"ViT-B{depth}, fine-tuning, {self.clips} x {self.shape}, {name_of(self.dtype)}"
 
     @property
     def shape(self) -> str:
         """Frames, height and width of a clip."""
         return f"16x{self.img_size}x{self.img_size}"
 
-    @property
-    def label(self) -> str:
-        """The implementation's name in rows."""
-        return self.implementation
-
     def make(self, device: torch.device) -> Step:
-        """A function that does one step on random video."""
+        """See `AnyStep`."""
         with device:
             model: VideoClassifier = timm.create_model(
                 "adamae_vit_base_patch16_224",
@@ -87,6 +83,6 @@ class FinetuneStep:
             clips=self.clips,
             tokens=tokens,
             visible=tokens,
-            dtype=str(self.dtype).removeprefix("torch."),
+            dtype=name_of(self.dtype),
             shape=self.shape,
         )

@@ -16,15 +16,13 @@ from adamae_sampler.integrations.patching import find_host
 from benchmarks.core.rows import Subject
 from benchmarks.ops.official import official_error
 from benchmarks.steps.repositories import import_from
-from benchmarks.steps.step import Step
+from benchmarks.steps.step import AnyStep, Step
 
 UNPATCHED, PATCHED = "unpatched", "patched"
 
-Loss = Callable[[Any, Tensor, Tensor | None], Tensor]  # of a model, its input and the loader's mask
-
 
 @dataclass(frozen=True)
-class HostStep:
+class HostStep(AnyStep):
     """A training step of a host.
 
     Attributes:
@@ -47,11 +45,6 @@ class HostStep:
         return f"{self.host}, {HOSTS[self.host].ratio:.0%}, {self.clips} x {'x'.join(map(str, self.shape))}"
 
     @property
-    def label(self) -> str:
-        """The implementation's name in rows."""
-        return self.implementation
-
-    @property
     def shape(self) -> tuple[int, ...]:
         """The shape of one input."""
         return HOSTS[self.host].quick_shape if self.quick else HOSTS[self.host].shape
@@ -72,7 +65,7 @@ class HostStep:
         )
 
     def make(self, device: torch.device) -> Step:
-        """The step, with weights and optimizer of its own."""
+        """See `AnyStep`."""
         host = HOSTS[self.host]
         model = self._model().to(device).train()
         x = torch.randn(self.clips, *self.shape, device=device)

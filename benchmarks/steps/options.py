@@ -1,4 +1,4 @@
-"""What the options of adaptive masking are measured by: groups of training steps, and parts of a step alone."""
+"""Groups of training steps that differ by options of adaptive masking, and parts of a step alone."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _QUICK_CLIPS = ((16, 64), (32, 64))
 
 
 def option_groups(exact: StepCase) -> dict[str, dict[str, StepCase]]:
-    """What is compared with what: the first of each group is what the others are divided by.
+    """Steps by group and name; the first of a group is the one that the others are divided by.
 
     Args:
         exact: a step of the exact method.
@@ -95,11 +95,6 @@ class Part:
     def name(self) -> str:
         """The name that people read, the same for all parts."""
         return f"sampler and encoder, {self.clips} x {self.frames}x{self.height}x{self.height}"
-
-    @property
-    def label(self) -> str:
-        """The part's name in rows."""
-        return self.implementation
 
     def subject(self, suite: str) -> Subject:
         """The case's fields in rows."""

@@ -1,7 +1,7 @@
-"""Whole training steps: forward, losses, backward and AdamW, of the package, the official formulation, its repository.
+"""Whole training steps: forward, losses, backward and AdamW, of the package and of the official formulation.
 
-The package's step starts from uint8 video on the device, as `examples/pretrain.py` does; the
-official one from the fp32 video that its loader normalises. AdamW is fused in ours and torch's default in the others.
+The package's step starts from uint8 video on the device, as `examples/pretrain.py` does; the official one from the fp32
+video that its loader normalises. AdamW is fused in the package's step and torch's default in the other.
 """
 
 from __future__ import annotations
@@ -9,17 +9,15 @@ from __future__ import annotations
 import copy
 import math
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields, replace
 from functools import partial
-from multiprocessing.connection import Connection
-from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import timm
 import torch
-import torch.multiprocessing as mp
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -29,8 +27,9 @@ from adamae_sampler.models import AdaMAE, load_checkpoint
 from adamae_sampler.sampler import TokenSampler
 from adamae_sampler.transformer import Block
 from benchmarks.core.rows import OFFICIAL, OURS, Subject
-from benchmarks.ops.official import OfficialFormulation, official_error, official_loss
-from benchmarks.steps.repositories import ADAMAE, repository_model
+from benchmarks.core.worker import Worker
+from benchmarks.ops.base import name_of
+from benchmarks.ops.official import OfficialFormulation, official_loss
 
 Masking = Literal["adaptive", "random", "tube", "frame"]
 ScoreNetwork = Literal["mha", "mlp", "pooled"]
@@ -39,26 +38,26 @@ Compiled = Literal["", "whole", "blocks"]
 Step = Callable[[], Tensor]  # returns the loss
 
 
-class AnyStep(Protocol):
-    """What is measured as a step: a `StepCase`, or a step of a host."""
+class AnyStep(ABC):
+    """A training step that can be measured; its subclasses are frozen dataclasses."""
 
-    @property
-    def name(self) -> str:
-        """The name that people read, the same for all implementations."""
+    implementation: str
 
     @property
     def label(self) -> str:
         """The implementation's name in rows."""
+        return self.implementation
 
     @property
-    def implementation(self) -> str:
-        """The implementation: the package's, or what it is compared with."""
+    @abstractmethod
+    def name(self) -> str:
+        """The name that people read, the same for all implementations."""
 
-    def __hash__(self) -> int: ...
-
+    @abstractmethod
     def make(self, device: torch.device) -> Step:
-        """A function that does one step."""
+        """A function that does one step on random input, with weights and optimizer of its own."""
 
+    @abstractmethod
     def subject(self, suite: str) -> Subject:
         """The case's fields in rows."""
 
@@ -68,14 +67,14 @@ _RTOL = {"cpu": 1e-5, "cuda": 1e-4}  # of fp32 losses; a GPU's attention kernels
 
 
 @dataclass(frozen=True)
-class StepCase:
+class StepCase(AnyStep):
     """One training step.
 
     Attributes:
         masking: how tokens are masked.
         mask_ratio: share of tokens masked.
         clips: of a batch.
-        implementation: "adamae_sampler", "official" or the name of a repository.
+        implementation: "adamae_sampler" or "official".
         compiled: `torch.compile` of forward and losses as a "whole", or of the transformers' "blocks" one by one, which
             compiles faster, since equal blocks share their code.
         size: of the ViT.
@@ -83,7 +82,6 @@ class StepCase:
         img_size: height and width of a frame.
         num_frames: frames of a clip.
         depth: blocks of the encoder; those of the size if None.
-        repository: where the repository is checked out, if that is the implementation.
         score_network: see `AdaMAE`, as for all that follow.
         sample_from: see there.
         num_masks: see there; `clips` are those of the video.
@@ -101,7 +99,6 @@ class StepCase:
     img_size: int = 224
     num_frames: int = 16
     depth: int | None = None
-    repository: Path | None = None
     score_network: ScoreNetwork = "mha"
     sample_from: SampleFrom = "tokens"
     num_masks: int = 1
@@ -110,7 +107,7 @@ class StepCase:
 
     @property
     def options(self) -> dict[str, Any]:
-        """What differs from the paper's method, as the model's arguments."""
+        """The model's arguments that differ from the paper's method."""
         names = ("score_network", "sample_from", "num_masks", "decode_ratio", "fused_head")
         usual = {each.name: each.default for each in fields(StepCase)}
         return {name: value for name in names if (value := getattr(self, name)) != usual[name]}
@@ -121,22 +118,17 @@ class StepCase:
         return self.clips, 3, self.num_frames, self.img_size, self.img_size
 
     @property
-    def precision(self) -> str:
-        """The dtype, for people and rows."""
-        return str(self.dtype).removeprefix("torch.")
-
-    @property
     def name(self) -> str:
         """The name that people read, the same for all implementations."""
         depth = "" if self.depth is None else f" of depth {self.depth}"
         video = f"{self.clips} x {self.num_frames}x{self.img_size}x{self.img_size}"
         options = "".join(f", {name}={value}" for name, value in self.options.items())
         name = f"ViT-{self.size[0].upper()}{depth}, {self.masking} {self.mask_ratio:.0%}"
-        return f"{name}, {video}, {self.precision}{options}"
+        return f"{name}, {video}, {name_of(self.dtype)}{options}"
 
     @property
     def label(self) -> str:
-        """The implementation's name in rows."""
+        """The implementation's name in rows, and how it is compiled."""
         if self.compiled == "blocks":
             return f"{self.implementation}, blocks compiled"
         return f"{self.implementation} compiled" if self.compiled else self.implementation
@@ -148,8 +140,26 @@ class StepCase:
         return paper and not self.options
 
     def make(self, device: torch.device) -> Step:
-        """The step; see `make_step`."""
-        return make_step(self, device)
+        """See `AnyStep`."""
+        model, forward = (our_forward if self.implementation == OURS else _official_forward)(self, device)
+        if self.compiled == "whole":
+            forward = torch.compile(forward, fullgraph=self.implementation == OURS, dynamic=False)
+        if self.compiled == "blocks":
+            for block in filter(lambda module: isinstance(module, Block), model.modules()):
+                block.compile(fullgraph=True, dynamic=False)
+        # Capturable, so that a CUDA graph can hold the whole step.
+        options: dict[str, Any] = {"fused": True, "capturable": device.type == "cuda"}
+        optimizer = _ADAMW(model.parameters(), **(options if self.implementation == OURS else {}))
+
+        def step() -> Tensor:
+            optimizer.zero_grad()
+            with torch.autocast(device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
+                loss = forward()
+            loss.backward()
+            optimizer.step()
+            return loss.detach()
+
+        return step
 
     def subject(self, suite: str) -> Subject:
         """The case's fields in rows."""
@@ -163,39 +173,15 @@ class StepCase:
             clips=self.clips,
             tokens=sampler.num_tokens,
             visible=sampler.num_visible,
-            dtype=self.precision,
+            dtype=name_of(self.dtype),
             shape=f"{self.num_frames}x{self.img_size}x{self.img_size}",
         )
 
     def fixed_sampler(self) -> TokenSampler:
-        """One without weights that leaves as many tokens visible."""
+        """A sampler without weights that leaves as many tokens visible."""
         grid = (self.num_frames // 2, self.img_size // 16, self.img_size // 16)
         kinds = {"tube": TubeTokenSampler, "frame": FrameTokenSampler}
         return kinds.get(self.masking, RandomTokenSampler)(grid, self.mask_ratio)
-
-
-def make_step(case: StepCase, device: torch.device) -> Step:
-    """A training step on random video, with weights and optimizer of its own."""
-    baseline = _repository_forward if case.repository else _official_forward
-    model, forward = (our_forward if case.implementation == OURS else baseline)(case, device)
-    if case.compiled == "whole":
-        forward = torch.compile(forward, fullgraph=case.implementation == OURS, dynamic=False)
-    if case.compiled == "blocks":
-        for block in filter(lambda module: isinstance(module, Block), model.modules()):
-            block.compile(fullgraph=True, dynamic=False)
-    # Capturable, so that a CUDA graph can hold the whole step.
-    options: dict[str, Any] = {"fused": True, "capturable": device.type == "cuda"}
-    optimizer = _ADAMW(model.parameters(), **(options if case.implementation == OURS else {}))
-
-    def step() -> Tensor:
-        optimizer.zero_grad()
-        with torch.autocast(device.type, torch.bfloat16, enabled=case.dtype == torch.bfloat16):
-            loss = forward()
-        loss.backward()
-        optimizer.step()
-        return loss.detach()
-
-    return step
 
 
 def our_forward(case: StepCase, device: torch.device) -> tuple[nn.Module, Step]:
@@ -220,21 +206,6 @@ def _official_forward(case: StepCase, device: torch.device) -> tuple[nn.Module, 
         return official_loss(prediction, video, probs, mask)[0]
 
     return model, forward
-
-
-def _repository_forward(case: StepCase, device: torch.device) -> tuple[nn.Module, Step]:
-    model = _repository_model(case).to(device)
-    video = torch.randn(case.video_shape, device=device)
-    mask = _fixed_mask(case).to(device)  # VideoMAE's loader draws it
-
-    def adamae_forward() -> Tensor:
-        prediction, probs, drawn = model(video)
-        return official_loss(prediction, video, probs, drawn)[0]
-
-    def videomae_forward() -> Tensor:
-        return official_error(model(video, mask), video, mask).mean()
-
-    return model, adamae_forward if case.implementation == ADAMAE else videomae_forward
 
 
 def our_model(case: StepCase, device: torch.device) -> AdaMAE:
@@ -263,34 +234,18 @@ def official_model(case: StepCase) -> OfficialFormulation:
     return OfficialFormulation(case.img_size, case.num_frames, depth=case.depth or 12, mask_ratio=case.mask_ratio)
 
 
-def _repository_model(case: StepCase) -> nn.Module:
-    assert case.repository is not None
-    return repository_model(case.repository, case.img_size, case.depth or 12, case.mask_ratio)
-
-
-def _fixed_mask(case: StepCase) -> Tensor:
-    sampler = case.fixed_sampler()
-    return sampler(torch.zeros(case.clips, sampler.num_tokens, 1)).mask
-
-
 def check_step(case: StepCase, device: torch.device) -> None:
-    """Raises AssertionError unless the package and the baseline of the case give the same losses and gradients.
+    """Raises AssertionError unless the package and the official formulation give the same losses and gradients.
 
     On the same weights, video and mask, in fp32, without dropout.
     """
     torch.manual_seed(0)
-    baseline = (_repository_model(case) if case.repository else official_model(case)).to(device).eval()
-    ours = our_model(case, device).eval()
+    baseline, ours = official_model(case).to(device).eval(), our_model(case, device).eval()
     load_checkpoint(ours, baseline.state_dict())
     video = torch.randn(case.video_shape, device=device)
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-        if case.masking == "adaptive":
-            prediction, probs, mask = baseline(video)
-            wanted = official_loss(prediction, video, probs, mask)
-        else:
-            mask = _fixed_mask(case).to(device)
-            error = official_error(baseline(video, mask), video, mask).mean()
-            wanted = error, error, torch.zeros_like(error)
+        prediction, probs, mask = baseline(video)
+        wanted = official_loss(prediction, video, probs, mask)
         wanted[0].backward()
         prediction, sample = ours(video, mask=mask)
         got = AdaMAELoss(mean=IMAGENET_DEFAULT_MEAN, std=IMAGENET_DEFAULT_STD)(prediction, video, sample)
@@ -309,17 +264,16 @@ def check_step(case: StepCase, device: torch.device) -> None:
 def matrix_flops(case: StepCase, device: torch.device) -> int:
     """Floating-point operations of a step's matrix products, which the method needs in any formulation."""
     one_clip = replace(case, clips=1, implementation=OFFICIAL, dtype=torch.float32)
-    step = make_step(one_clip, device)
+    step = one_clip.make(device)
     with FlopCounterMode(display=False) as counter:
         step()
     return case.clips * counter.get_total_flops()
 
 
-def finite(loss: float, case: AnyStep) -> float:
-    """The loss; raises FloatingPointError if a step that was timed did not train."""
+def require_finite(loss: float, case: AnyStep) -> None:
+    """Raises FloatingPointError if a step that was timed did not train."""
     if not math.isfinite(loss):
         raise FloatingPointError(f"{case.name}, {case.label}: the loss is {loss}.")
-    return loss
 
 
 @contextmanager
@@ -328,34 +282,19 @@ def cpu_clocks(cases: Sequence[AnyStep]) -> Iterator[dict[AnyStep, Callable[[], 
 
     Each runs in a process of its own, since a heap that another model has used is slower or faster.
     """
-    context = mp.get_context("spawn")
-    lines: dict[AnyStep, Connection] = {}
-    workers = []
-    for case in cases:
-        lines[case], theirs = context.Pipe()
-        workers.append(context.Process(target=_work, args=(case, torch.get_num_threads(), theirs), daemon=True))
-        workers[-1].start()
-        theirs.close()  # so that a worker that fails ends the wait for it
-    try:
-        yield {case: partial(_ask, case, line) for case, line in lines.items()}
-    finally:
-        for worker in workers:
-            worker.terminate()
-            worker.join()
+    threads = torch.get_num_threads()
+    with ExitStack() as stack:
+        workers = {case: stack.enter_context(Worker()) for case in cases}
+        seconds = {case: worker.stream(_step_seconds, case, threads, limit_s=None) for case, worker in workers.items()}
+        yield {case: partial(next, each) for case, each in seconds.items()}
 
 
-def _ask(case: AnyStep, line: Connection) -> float:
-    line.send("step")
-    seconds, loss = line.recv()
-    finite(loss, case)
-    return float(seconds)
-
-
-def _work(case: AnyStep, threads: int, orders: Connection) -> None:
+def _step_seconds(case: AnyStep, threads: int) -> Iterator[float]:
     torch.set_num_threads(threads)
     step = case.make(torch.device("cpu"))
     while True:
-        orders.recv()
         start = time.perf_counter()
         loss = step()
-        orders.send((time.perf_counter() - start, float(loss)))
+        seconds = time.perf_counter() - start
+        require_finite(float(loss), case)
+        yield seconds

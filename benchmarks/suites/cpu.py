@@ -1,13 +1,11 @@
-"""Every case that run.py measures on a CPU, and the tiny ones that show whether a benchmark works; see gpu.py.
+"""Every case that run.py measures on a CPU, and the tiny cases of --quick.
 
 1568 tokens are a clip of 16 x 224 x 224 pixels, of which 95% masking leaves 78 visible and 90% tube masking 160.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 
@@ -16,10 +14,7 @@ from benchmarks.ops.base import OpCase
 from benchmarks.ops.cases import AssembleTokens, DrawMask, GatherTokens, ReconstructionError, SamplingLoss
 from benchmarks.steps.finetune import FinetuneStep
 from benchmarks.steps.options import Part, option_groups, part_cases
-from benchmarks.steps.repositories import ADAMAE, repository_name
 from benchmarks.steps.step import StepCase
-
-StepGroup = tuple[StepCase, ...]  # what is compared; on a CPU they take turns
 
 _BF16, _UINT8 = torch.bfloat16, torch.uint8
 _SIZE = (1568, 78)
@@ -32,15 +27,15 @@ def op_cases(quick: bool) -> tuple[OpCase, ...]:
     return QUICK_OPS if quick else _OPS
 
 
-def step_groups(quick: bool, repositories: Sequence[Path]) -> list[StepGroup]:
-    """The suite "steps", with the models of official repositories where such are given."""
+def step_groups(quick: bool) -> list[list[StepCase]]:
+    """The suite "steps": each group takes turns."""
+    step = QUICK_STEP if quick else StepCase(clips=2, dtype=torch.float32)
+    pair = [replace(step, implementation=OFFICIAL), step]
     if quick:
-        return [_with_baselines(QUICK_STEP, repositories)]
-    step = StepCase(clips=2, dtype=torch.float32)
-    others = replace(step, masking="random"), replace(step, masking="tube", mask_ratio=0.9)
-    fp32 = replace(step, implementation=PRODUCTS), *_with_baselines(step, repositories), *others
-    bf16 = _with_baselines(replace(step, dtype=torch.bfloat16), ())
-    return [tuple(dict.fromkeys(fp32)), bf16]
+        return [pair]
+    others = [replace(step, masking="random"), replace(step, masking="tube", mask_ratio=0.9)]
+    bf16 = [replace(case, dtype=torch.bfloat16) for case in pair]
+    return [[replace(step, implementation=PRODUCTS), *pair, *others], bf16]
 
 
 def option_groups_of(quick: bool) -> dict[str, dict[str, StepCase]]:
@@ -52,17 +47,6 @@ def part_groups(quick: bool) -> list[list[Part]]:
     """The suite "options": the parts of a step, those with the same number of tokens together."""
     parts = part_cases(2, quick)
     return [[part for part in parts if part.name == name] for name in dict.fromkeys(part.name for part in parts)]
-
-
-def _with_baselines(case: StepCase, repositories: Sequence[Path]) -> StepGroup:
-    """The case, after the official code for it; with VideoMAE's repository, its masking beside ours of that kind."""
-    found = [replace(case, implementation=OFFICIAL)]
-    tube = replace(case, masking="tube", mask_ratio=0.9)
-    for path in repositories:
-        name = repository_name(path)
-        ours = case if name == ADAMAE else tube
-        found += [replace(ours, implementation=name, repository=path), ours]
-    return tuple(dict.fromkeys((*found, case)))
 
 
 _OPS: tuple[OpCase, ...] = (

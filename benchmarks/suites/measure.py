@@ -1,17 +1,14 @@
-"""From a case to its rows: on a CPU the implementations in turns, elsewhere one after the other."""
+"""From a case to its rows: on a CPU the implementations take turns, on a GPU they follow each other."""
 
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-import torch.multiprocessing as mp
 
 from adamae_sampler.attention import prefer_cudnn
 from benchmarks.core.rows import COPY, OFFICIAL, OURS, PRODUCTS, Facts, Row, facts_of, make_row
@@ -20,6 +17,7 @@ from benchmarks.core.timing import (
     Times,
     copy_calls,
     input_sets,
+    own_stream,
     peak_bytes,
     ratio,
     take_turns,
@@ -30,9 +28,7 @@ from benchmarks.core.timing import (
 )
 from benchmarks.ops.base import OpCase
 from benchmarks.steps.options import Part
-from benchmarks.steps.step import AnyStep, StepCase, check_step, cpu_clocks, finite, matrix_flops
-
-_Found = TypeVar("_Found")
+from benchmarks.steps.step import AnyStep, StepCase, check_step, cpu_clocks, matrix_flops, require_finite
 
 _PRODUCT = {"cpu": (3136, 768, 3072), "cuda": (8192, 8192, 8192)}  # rows, inner, columns: large enough for full rate
 _TIMERS = {"events": time_events, "graph": time_graph, "wall": time_wall}
@@ -43,17 +39,11 @@ _TIMERS = {"events": time_events, "graph": time_graph, "wall": time_wall}
 
 @dataclass(frozen=True)
 class Unit:
-    """What is measured at a time: one implementation of one case, in each way that it can be timed.
-
-    Attributes:
-        suite: that it belongs to.
-        case: an op at one size, or a training step.
-        implementation: of an op; a step knows its own.
-    """
+    """One implementation of one case, in each way that it can be timed."""
 
     suite: str
     case: OpCase | AnyStep
-    implementation: str = OURS
+    implementation: str = OURS  # of an op; a step knows its own
 
     @property
     def label(self) -> str:
@@ -66,7 +56,7 @@ class Unit:
         return f"{self.case.subject(self.suite).case}, {self.label}"
 
     def timings(self, device: torch.device) -> tuple[str, ...]:
-        """How it is timed. The official code reads from the device, which no CUDA graph can hold."""
+        """The ways of timing it. The official code reads from the device, which no CUDA graph can hold."""
         if device.type == "cpu":
             return ("wall",)
         if self.label in (COPY, PRODUCTS):
@@ -79,7 +69,7 @@ def measure(unit: Unit, timings: Sequence[str], device: torch.device, budget_s: 
     """The rows of a unit, each as it comes; about `budget_s` seconds each.
 
     Raises:
-        AssertionError: the package and the official code do not agree; nothing has been timed then.
+        AssertionError: the package and the official code do not agree. It comes before anything is timed.
     """
     if device.type == "cpu":
         torch.set_num_threads(1)  # a rehearsal, which has to be quick where other programs run too
@@ -137,59 +127,64 @@ def _measure_step(
             torch.cuda.reset_peak_memory_stats()
         times = _TIMERS[timing]([step], budget_s)
         peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else None
-        finite(float(step()), case)
+        require_finite(float(step()), case)
         yield times, peak
 
 
-@cache  # what raises is not kept, and raises again
+@cache  # an exception is not kept: the check that failed runs again
 def _check_once(case: StepCase, device: torch.device) -> None:
     check_step(case, device)
     release(device)
 
 
 def _products(case: StepCase, device: torch.device, timer: Callable[..., Times], budget_s: float) -> Times:
-    """What the step's matrix products would take at the rate of one large product in its dtype."""
+    """The time of the step's matrix products at the rate of one large product in its dtype."""
+    call, count = _one_product(case, device)
+    product = timer([call], budget_s)
+    return Times(product.method, tuple(count * seconds for seconds in product.seconds))
+
+
+def _one_product(case: StepCase, device: torch.device) -> tuple[Call, float]:
+    """A large product, and how many of it have as many operations as the step's matrix products."""
     rows, inner, columns = _PRODUCT[device.type]
     a, b = (torch.randn(shape, device=device, dtype=case.dtype) for shape in ((rows, inner), (inner, columns)))
-    product = timer([lambda: torch.mm(a, b)], budget_s)
-    products = matrix_flops(case, device) / (2 * rows * inner * columns)
-    return Times(product.method, tuple(products * seconds for seconds in product.seconds))
+    return lambda: torch.mm(a, b), matrix_flops(case, device) / (2 * rows * inner * columns)
 
 
 # -------------------------------------------------------------------------------------------------- in turns
 
 
-def measure_op_in_turns(case: OpCase, suite: str, facts: Facts, budget_s: float) -> list[Row]:
+CPU = torch.device("cpu")
+
+
+def measure_op_in_turns(case: OpCase, facts: Facts, budget_s: float) -> list[Row]:
     """The rows of all implementations, which take turns on the CPU for about `budget_s` seconds."""
-    device = torch.device("cpu")
-    x = case.inputs(device)
-    calls: dict[str, Call] = {COPY: copy_calls(case.bytes, device)[0]}
+    x = case.inputs(CPU)
+    calls: dict[str, Call] = {COPY: copy_calls(case.bytes, CPU)[0]}
     calls |= {name: case.call(case.implementation(name), x) for name in (OURS, *case.baselines)}
     times = time_alternated(calls, budget_s)
     return [
-        make_row(case.subject(suite), name, each, facts, copy=times[COPY], of_official=ratio(each, times[OFFICIAL]))
+        make_row(
+            case.subject("ops"),
+            name,
+            each,
+            facts,
+            fraction_of_copy=times[COPY].median / each.median,
+            of_official=ratio(each, times[OFFICIAL]),
+        )
         for name, each in times.items()
     ]
 
 
 def measure_steps_in_turns(
-    group: Collection[AnyStep], suite: str, facts: Facts, budget_s: float, rounds: tuple[int, int]
+    group: Sequence[AnyStep], suite: str, facts: Facts, budget_s: float, rounds: tuple[int, int]
 ) -> list[Row]:
     """The rows of steps that take turns, each in a process of its own; see `take_turns` for how often."""
-    with cpu_clocks([case for case in group if case.implementation != PRODUCTS]) as clocks:
-        for case in group:
-            if isinstance(case, StepCase) and case.implementation == PRODUCTS:
-                clocks[case] = _products_clock(case)
-        times = take_turns(clocks, budget_s, rounds)
+    times = _steps_in_turns(group, budget_s, rounds)
     official = {case.name: each for case, each in times.items() if case.implementation == OFFICIAL}
+    of_official = {case: ratio(each, official[case.name]) for case, each in times.items() if case.name in official}
     return [
-        make_row(
-            case.subject(suite),
-            case.label,
-            each,
-            facts,
-            of_official=ratio(each, official[case.name]) if case.name in official else None,
-        )
+        make_row(case.subject(suite), case.label, each, facts, of_official=of_official.get(case))
         for case, each in times.items()
     ]
 
@@ -197,9 +192,8 @@ def measure_steps_in_turns(
 def measure_options_in_turns(
     group: str, cases: Mapping[str, StepCase], facts: Facts, budget_s: float, rounds: tuple[int, int]
 ) -> list[Row]:
-    """The rows of a group of options, named by the group and by what each step is there; they take turns."""
-    with cpu_clocks(list(cases.values())) as clocks:
-        times = take_turns(clocks, budget_s, rounds)
+    """The rows of a group of options, with the group as the case and the step's name in it as the implementation."""
+    times = _steps_in_turns(list(cases.values()), budget_s, rounds)
     first = times[next(iter(cases.values()))]
     return [
         make_row(
@@ -211,45 +205,28 @@ def measure_options_in_turns(
 
 def measure_parts_in_turns(parts: Sequence[Part], facts: Facts, budget_s: float) -> list[Row]:
     """The rows of the parts at one number of tokens, which take turns on the CPU."""
-    calls: dict[str, Call] = {part.label: part.make() for part in parts}
-    times = time_alternated(calls, budget_s, (3, 9))
-    return [make_row(part.subject("options"), part.label, times[part.label], facts) for part in parts]
+    times = time_alternated({part.implementation: part.make() for part in parts}, budget_s, (3, 9))
+    return [make_row(each.subject("options"), each.implementation, times[each.implementation], facts) for each in parts]
+
+
+def _steps_in_turns(group: Sequence[AnyStep], budget_s: float, rounds: tuple[int, int]) -> dict[AnyStep, Times]:
+    products = [case for case in group if isinstance(case, StepCase) and case.implementation == PRODUCTS]
+    with cpu_clocks([case for case in group if case not in products]) as clocks:
+        return take_turns({**clocks, **{case: _products_clock(case) for case in products}}, budget_s, rounds)
 
 
 def _products_clock(case: StepCase) -> Callable[[], float]:
-    """What the step's matrix products would take at the CPU's rate of the moment."""
-    rows, inner, columns = _PRODUCT["cpu"]
-    a, b = (torch.randn(shape, dtype=case.dtype) for shape in ((rows, inner), (inner, columns)))
-    products = matrix_flops(case, torch.device("cpu")) / (2 * rows * inner * columns)
-
-    def clock() -> float:
-        return products * time_alternated({"product": lambda: torch.mm(a, b)}, 0.1)["product"].median
-
-    return clock
+    """The time of the step's matrix products at the CPU's rate of the moment."""
+    call, count = _one_product(case, CPU)
+    return lambda: count * time_alternated({"product": call}, 0.1)["product"].median
 
 
 # -------------------------------------------------------------------------------------------------- for both
 
 
-def own_stream(device: torch.device) -> AbstractContextManager[Any]:
-    """Makes this process's own CUDA stream the current one: the default stream cannot be captured into a graph."""
-    return torch.cuda.stream(_stream()) if device.type == "cuda" else nullcontext()
-
-
 def release(device: torch.device) -> None:
-    """Gives back what a case has held, so that the next one finds the device as the first did."""
+    """Gives back the memory of a case, so that the next one finds the device as the first did."""
     torch._dynamo.reset()  # compiled code holds on to the model that it was compiled for
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
-
-
-def in_own_process(function: Callable[..., _Found], *args: object) -> _Found:
-    """Calls a function in a fresh process; what it raises is raised here."""
-    with ProcessPoolExecutor(1, mp.get_context("spawn")) as pool:
-        return pool.submit(function, *args).result()
-
-
-@cache
-def _stream() -> torch.cuda.Stream:
-    return torch.cuda.Stream()

@@ -47,7 +47,7 @@ def command(name, *arguments):
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     folder = tmp_path_factory.mktemp("results")
-    command("run", "--quick", "--output", str(folder))
+    run.main(run.Options(quick=True, output=folder))
     return folder
 
 
@@ -120,9 +120,9 @@ def test_bytes_are_the_fewest_that_must_move():
 
 @pytest.mark.slow
 def test_the_study_pre_trains_probes_and_fine_tunes_every_variant(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(study, "relative_step_times", lambda plan, variants: dict.fromkeys(variants, 1.0))
+    monkeypatch.setattr(study, "relative_step_times", lambda options: dict.fromkeys(options.variants, 1.0))
     few = {"probe_labels": 40, "finetune_labels": 40, "test_clips": 30, "steps": 2, "finetune_steps": 2}
-    study.main(study.Options(("exact", "scratch"), seeds=(3,), output=tmp_path / "rows.csv", **few))
+    study.main(study.Options(("exact", "scratch"), seeds=(3,), jobs=1, output=tmp_path / "rows.csv", **few))
     rows = read_rows(tmp_path / "rows.csv", runs.Row)
     assert [(row.variant, row.seed, row.steps) for row in rows] == [("exact", 3, 2), ("scratch", 3, 0)]
     assert all(0 <= row.finetune_top1 <= 100 and 0 <= row.probe_top1 <= 100 for row in rows)
@@ -138,7 +138,8 @@ def test_accuracies_of_class_direction_and_shape(tmp_path):
         "c,6,3,7 5 6 1 2,\n"  # the shape (6 // 4)
         "d,6,9,0 5 1 2 3,\n"
     )
-    assert runs.accuracies(tmp_path / "predictions.csv") == (25, 50, 50)
+    found = runs.accuracies(tmp_path / "predictions.csv", "probe")
+    assert found == {"probe_top1": 25, "probe_direction": 50, "probe_shape": 50}
 
 
 def test_the_step_of_fine_tuning_is_a_step():
@@ -242,7 +243,7 @@ def test_the_page_of_options_is_of_rows(tmp_path):
 def test_every_size_and_variant_of_the_study_is_a_recipe_and_a_model():
     pairs = [(size, "exact") for size in SIZES] + [("small", variant) for variant in VARIANTS]
     for size, variant in pairs:
-        arguments = runs.arguments(study.Options(size=size, probe=False).plan, variant, 0)
+        arguments = runs.arguments(study.Options(size=size, probe=False), variant, 0)
         recipe, _ = parse_arguments(PretrainRecipe, arguments, "sprites", None)
         with torch.device("meta"):
             model = timm.create_model(recipe.model, **recipe.model_args())
@@ -253,7 +254,7 @@ def test_every_size_and_variant_of_the_study_is_a_recipe_and_a_model():
 @pytest.mark.slow
 def test_the_study_of_options_trains_measures_and_probes(tmp_path):
     options = study.Options(variants=("fast", "plackett-luce"), steps=2, probe_labels=40, test_clips=30, jobs=2)
-    rows = [runs.run(options.plan, name, 3, 1.25, str(tmp_path), "abc") for name in options.variants]
+    rows = [runs.run(options, name, 3, 1.25, str(tmp_path), "abc") for name in options.variants]
     log = (tmp_path / "plackett-luce-3" / "log.txt").read_text()
     assert "num_masks=4, estimator=plackett_luce" in log
     assert "4 videos x 1 devices" in log
@@ -264,7 +265,7 @@ def test_the_study_of_options_trains_measures_and_probes(tmp_path):
         assert row.reconstruction < 1
         assert row.error_ratio > 1  # sprites are further from grey than their background
         assert 0 <= row.probe_top1 <= 100
-    timed = runs.run(study.Options(budget="time", steps=4, probe=False).plan, "half", 3, 2.0, str(tmp_path), "abc")
+    timed = runs.run(study.Options(budget="time", steps=4, probe=False), "half", 3, 2.0, str(tmp_path), "abc")
     assert timed.steps == 2
     assert timed.probe_top1 is None
     text = study_table([{name: "" if each is None else str(each) for name, each in vars(row).items()} for row in rows])

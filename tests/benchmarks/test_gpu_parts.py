@@ -1,15 +1,16 @@
 """What benchmarks/gpu.py is made of: the worker, the cases, the predictions, the profile, NVIDIA's tools, outcomes."""
 
 import dataclasses
+import math
 import os
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 import work
 
+from adamae_sampler import ops
+from adamae_sampler.ops import backend
 from benchmarks.core.rows import COPY, OFFICIAL, OURS, RowWriter, read_rows
 from benchmarks.core.worker import Worker, WorkFailed
 from benchmarks.stages import every_op, gpu_run, outcomes, step_profile, tools
@@ -18,8 +19,8 @@ from benchmarks.stages.gpu_run import Prediction
 from benchmarks.stages.outcomes import Outcome
 from benchmarks.steps.step import StepCase
 from benchmarks.suites import gpu as gpu_cases
+from benchmarks.suites.measure import measure
 
-ROOT = Path(__file__).parents[2]
 CUDA, H100 = torch.device("cuda"), "NVIDIA H100 80GB HBM3"
 
 
@@ -104,6 +105,21 @@ def test_official_code_is_not_captured_and_ours_is():
     }
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("suite", "count"), [("options", 11), ("finetune", 1), ("sweep", 2)])
+def test_the_quick_steps_of_every_suite_train(suite, count):
+    """The rehearsal of gpu.py runs the other suites."""
+    cpu = torch.device("cpu")
+    units = gpu_cases.units(suite, cpu, quick=True)
+    assert len(units) == count
+    if suite == "options":
+        assert all(math.isfinite(unit.case.make(cpu)()) for unit in units)
+    else:
+        rows = [row for unit in units for row in measure(unit, unit.timings(cpu), cpu, 0.0, "abc123")]
+        assert [row.commit for row in rows] == ["abc123"] * count
+        assert all(row.median_s > 0 for row in rows)
+
+
 # ------------------------------------------------------------------------------------------------------- profile
 
 
@@ -181,33 +197,26 @@ def test_waits_are_those_within_steps():
 
 
 @pytest.mark.slow
-def test_every_kernel_runs_once_for_the_sanitizer():
-    """In Triton's interpreter, where `launch` is told of every kernel."""
-    code = """
-import sys
-import adamae_sampler.ops.backend as backend
-seen, launch = set(), backend.launch
-def recorded(kernel, *args, **constants):
-    seen.add(kernel.fn.__name__)
-    launch(kernel, *args, **constants)
-for name, module in list(sys.modules.items()):
-    if name.startswith("adamae_sampler.ops") and hasattr(module, "launch"):
-        module.launch = recorded
-from benchmarks.stages import every_op, tools
-every_op.main(full=False)
-assert seen == set(tools.kernel_names()), seen ^ set(tools.kernel_names())
-"""
+def test_every_kernel_runs_once_for_the_sanitizer(monkeypatch, capsys):
+    """Without a GPU in Triton's interpreter; `launch` is told of every kernel."""
     pytest.importorskip("triton", reason="the kernels need Triton")
-    environment = {
-        **os.environ,
-        "TRITON_INTERPRET": "1",
-        "ADAMAE_SAMPLER_BACKEND": "triton",
-        "CUDA_VISIBLE_DEVICES": "",
-    }
-    environment["PYTHONPATH"] = str(ROOT)
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=environment)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == every_op.DONE
+    seen, launch = set(), backend.launch
+
+    def recorded(kernel, *args, **constants):
+        seen.add(kernel.fn.__name__)
+        launch(kernel, *args, **constants)
+
+    for name, module in list(sys.modules.items()):
+        if name.startswith("adamae_sampler.ops") and hasattr(module, "launch"):
+            monkeypatch.setattr(module, "launch", recorded)
+    # A program of the error kernel takes long in the interpreter, and all of them are alike.
+    few = {"reconstruction_error": {"tokens": 16, "visible": 7, "grid": (1, 4, 4)}}
+    cases = [dataclasses.replace(case, **few.get(case.op, {})) for case in every_op._SMALL]
+    monkeypatch.setattr(every_op, "_SMALL", cases)
+    with ops.use_backend("triton"):
+        every_op.main(full=False)
+    assert seen == set(tools.kernel_names())
+    assert capsys.readouterr().out.strip() == every_op.DONE
 
 
 def fake_program(folder, name, text):

@@ -28,7 +28,7 @@ def run_script(name, *arguments, processes=1):
 
 
 def refused(main, *arguments):
-    """What a script says that refuses its arguments; run in this process, where a start would take seconds."""
+    """The output of a script that refuses its arguments. It runs in this process, since a new one takes seconds to start."""
     with redirect_stdout(io.StringIO()) as out, redirect_stderr(out), pytest.raises(SystemExit) as ended:
         main([str(each) for each in arguments])
     assert ended.value.code not in (0, None)
@@ -36,7 +36,7 @@ def refused(main, *arguments):
 
 
 def run_here(main, *arguments):
-    """What a script says that succeeds; run in this process, for tests of what a run leaves and not of how it starts."""
+    """The output of a script that succeeds. It runs in this process, for tests of results and not of the start."""
     with redirect_stdout(io.StringIO()) as out, redirect_stderr(out):
         main([str(each) for each in arguments])
     return out.getvalue()
@@ -57,7 +57,7 @@ def succeeded(run):
 
 TWO_PROCESSES = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 
-# A mask that is a function of the clip alone, and no dropout: nothing is drawn.
+# The mask depends on the clip alone and dropout is off, so nothing is drawn.
 FIXED_MASKS = """
 from adamae_sampler.ops import patchify
 def patched(self, video, **kwargs):
@@ -103,7 +103,7 @@ def newest_checkpoint(folder):
 
 
 def wait_for_step(folder, step, process, timeout=120):
-    """Until the metrics of a step have been written."""
+    """Waits until the metrics of a step have been written."""
     path, until = folder / "metrics.jsonl", time.monotonic() + timeout
     while time.monotonic() < until:
         assert process.poll() is None, process.communicate()

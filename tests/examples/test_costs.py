@@ -1,4 +1,4 @@
-"""What a step costs, against numbers from elsewhere."""
+"""Operations, utilisation and memory of a training step, against independent numbers."""
 
 import pytest
 import timm
@@ -15,12 +15,12 @@ CPU = torch.device("cpu")
     [("adaptive", 0.95, 43.0), ("random", 0.95, 28.1), ("tube", 0.9, 35.4)],
 )
 def test_operations_of_vit_b_are_those_counted_by_hand(masking, ratio, gmacs):
-    """Multiplications of the tokenizer, the sampler's block, the encoder, the decoder and the head, from their sizes."""
+    """The reference numbers are multiplications of tokenizer, sampler, encoder, decoder and head, from their sizes."""
     model = timm.create_model("pretrain_adamae_vit_base_patch16_224", masking=masking, mask_ratio=ratio)
     assert forward_flops(model, 1, 3, 16, 224, 224) / 2e9 == pytest.approx(gmacs, rel=0.005)
 
 
-def test_a_fused_head_does_as_much():
+def test_a_fused_head_costs_as_many_operations():
     whole, fused = (timm.create_model("pretrain_adamae_vit_small_patch16_224", fused_head=n) for n in (False, True))
     size = (1, 3, 16, 224, 224)
     assert forward_flops(fused.train(), *size) == forward_flops(whole.train(), *size)
@@ -36,7 +36,7 @@ def test_counting_has_no_effect():
     assert model[0].weight.grad is None
 
 
-def test_peaks_by_the_longest_name():
+def test_the_peak_is_that_of_the_longest_matching_name():
     assert peak_of("NVIDIA H100 80GB HBM3") == 989e12
     assert peak_of("NVIDIA H100 PCIe") == 756e12
     assert peak_of("NVIDIA H200") == 989e12
@@ -46,7 +46,7 @@ def test_peaks_by_the_longest_name():
 
 
 def test_utilisation():
-    # 100 clips a second of 1 TFLOP forward, 3 for a step, over two devices.
+    # A forward pass is 1 TFLOP a clip, so a step is 3. Two devices take 100 clips a second.
     assert utilisation(1e12, 100, 2, CPU) == {"tflops": 150}
 
 

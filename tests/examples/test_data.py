@@ -16,7 +16,7 @@ from video_data.transforms import SCALES, PretrainTransform, multi_scale_crop, r
 from video_data.video import Unreachable, Video, VideoError
 from video_data.video_lists import VideoEntry, list_videos
 
-# With B-frames (bf) the order of packets is not that of frames, and AVI and MPEG-PS state no presentation times.
+# With B-frames (bf) packets are not in the order of frames. AVI and MPEG-PS state no presentation times.
 CONTAINERS = [
     ("a.mp4", "libx264", {"g": "10", "crf": "1"}),
     ("a.mkv", "libx264", {"g": "10", "crf": "1", "bf": "3"}),
@@ -40,7 +40,7 @@ def test_read_frames_returns_the_frames_asked_for(tmp_path, name, codec, options
         assert seen_indices(frames) == indices
 
 
-def test_where_a_variable_rate_skips_an_index_the_frame_on_screen_is_taken(tmp_path):
+def test_an_index_that_a_variable_rate_skips_gives_the_frame_on_screen(tmp_path):
     path = tmp_path / "a.mkv"
     with av.open(str(path), "w") as container:
         stream = container.add_stream("libx264", rate=25, options={"crf": "1", "bf": "0"})
@@ -132,7 +132,7 @@ def test_a_malformed_line_is_named(tmp_path, line):
         list_videos(tmp_path / "list.txt")
 
 
-def test_folders_and_nothing(tmp_path):
+def test_folders_with_and_without_videos(tmp_path):
     with pytest.raises(FileNotFoundError, match="no such folder or list file"):
         list_videos(tmp_path / "nowhere")
     with pytest.raises(ValueError, match="has no video"):
@@ -194,7 +194,7 @@ def test_broken_videos_are_replaced_and_reported_with_their_line(tmp_path):
 
 
 class Flaky:
-    """A source whose videos fail a few times, after they have drawn something."""
+    """A source whose videos fail a few times. Each draws a random number before it fails."""
 
     def __init__(self, failures):
         self.failures = dict(failures)
@@ -231,17 +231,17 @@ def test_a_video_is_tried_three_times_and_draws_as_if_once():
 
 
 @pytest.mark.usefixtures("no_pauses")
-def test_what_stands_at_a_position_does_not_depend_on_what_was_found_before():
+def test_the_clip_at_a_position_does_not_depend_on_the_quarantine():
     found = stream_of(Flaky({2: 99, 5: 99}), stop=24)
     items = [found[position] for position in range(24)]
     assert {name for item in items for name in item["left_out"]} == {"video 2", "video 5"}
     known = ClipStream(Flaky({2: 99, 5: 99}), 0, 24, 0, ["video 2", "video 5"])
     assert [known[position] for position in range(24)] == items
-    # Three times until it is known, then once each time.
+    # A video is tried three times until it is known to be broken, and once each time after that.
     assert found.source.tried.count(2) == known.source.tried.count(2) + 2 > 3
 
 
-def test_a_place_that_cannot_be_reached_is_waited_for_and_nothing_is_quarantined(monkeypatch):
+def test_unreachable_videos_are_retried_and_not_quarantined(monkeypatch):
     class Away(Flaky):
         def clips(self, index, generator):
             if self.failures.get(index, 0):
@@ -290,7 +290,7 @@ def test_sprites_are_a_function_of_seed_and_index():
 
 
 @pytest.mark.parametrize("size", [{}, {"num_frames": 8, "img_size": 48, "patch_size": 16, "tubelet_size": 4}])
-def test_what_is_not_marked_as_moving_is_still(size):
+def test_tokens_not_marked_as_moving_are_still(size):
     clips = Sprites(length=40, **size)
     checked_tokens = 0
     for index in range(40):
@@ -299,11 +299,11 @@ def test_what_is_not_marked_as_moving_is_still(size):
         moving = clip["moving"].view(clips.num_frames // t, clips.img_size // p, clips.img_size // p)
         moving = moving.repeat_interleave(t, 0).repeat_interleave(p, 1).repeat_interleave(p, 2)  # [T, H, W]
         video = clip["video"].int()
-        high = video.masked_fill(moving, -1).amax(1)  # [3, H, W], over the frames in which a pixel's token is still
+        high = video.masked_fill(moving, -1).amax(1)  # [3, H, W], over frames where a pixel's token is still
         low = video.masked_fill(moving, 256).amin(1)
         known = (~moving).any(0)
         assert torch.equal(high[:, known], low[:, known])
-        # And every token marked holds a pixel that differs from that still background, where it is known.
+        # Where the still background is known, every token marked as moving has a pixel that differs from it.
         differs = ((video != high[:, None]).any(0) & known & moving).float()
         tokens = differs.unflatten(0, (-1, t)).unflatten(2, (-1, p)).unflatten(4, (-1, p)).sum((1, 3, 5))
         known_tokens = known.expand_as(moving).float().unflatten(0, (-1, t)).unflatten(2, (-1, p)).unflatten(4, (-1, p))
@@ -313,7 +313,7 @@ def test_what_is_not_marked_as_moving_is_still(size):
     assert checked_tokens > 50
 
 
-def test_share_of_what_moves_and_direction():
+def test_share_of_moving_tokens_and_direction():
     clips = Sprites(length=200)
     shares = torch.tensor([clips[i]["moving"].float().mean() for i in range(200)])
     assert 0.10 < shares.mean() < 0.20

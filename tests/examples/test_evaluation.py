@@ -38,7 +38,7 @@ def views_of(entries):
 
 
 def test_views_are_merged_as_an_oracle_merges_them(videos):
-    """One view at a time, in double precision, with a loop."""
+    """The oracle loops over single views in double precision."""
     model = tiny_classifier()
     accelerator = make_accelerator("fp32")
     model.to(accelerator.device).train()
@@ -115,7 +115,7 @@ def test_sprites_have_one_view():
     assert torch.equal(clip["video"][0], Sprites(3, 8, 32, 8)[1]["video"])
 
 
-def test_nothing_that_can_be_read_is_an_error(videos):
+def test_a_list_without_a_readable_video_is_an_error(videos):
     accelerator = make_accelerator("fp32")
     broken = [videos[2], videos[4]]
     with pytest.raises(VideoError, match=r"no video could be read:\n.*broken.mp4"):
@@ -144,7 +144,7 @@ accelerator.end_training()
 
 @pytest.mark.slow
 def test_one_and_two_processes_agree_to_the_last_bit(videos, tmp_path):
-    """Seven videos in batches of two: four batches, of unequal size, and two of them on each process."""
+    """Seven videos in batches of two give four batches of unequal size, two for each process."""
     script = tmp_path / "script.py"
     data = str(videos[0].path.parent / "val.csv")
     folders = [str(each) for each in (TESTS, TESTS / "models", TESTS / "examples", TESTS.parent / "examples")]

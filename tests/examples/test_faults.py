@@ -1,4 +1,4 @@
-"""What happens to real runs: broken videos, steps that are not finite, processes that die. A run goes on or says why."""
+"""Runs with broken videos, non-finite steps or dying processes go on, or end with the reason."""
 
 import os
 import shutil
@@ -40,7 +40,7 @@ pretrain_here = partial(run_here, pretrain_script.main)
 
 
 def folder_with_broken_videos(folder):
-    """95 whole videos, and one broken in each of five ways."""
+    """Writes 95 whole videos and 5 that are broken in different ways. Returns the names of the broken ones."""
     folder.mkdir()
     good = write_video(folder / "good 00.mp4")
     for number in range(1, 95):
@@ -52,7 +52,7 @@ def folder_with_broken_videos(folder):
     with av.open(str(folder / "no frames.mkv"), "w") as container:
         stream = container.add_stream("libx264", rate=25)
         stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
-        container.start_encoding()  # a header, and nothing after it
+        container.start_encoding()  # writes the header alone
     # The size of its first box says that the header is 4 GiB long.
     (folder / "huge header.mp4").write_bytes(b"\xff\xff\xff\xf0" + whole[4:])
     return {"truncated.mp4", "empty.mp4", "a text.mp4", "no frames.mkv", "huge header.mp4"}
@@ -70,7 +70,7 @@ def test_a_folder_with_broken_videos_trains_to_the_end_and_lists_exactly_those(p
         printed = succeeded(run_script("pretrain.py", *arguments, processes=processes))
     listed = read_broken_videos(
         tmp_path / "run" / "quarantine.txt"
-    )  # after two epochs of 25 steps or one of two processes
+    )  # the run is two epochs of one process, or more of two processes
     assert set(listed) == {str(tmp_path / "videos" / name) for name in broken}
     assert all(listed.values())
     assert "5 videos could not be used and were replaced by others" in printed
@@ -113,7 +113,7 @@ def test_the_quarantine_file(tmp_path):
     assert broken.exchange() is None
     assert path.read_text(encoding="utf-8") == "a ü.mp4\tbroken in two lines\nb.mp4\tgone\n"
     with path.open("a") as file:
-        file.write("elsewhere.mp4\tgone\nc.mp")  # a video of other data; half a line, as a kill may leave it
+        file.write("elsewhere.mp4\tgone\nc.mp")  # a video of other data, and half a line as a kill may leave it
     again = BrokenVideos(path, source, 0.25, writes=True)
     assert set(again.known) == {"a ü.mp4", "b.mp4"}
     again.add({"d.mp4": "gone"})
@@ -122,7 +122,7 @@ def test_the_quarantine_file(tmp_path):
 
 
 def nonfinite_losses(first, last):
-    """Within it, the losses of steps first .. last are not finite."""
+    """A context in which the losses of steps `first` to `last` are not finite."""
     calls, real = [], AdaMAELoss.forward
 
     def forward(self, prediction, video, sample):
@@ -133,7 +133,7 @@ def nonfinite_losses(first, last):
     return mock.patch.object(AdaMAELoss, "forward", forward)
 
 
-def test_so_many_bad_steps_in_a_row_end_a_run_that_is_saved(tmp_path):
+def test_too_many_bad_steps_in_a_row_save_and_end_a_run(tmp_path):
     common = [*TINY_PRETRAIN, "--data", "sprites:8:3", "--steps", 9, "--output", tmp_path, "--log-every", 2]
     common += ["--stop-after-nonfinite", 3]
     with nonfinite_losses(4, 8):
@@ -143,14 +143,14 @@ def test_so_many_bad_steps_in_a_row_end_a_run_that_is_saved(tmp_path):
     lines = (tmp_path / "nonfinite.txt").read_text().splitlines()
     assert "nonfinite_in_a_row 3" in lines[0]
     assert [line.split(":")[0] for line in lines[1:]] == ["step 4", "step 5", "step 6"]
-    # Two steps are an epoch of the eight clips, so two in a row that begin one name each clip once.
+    # An epoch of eight clips is two steps. Steps 5 and 6 are an epoch, so they name each clip once.
     named = [name for line in lines[2:4] for name in line.partition(": ")[2].split(", ")]
     assert sorted(named) == [f"sprites:8:3[{number}]" for number in range(8)]
     assert newest_checkpoint(tmp_path).name == "step_00000006.safetensors"
     assert "from step 6" in pretrain_here("--resume", newest_checkpoint(tmp_path))
 
 
-def test_fewer_bad_steps_in_a_row_do_not(tmp_path):
+def test_fewer_bad_steps_in_a_row_are_skipped(tmp_path):
     common = [*TINY_PRETRAIN, "--data", "sprites:8:3", "--steps", 8, "--output", tmp_path]
     with nonfinite_losses(4, 5):
         pretrain_here(*common, "--stop-after-nonfinite", 3)
@@ -191,8 +191,8 @@ def test_metrics_that_a_full_disk_refuses_are_written_with_the_next_line(tmp_pat
     assert [line["step"] for line in metrics(tmp_path)] == [1, 2, 3]
 
 
-def test_processes_that_would_go_on_from_different_checkpoints_are_told(monkeypatch):
-    """As where --output is a folder of each machine."""
+def test_processes_that_would_resume_from_different_checkpoints_are_refused(monkeypatch):
+    """This happens if --output is a local folder of each machine."""
     monkeypatch.setattr("training.loop.gather_object", lambda mine: [*mine, ("step_00000040.safetensors", 40)])
     with pytest.raises(TrainingError, match=r"different checkpoints: .*'none'.*; --output must be a shared folder"):
         TrainingLoop(Job(None, None, None, None, None, None), None, ("loss", -1))
@@ -207,6 +207,6 @@ def test_a_signal_before_the_first_step_and_one_during_a_save_count():
         assert interrupts.after_step() is Request.SAVE
         assert interrupts.after_step() is Request.NONE
         os.kill(os.getpid(), signal.SIGUSR1)
-        os.kill(os.getpid(), signal.SIGTERM)  # the larger one counts
+        os.kill(os.getpid(), signal.SIGTERM)  # SIGTERM outranks SIGUSR1
         assert interrupts.after_step() is Request.STOP
         assert interrupts.after_step() is Request.STOP

@@ -1,4 +1,4 @@
-"""The fine-tuning script as its users run it, and its loss by hand."""
+"""The fine-tuning script as its users run it, and its loss against hand computations."""
 
 import json
 from fractions import Fraction
@@ -37,13 +37,13 @@ TINY = "--batch-size 4 --warmup-steps 1 --workers 0 --log-every 1 --stride 2 --t
 TINY += ["--effective-batch", "4"]
 run_finetune = partial(run_script, "finetune.py")
 finetune_here = partial(run_here, finetune.main)
-# Every parameter of the encoder is to be loaded, none left as it was.
+# The number of parameters of the encoder: all of them have to be loaded.
 PARAMETERS = sum(name.startswith("encoder.") for name in tiny_classifier().state_dict())
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """Eight videos of three classes, relative and absolute paths."""
+    """Lists of eight videos of three classes, with relative and absolute paths."""
     folder = tmp_path_factory.mktemp("videos")
     paths = [write_video(folder / f"{number} ü.mp4", frames=20 + number, start=number) for number in range(8)]
     lines = [f"{path.name if number % 2 else path} {number % 3}" for number, path in enumerate(paths)]
@@ -55,7 +55,7 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def pretrained(tmp_path_factory):
-    """A file as pretrain.py writes it."""
+    """A weights file as pretrain.py writes it."""
     path = tmp_path_factory.mktemp("pretrained") / "model.safetensors"
     torch.manual_seed(0)
     save_weights(tiny_model(), path, PretrainRecipe())
@@ -71,7 +71,7 @@ def run_of_three(data, pretrained, tmp_path_factory):
 
 def test_a_run_from_a_pretraining_file(run_of_three, data):
     folder, printed = run_of_three
-    assert f"adamae_sampler checkpoint: {PARAMETERS} parameters loaded" in printed  # without being told the sizes
+    assert f"adamae_sampler checkpoint: {PARAMETERS} parameters loaded" in printed  # the sizes come from the file
     assert "classes  3; videos of 3 to train on, of 3 to evaluate on\n" in printed
     assert "0.0005 x 4 / 256" in printed
     lines = metrics(folder)
@@ -85,10 +85,10 @@ def test_a_run_from_a_pretraining_file(run_of_three, data):
     assert len((folder / "predictions.csv").read_text().splitlines()) == 4
 
 
-def test_weights_of_a_run_are_evaluated_alike(run_of_three, data, tmp_path):
+def test_eval_only_gives_the_predictions_of_the_run(run_of_three, data, tmp_path):
     folder, _ = run_of_three
     arguments = ["--eval-only", "--checkpoint", folder / "model.safetensors", *data[2:], "--workers", 0]
-    printed = finetune_here(*arguments, "--output", tmp_path)  # stride and views are the run's
+    printed = finetune_here(*arguments, "--output", tmp_path)  # stride and views come from the file
     assert f"{PARAMETERS + 4} parameters loaded" in printed  # fc_norm and head too
     assert (tmp_path / "predictions.csv").read_text() == (folder / "predictions.csv").read_text()
 
@@ -123,7 +123,7 @@ def test_a_decoder_alone_and_another_size_are_refused(keep, sizes, message, data
 
 @pytest.mark.slow
 def test_a_resumed_run_equals_an_uninterrupted_one(data, pretrained, tmp_path):
-    """Bit for bit: augmentation, erasing, mixup, drop path, the moving average, the optimiser."""
+    """Bit for bit, with augmentation, erasing, mixup, drop path, a moving average and the optimiser."""
     common = [*TINY, *data, "--checkpoint", pretrained, "--ema", 0.9, "--drop-path", 0.5, "--erasing", 0.5]
     common += ["--randaugment", "rand-m7-n2-mstd0.5-inc1", "--save-every", 2, "--eval-every", 1]
     common += ["--repeats", 2]
@@ -208,7 +208,7 @@ def test_bad_arguments_end_with_one_clear_line(arguments, message, tmp_path):
     assert message in refused(finetune.main, "--preset", "sprites", *arguments, "--output", tmp_path)
 
 
-def test_what_is_known_to_be_wrong_is_refused_before_training(data, pretrained, tmp_path):
+def test_bad_labels_and_augmentation_are_refused_before_training(data, pretrained, tmp_path):
     (tmp_path / "labels.txt").write_text("run\n")
     (tmp_path / "val.csv").write_text(Path(data[3]).read_text(encoding="utf-8"), encoding="utf-8")
     for arguments, message in (
@@ -220,8 +220,8 @@ def test_what_is_known_to_be_wrong_is_refused_before_training(data, pretrained, 
         assert not (tmp_path / "out" / "metrics.jsonl").exists()
 
 
-def test_what_is_odd_but_possible_is_said(data, pretrained, tmp_path):
-    """Clips of another size than the checkpoint's, and a class that is never trained on."""
+def test_odd_but_possible_settings_are_reported(data, pretrained, tmp_path):
+    """The clips have another size than the checkpoint's, and one class has no training videos."""
     listed = [line for line in Path(data[1]).read_text(encoding="utf-8").splitlines() if not line.endswith(" 2")]
     two = Path(data[1]).parent / "two.csv"
     two.write_text("\n".join(listed) + "\n", encoding="utf-8")
@@ -284,13 +284,13 @@ def test_label_smoothing_by_hand():
 
 
 def test_mixup_by_hand():
-    """x and its mirror in the batch are blended; targets, smoothed, in the same shares."""
+    """Each clip is blended with the one at the mirrored place of the batch, and smoothed targets in the same shares."""
     criterion, accelerator = criterion_of(mixup=0.8, smoothing=0.1)
     batch = batch_on(accelerator.device)
     pixels = Normalise(accelerator.device)(batch["video"])
     seed_libraries(7)
     video, target = criterion.augment(batch["video"], batch["label"])
-    # lambda from one pixel; everything else has to agree with it
+    # The blending share is estimated from the pixels. Everything else has to agree with it.
     share = ((video - pixels.flip(0)) / (pixels - pixels.flip(0))).nanmedian()
     assert 0 < share < 1
     torch.testing.assert_close(video, share * pixels + (1 - share) * pixels.flip(0), rtol=1e-4, atol=1e-4)
@@ -334,7 +334,7 @@ def test_erasing_is_noise_in_one_box_of_all_frames():
     assert noise.isfinite().all()
 
 
-def test_batches_differ_by_their_number_alone():
+def test_the_number_of_a_batch_alone_decides_its_augmentation():
     criterion, accelerator = criterion_of(mixup=0.8, cutmix=1.0, erasing=0.5)
     batch = batch_on(accelerator.device)
 

@@ -1,4 +1,4 @@
-"""`--graph`: whole steps as one CUDA graph, in the place of which operators are recorded and run again on a CPU."""
+"""`--graph` replays whole steps as a CUDA graph. On a CPU these tests record the operators of a step and rerun them."""
 
 import sys
 from functools import partial
@@ -22,8 +22,8 @@ READS = ("_local_scalar_dense", "item", "nonzero", "equal")
 
 
 class Recording(TorchDispatchMode):
-    """What a CUDA graph does, as a plain list: each operator of the capture, again on the same tensors, its results
-    into the same tensors. Python is not run again, and nothing may be read."""
+    """A CUDA graph as a plain list of operators. A replay runs each operator again on the same tensors and writes its
+    results into the same tensors. Python does not run again, and no operator may read from the device."""
 
     def __init__(self):
         super().__init__()
@@ -46,7 +46,7 @@ class Recording(TorchDispatchMode):
 
 
 def capture(update, parts):
-    """The capture itself is the first of the runs here; on a GPU it runs nothing."""
+    """Stands in for the real capture. Here the capture runs the step, so the first replay does nothing."""
     with Recording() as recording:
         update(parts)
     runs = iter([lambda: None])
@@ -56,18 +56,18 @@ def capture(update, parts):
 @pytest.fixture
 def recorded(monkeypatch):
     for module in [each for name, each in sys.modules.items() if name.startswith("adamae_sampler")]:
-        if hasattr(module, "free_to_read"):  # values on a CPU are checked, those on a GPU are not
+        if hasattr(module, "free_to_read"):  # values are checked on a CPU and not on a GPU
             monkeypatch.setattr(module, "free_to_read", lambda _: False)
     monkeypatch.setattr(graphs, "capture", capture)
     monkeypatch.setattr(graphs, "aside", lambda update, parts: update(parts))
     monkeypatch.setattr(pretrain_script, "check_graph", lambda *_: None)
-    rate = Schedule.lr_at  # in fp32, as the graph reads it, for all that is compared
+    rate = Schedule.lr_at  # rounded to fp32 in every run, since the graph reads it from an fp32 tensor
     monkeypatch.setattr(Schedule, "lr_at", lambda self, step: float(torch.tensor(rate(self, step))))
 
 
 @pytest.mark.parametrize("options", [[], ["--effective-batch", 8, "--score-network", "pooled", "--num-masks", 2]])
 def test_replayed_steps_train_as_usual_ones(recorded, tmp_path, options):
-    """Bit for bit, with a mask and dropout of their own at every step, the schedule of the learning rate, and metrics."""
+    """Bit for bit, in weights and metrics. Each step has its own mask, dropout and learning rate."""
     for name, graph in (("usual", []), ("graph", ["--graph"])):
         pretrain(*COMMON, *options, *graph, "--output", tmp_path / name)
     same_numbers(tmp_path / "usual", tmp_path / "graph")
@@ -106,7 +106,7 @@ def test_a_bad_step_is_skipped_in_a_graph_too(recorded, tmp_path, monkeypatch):
     assert [line["nonfinite_in_a_row"] for line in metrics(tmp_path)] == [0, 0, 0, 0, 0, 1, 0, 0]
 
 
-def test_another_batch_is_refused(monkeypatch):
+def test_a_batch_of_another_shape_is_refused(monkeypatch):
     monkeypatch.setattr(graphs, "capture", capture)
     monkeypatch.setattr(graphs, "aside", lambda update, parts: update(parts))
     seen = torch.zeros(2)
@@ -119,7 +119,7 @@ def test_another_batch_is_refused(monkeypatch):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_a_graph_wants_a_gpu(tmp_path):
+def test_a_graph_needs_a_gpu(tmp_path):
     message = refused(pretrain_script.main, *COMMON, "--graph", "--checkpoint-activations", "--output", tmp_path)
     assert "--graph needs a CUDA device (found cpu); a run without --checkpoint-activations" in message
 

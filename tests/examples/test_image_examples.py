@@ -22,7 +22,7 @@ def test_it_trains(example):
 
 @pytest.mark.parametrize("sizes", [{}, {"channels": 1}, {"channels": 4}, {"image_size": (32, 64)}])
 def test_vit_pytorchs_own_loss(sizes):
-    """With mean pooling: with a class token its own MAE fails since its position table has two axes."""
+    """The ViT has mean pooling. With a class token, vit-pytorch's own MAE fails, since its position table has two axes."""
     vit = vit_pytorch_mae.ViT(
         **{
             "pool": "mean",
@@ -65,7 +65,7 @@ def test_lightlys_class_token_is_always_kept():
     assert torch.equal(idx_keep[:, 0], torch.zeros(2, dtype=torch.long))
     assert torch.equal(idx_keep[:, 1:], sample.visible_idx + 1)
     assert prediction.shape == (2, 12, 192)
-    # A masked token is seen by nobody: changing its pixels changes no prediction.
+    # The model does not see a masked token: other pixels there change no prediction.
     row, column = divmod(int(sample.masked_idx[0, 0]), 4)
     images[0, :, 8 * row : 8 * row + 8, 8 * column : 8 * column + 8] += 1
     with mock.patch.object(model, "sampler", Same(sample)):

@@ -1,4 +1,4 @@
-"""The launch files: DDP, FSDP2 and DeepSpeed train what one process trains, and go on with each other's checkpoints."""
+"""The launch files: DDP, FSDP2 and DeepSpeed train as one process does. Sharded runs and one process share checkpoints."""
 
 import os
 import shutil
@@ -31,14 +31,14 @@ from scripts import (
 from common.devices import make_accelerator
 
 LAUNCH = EXAMPLES / "launch"
-# Accelerate shards on GPUs alone; processes that call themselves such shard over gloo.
+# Accelerate shards on GPUs only. With its distributed type set by hand, CPU processes shard over gloo.
 ON_CPU = """
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType
 PartialState(cpu=True)
 PartialState._shared_state["distributed_type"] = DistributedType.{}
 """
-# DeepSpeed's sums in shared memory are compiled first, and wait for each other where two jobs run at a time.
+# DeepSpeed compiles its sums in shared memory on first use, and two jobs at a time would wait for each other.
 BY_GLOO = """
 import deepspeed.comm.torch
 deepspeed.comm.torch.build_shm_op = lambda: None
@@ -77,7 +77,7 @@ def in_two(config, script):
 
 
 def in_parts(config, folder, *arguments, patch=FIXED_MASKS):
-    """On two processes, each batch in two parts, with recomputed activations."""
+    """Trains on two processes, with two accumulated parts a batch and recomputed activations."""
     arguments = [*COMMON, "--batch-size", 2, "--checkpoint-activations", *arguments, "--output", folder / "run"]
     return run_patched(patch, folder, *arguments, start=lambda script: in_two(config, script), first=FIRST[config])
 
@@ -97,7 +97,7 @@ def assert_same(one, two, steps=4, tolerance=1e-5):
 
 @pytest.fixture(scope="module")
 def one(tmp_path_factory):
-    """What one process comes to."""
+    """The folder of the same training on one process."""
     folder = tmp_path_factory.mktemp("one")
     run_patched(FIXED_MASKS, folder, *COMMON, "--batch-size", 8, "--output", folder / "run")
     return folder
@@ -108,7 +108,7 @@ def one(tmp_path_factory):
 def test_every_launch_file_trains_what_one_process_trains(config, one, tmp_path):
     if config == "deepspeed_zero2":
         pytest.importorskip("deepspeed")
-    # From the middle of one process's run: so sharded training, and going on from its checkpoint, are both shown.
+    # It resumes from the middle of the run on one process, which tests sharded training and resuming at once.
     half = one / "run" / "checkpoints" / "step_00000004.safetensors"
     printed = in_parts(config, tmp_path / "sharded", "--resume", half, "--save-every", 2)
     assert {"one_machine": ", DDP", "fsdp2": ", FSDP2", "deepspeed_zero2": ", DeepSpeed"}[config] in printed
@@ -118,7 +118,7 @@ def test_every_launch_file_trains_what_one_process_trains(config, one, tmp_path)
     for name, weight in safetensors.torch.load_file(one / "run" / "model.safetensors").items():
         torch.testing.assert_close(weights[name], weight, rtol=0, atol=1e-5, msg=name)
 
-    if config == "one_machine":  # whose checkpoints are those of one process
+    if config == "one_machine":  # DDP writes the checkpoints that one process writes
         return
     later = tmp_path / "sharded" / "run" / "checkpoints" / "step_00000006.safetensors"
     arguments = ["--resume", later, "--batch-size", 8]
@@ -144,8 +144,8 @@ atexit.register(lambda: print("compiled graphs:", torch._dynamo.utils.counters["
 
 @pytest.mark.parametrize(("config", "compiled"), [("fsdp2", "blocks"), ("deepspeed_zero2", None)])
 @pytest.mark.slow
-def test_half_precision_with_parts_and_a_bad_step_that_all_skip(config, compiled, one, tmp_path):
-    """With recomputed activations; a step whose loss is not finite on one process changes no weight on any."""
+def test_every_process_skips_a_bad_step_in_half_precision(config, compiled, one, tmp_path):
+    """A step whose loss is not finite on one process changes no weight on any process."""
     if config == "deepspeed_zero2":
         pytest.importorskip("deepspeed")
     if compiled and shutil.which("c++") is None:
@@ -174,7 +174,7 @@ def test_half_precision_with_parts_and_a_bad_step_that_all_skip(config, compiled
 @pytest.mark.parametrize("config", ["fsdp2", "deepspeed_zero2"])
 @pytest.mark.slow
 def test_fine_tuning_with_shards_evaluates_on_every_process(config, tmp_path):
-    """Three videos for two processes, which so have different numbers of batches."""
+    """Two processes share three videos, so their numbers of batches differ."""
     if config == "deepspeed_zero2":
         pytest.importorskip("deepspeed")
     arguments = [*ENCODER, "--train", "sprites:16:1", "--val", "sprites:3:2", "--eval-batch-size", 1, "--epochs", 2]
@@ -188,7 +188,7 @@ def test_fine_tuning_with_shards_evaluates_on_every_process(config, tmp_path):
     printed = succeeded(in_two(config, script))
     assert "of 3 videos" in printed
     assert any("val_top1" in line for line in metrics(tmp_path / "run"))
-    # The weights that were written are those that were evaluated.
+    # The written weights are the evaluated ones.
     again = ["--eval-only", "--checkpoint", tmp_path / "run" / "model.safetensors", "--val", "sprites:3:2"]
     run_here(finetune.main, *again, "--workers", 0, "--output", tmp_path / "again")
     ours, others = ((tmp_path / name / "predictions.csv").read_text() for name in ("run", "again"))
@@ -225,7 +225,7 @@ def test_launched_shards_without_gpus_are_refused(tmp_path):
     assert NO_GPUS in run.stderr
 
 
-def test_half_precision_that_does_not_train_is_refused(monkeypatch):
+def test_fp16_with_deepspeed_is_refused(monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     monkeypatch.setattr("torch.accelerator.is_available", lambda: True)
     with pytest.raises(ValueError, match="--precision fp16 does not work with DeepSpeed; use --precision bf16"):
@@ -234,7 +234,7 @@ def test_half_precision_that_does_not_train_is_refused(monkeypatch):
 
 @pytest.fixture
 def cluster(tmp_path):
-    """Stand-ins for Slurm's commands: two "machines" that are this one. srun takes SIGTERM for an order to kill."""
+    """Stand-ins for Slurm's commands. Both "machines" are this one, and SIGTERM makes srun kill its processes."""
     tools = tmp_path / "bin"
     tools.mkdir()
     (tools / "scontrol").write_text(f'echo "$@" >> {tmp_path}/asked\n[[ $1 != show ]] || echo localhost\n')
@@ -287,7 +287,7 @@ def test_a_slurm_job_saves_and_is_queued_again_when_its_time_is_up_and_not_when_
 
 @pytest.mark.parametrize("config", ["many_machines", "fsdp2", "deepspeed_zero2"])
 def test_every_launch_file_starts_torchrun_on_each_of_several_machines(config):
-    """And not DeepSpeed's own launcher, which would start a run of its own on each."""
+    """DeepSpeed's own launcher would start a separate run on each machine."""
     if config == "deepspeed_zero2":
         pytest.importorskip("deepspeed")
     options = ["--config_file", LAUNCH / f"{config}.yaml", "--num_machines", 2, "--num_processes", 16]

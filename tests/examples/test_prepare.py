@@ -1,4 +1,4 @@
-"""Lists from the published annotations, and the check of lists."""
+"""prepare_data.py: lists made from the published annotations, and the check of lists."""
 
 import json
 import subprocess
@@ -117,7 +117,7 @@ def test_hmdb51(tmp_path):
         lists_of("hmdb51", tmp_path, "--split", "7")
 
 
-def test_none_of_the_videos(tmp_path):
+def test_annotations_without_any_of_their_videos_are_refused(tmp_path):
     (tmp_path / "annotations").mkdir()
     (tmp_path / "annotations" / "wave_test_split1.txt").write_text("b.avi 1\nc.avi 2\n")
     with pytest.raises(SystemExit, match="no such folder"):
@@ -138,7 +138,7 @@ def test_lists_survive_being_written_and_read(tmp_path):
     assert [(e.path, e.label, e.start, e.frames) for e in back] == [
         (e.path, e.label, e.start, e.frames) for e in entries
     ]
-    write_list(path, [VideoEntry(tmp_path / "lists" / "take 2", 7)])  # a name that ends with a number
+    write_list(path, [VideoEntry(tmp_path / "lists" / "take 2", 7)])  # the name ends with a number
     assert (list_videos(path)[0].path.name, list_videos(path)[0].label) == ("take 2", 7)
     for name in ("#a.mp4", "a\nb.mp4"):
         with pytest.raises(ValueError, match="cannot stand in a list"):

@@ -155,7 +155,7 @@ def test_metrics_go_to_weights_and_biases_too(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_metrics_go_to_trackio_too_and_a_resumed_run_goes_on_there(tmp_path, monkeypatch):
-    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))  # read when it is imported
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))  # trackio reads it on import
     pytest.importorskip("trackio")
     from trackio import Api
     from trackio.sqlite_storage import SQLiteStorage
@@ -171,7 +171,7 @@ def test_metrics_go_to_trackio_too_and_a_resumed_run_goes_on_there(tmp_path, mon
     assert [run.config[key] for key in ("masking", "mask_ratio")] == ["adaptive", 0.75]
 
 
-def test_a_tracker_that_is_not_installed_is_said(tmp_path, monkeypatch):
+def test_a_tracker_that_is_not_installed_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
     with pytest.raises(SystemExit, match=r"--tracker wandb is not installed; pip install wandb"):
         pretrain_script.main([*map(str, TINY_PRETRAIN), "--tracker", "wandb", "--output", str(tmp_path)])

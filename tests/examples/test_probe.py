@@ -1,4 +1,4 @@
-"""Frozen features, their cache, probes and the scripts on them."""
+"""Frozen features, their cache, probes, and the scripts that use them."""
 
 import json
 from pathlib import Path
@@ -31,7 +31,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def pretrained(tmp_path):
-    """A model and its file."""
+    """(model, path of its weights file)."""
     model = tiny_model().eval()
     save_weights(model, tmp_path / "model.safetensors", PretrainRecipe())
     return model, str(tmp_path / "model.safetensors")
@@ -48,7 +48,7 @@ def videos(tmp_path):
 
 
 def by_hand(model, path, clips=2, crops=3):
-    """Features of one video: encoder and its norm, mean over tokens, mean over views, in a loop."""
+    """Features of one video: output of the encoder's norm, averaged over tokens and then over views, in a loop."""
     views = VideoViews([VideoEntry(path)], 8, 2, (32, 32), "dense", clips, crops).views(0)["video"]
     total = 0
     for view in views:
@@ -129,12 +129,12 @@ def test_probing_twice_computes_features_once(kind, pretrained, videos, tmp_path
     with pytest.raises(SystemExit, match=r"probe already has results.json; name another folder"):
         linear_probe.main(arguments)
     again = [*arguments, "--output", str(tmp_path / "again")]
-    monkeypatch.setattr("evaluation.features.frozen_encoder", None)  # would be called for features that are not cached
+    monkeypatch.setattr("evaluation.features.frozen_encoder", None)  # only features that are not cached call it
     assert linear_probe.main(again) == first
     assert "from " in capsys.readouterr().out
     assert (tmp_path / "again" / "predictions.csv").read_text() == predictions
     monkeypatch.undo()
-    # A list that has changed is another one.
+    # A changed list gets features of its own.
     videos.write_text(videos.read_text(encoding="utf-8") + "0 ü.mp4 1\n", encoding="utf-8")
     linear_probe.main([*arguments, "--output", str(tmp_path / "third")])
     assert "MiB into" in capsys.readouterr().out
@@ -144,7 +144,7 @@ def test_probing_twice_computes_features_once(kind, pretrained, videos, tmp_path
 
 
 def separable(count=400, width=16, classes=4, scale=1.0):
-    """Clusters, shifted and scaled so that the batch norm matters."""
+    """One cluster of features for each class, shifted and scaled so that the batch norm matters."""
     label = torch.arange(count) % classes
     centres = torch.randn(classes, width)
     return Features(torch.arange(count), label, 50 + scale * (centres[label] + 0.3 * torch.randn(count, width)), [])
@@ -157,19 +157,19 @@ def test_a_linear_probe_finds_what_logistic_regression_finds():
     assert not list(probe.norm.parameters())
     train_probe(probe, "linear", features, ProbeRecipe(), CPU)
     assert (predict(probe, features, CPU).argmax(1) == features.label).float().mean() > 0.97
-    tiny = separable(scale=1e-3)  # no matter how the features are scaled
+    tiny = separable(scale=1e-3)  # the scale of the features does not matter
     train_probe(probe, "linear", tiny, ProbeRecipe(), CPU)
     assert (predict(probe, tiny, CPU).argmax(1) == tiny.label).float().mean() > 0.97
 
 
-def test_a_recipe_that_trains_nothing():
+def test_a_recipe_that_trains_nothing_is_refused():
     for wrong in ({"epochs": 0}, {"batch_size": 0}, {"lr": 0.0}):
         with pytest.raises(ValueError, match="expected epochs and batch_size of 1 or more"):
             ProbeRecipe(**wrong)
 
 
 def test_an_attentive_probe_finds_the_token_that_tells():
-    """One token of eight, at any place, has the class; their mean barely does."""
+    """One token of eight, at a random place, tells the class. The mean of the tokens barely does."""
     torch.manual_seed(1)
     count, classes = 400, 4
     label = torch.arange(count) % classes
@@ -186,14 +186,14 @@ def test_an_attentive_probe_finds_the_token_that_tells():
     assert (found.argmax(1) == label).float().mean() > 0.9
 
 
-def test_features_of_what_could_be_read_stay_in_their_places():
+def test_features_are_found_by_the_places_of_readable_videos():
     values = torch.arange(10.0).view(5, 2)
     features = Features(torch.tensor([0, 3, 4]), torch.tensor([1, 0, 1]), values, ["1 and 2"])
     assert torch.equal(features.take(torch.tensor([2, 0])), values[[4, 0]])
 
 
 def test_files_state_sizes_and_sampling(tmp_path, monkeypatch):
-    """In a folder too; and the working directory's config.json is nobody's checkpoint."""
+    """A folder states them too. A config.json in the working directory counts only if that folder is named."""
     save_weights(tiny_model(), tmp_path / "model.safetensors", PretrainRecipe(sampling="segments", stride=2))
     assert (
         stated_sizes(str(tmp_path))["num_heads"] == stated_sizes(str(tmp_path / "model.safetensors"))["num_heads"] == 2
@@ -210,7 +210,7 @@ def test_files_state_sizes_and_sampling(tmp_path, monkeypatch):
     assert stated_sizes(str(tmp_path))["num_classes"] == 3
 
 
-def test_nothing_that_can_be_read(pretrained, videos, tmp_path):
+def test_a_list_without_a_readable_video_is_refused(pretrained, videos, tmp_path):
     videos.write_text("broken.mp4 0\nmissing.mp4 1\n")
     with pytest.raises(SystemExit, match=r"no video could be read:\n.*broken.mp4"):
         linear_probe.main(probe_arguments(pretrained[1], videos, tmp_path))
@@ -259,7 +259,7 @@ def test_probing_starts_from_every_format(videos, tmp_path, capsys):
         image_size=32, patch_size=8, num_frames=8, hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
         intermediate_size=128, decoder_num_attention_heads=2, decoder_hidden_size=16, decoder_num_hidden_layers=1,
     )  # fmt: skip
-    for name, pooling in (("norm", False), ("pooling", True)):  # for mean pooling, their default, there is no last norm
+    for name, pooling in (("norm", False), ("pooling", True)):  # with mean pooling, the default, there is no last norm
         config.use_mean_pooling = pooling
         transformers.VideoMAEForPreTraining(config).save_pretrained(tmp_path / name)
     encoder = len([name for name in tiny_model().state_dict() if name.startswith("encoder.")])

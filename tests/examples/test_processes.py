@@ -1,4 +1,4 @@
-"""Pre-training on several processes draws other masks on each; the rest is the same as on one: test_launch.py."""
+"""Each process of a pre-training draws masks of its own. test_launch.py tests that all else is as on one process."""
 
 from functools import partial
 

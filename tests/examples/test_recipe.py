@@ -69,21 +69,21 @@ def test_fast_stands_for_three_settings():
     paper = {"score_network": "mha", "sample_from": "tokens", "decode_ratio": 1.0}
     assert settings_of() == (False, paper)
     assert settings_of("--fast") == (True, FAST)
-    assert settings_of("--decode-ratio", "0.5", "--fast") == (True, FAST)  # the same, said twice
+    assert settings_of("--decode-ratio", "0.5", "--fast") == (True, FAST)  # an option that agrees with --fast
     preset = load_preset(PretrainRecipe, "demo").plain()
-    assert recipe_from(PretrainRecipe, {**preset, **FAST, "fast": True}).fast  # as recipe.yaml says it
+    assert recipe_from(PretrainRecipe, {**preset, **FAST, "fast": True}).fast  # as in recipe.yaml
     for name in (*FAST, "fast"):
         del preset[name]
-    short = recipe_from(PretrainRecipe, {**preset, "fast": True})  # as a preset may say it
+    short = recipe_from(PretrainRecipe, {**preset, "fast": True})  # as in a preset
     assert {name: getattr(short, name) for name in FAST} == FAST
-    assert not recipe_from(PretrainRecipe, preset).fast  # as the file of an earlier version says it
+    assert not recipe_from(PretrainRecipe, preset).fast  # as in the file of an earlier version
 
 
 @pytest.mark.parametrize(
     ("option", "value"), [("score-network", "mha"), ("sample-from", "tokens"), ("decode-ratio", 1.0)]
 )
 def test_an_option_that_contradicts_fast_is_refused(option, value):
-    """Also where its value is the usual one, and in one line."""
+    """The refusal is one line, also for an option with its default value."""
     message = refused(pretrain.main, "--fast", f"--{option}", value, "--dry-run")
     name = option.replace("-", "_")
     assert message == (

@@ -1,4 +1,4 @@
-"""Checkpoints: what is in them, when they are written, and that a run goes on from them as if nothing had happened."""
+"""Checkpoints: their contents, when they are written, and runs that resume from them as if never interrupted."""
 
 import itertools
 import json
@@ -56,7 +56,7 @@ def same_weights(one, two):
 
 
 def run_until(folder, steps, *arguments):
-    """A run that ends at once, without any handler, when the metrics of a step have been written."""
+    """Starts a run that exits without any cleanup right after the metrics of step `steps` are written."""
     script = f"""
 import os, sys
 sys.path.insert(0, {str(EXAMPLES)!r})
@@ -74,22 +74,22 @@ pretrain.main({[str(each) for each in [*arguments, "--output", folder]]!r})
 
 @pytest.mark.slow
 def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path):
-    """Bit for bit: weights, order of data, augmentation, masks, dropout, optimiser, learning rate, and the means that
-    were being taken when the checkpoint was written."""
+    """Bit for bit: weights, order of data, augmentation, masks, dropout, optimiser, learning rate, and the running means
+    of the metrics, since the checkpoint lies between two logged steps."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     common = [*TINY_PRETRAIN, "--log-every", 3, "--save-every", 2, "--steps", 6]
     pretrain_here(*common, "--output", whole)
     run_until(parts, 3, *common)
     with (parts / "metrics.jsonl").open("a") as file:
         file.write('{"step": 5, "lo')  # as a kill may leave it
-    printed = succeeded(pretrain("--resume", newest_checkpoint(parts)))  # its settings and its folder are the run's
+    printed = succeeded(pretrain("--resume", newest_checkpoint(parts)))  # settings and folder come from the checkpoint
     assert "from step 2" in printed
     assert f"settings  those of {parts}" in printed
     same_numbers(whole, parts)
     same_weights(whole, parts)
 
 
-def test_what_is_another_run_is_refused(tmp_path):
+def test_resuming_with_another_recipe_or_data_is_refused(tmp_path):
     pretrain_here(*SPRITES, "--steps", 2, "--output", tmp_path / "run")
     checkpoint = newest_checkpoint(tmp_path / "run")
     for change, message in (
@@ -100,7 +100,7 @@ def test_what_is_another_run_is_refused(tmp_path):
         (["--data", "sprites:64:1"], "videos: the same number, but other names or another order"),
     ):
         assert message in refused(pretrain_script.main, "--resume", checkpoint, *change)
-    # Going on in the folder of another run sets that one aside. What only saves memory may change.
+    # A resumed run in the folder of another run sets the other aside. A setting that only saves memory may change.
     pretrain_here(*SPRITES, "--steps", 1, "--output", tmp_path / "other")
     arguments = ["--steps", 3, "--no-fused-head", "--output", tmp_path / "other"]
     printed = pretrain_here("--resume", checkpoint, *arguments)
@@ -121,7 +121,7 @@ def test_data_that_moved_is_the_same_data(tmp_path):
     assert "videos: the same number, but other names or another order" in said
 
 
-def test_auto_begins_goes_on_and_passes_over_what_is_not_whole(tmp_path):
+def test_resume_auto_starts_resumes_and_skips_damaged_checkpoints(tmp_path):
     common = [*SPRITES, "--save-every", 1, "--keep-checkpoints", 9, "--output", tmp_path / "run", "--resume", "auto"]
     assert "a new run begins" in pretrain_here(*common, "--steps", 3)
     folder = tmp_path / "run" / "checkpoints"
@@ -154,7 +154,7 @@ def test_the_latest_and_the_best_are_kept(tmp_path):
     assert safetensors.torch.load_file(tmp_path / BEST)["/model/w"].tolist() == [2, 2, 2]
 
 
-def test_going_back_leaves_what_came_later_aside(tmp_path):
+def test_resuming_from_an_earlier_step_sets_later_checkpoints_aside(tmp_path):
     checkpoints = Checkpoints(tmp_path, keep=1)
     state = {"format": "adamae_sampler training state 4", "kind": "pretrain", "score": None}
     for step in (10, 20, 30):
@@ -210,10 +210,10 @@ def test_nothing_is_unpickled(tmp_path, monkeypatch):
     assert not (tmp_path / "pickle_was_loaded").exists()
 
 
-# ---- what happens to runs ----
+# ---- runs that are killed, signalled or short of disk ----
 
 
-# A disk that takes its time: a checkpoint is being written for about half of the time.
+# With this slow disk, a checkpoint is being written about half of the time.
 SLOW_DISK = f"""
 import os, sys, time
 sys.path.insert(0, {str(EXAMPLES)!r})
@@ -229,7 +229,7 @@ pretrain.main(sys.argv[1:])
 
 @pytest.mark.slow
 def test_killed_at_random_moments_a_run_loses_nothing(tmp_path):
-    """ADAMAE_SAMPLER_KILLS=20 for more of them."""
+    """ADAMAE_SAMPLER_KILLS sets the number of kills, 3 by default."""
     kills = int(os.environ.get("ADAMAE_SAMPLER_KILLS", "3"))
     (tmp_path / "script.py").write_text(SLOW_DISK)
     common = [*SPRITES, "--save-every", 1, "--steps", 25 * kills]
@@ -290,8 +290,8 @@ def test_sigusr1_saves_and_sigterm_saves_and_stops(launcher, tmp_path):
     for pid in everyone:
         os.kill(pid, signal.SIGUSR1)
     wait_for_step(folder, metrics_so_far(folder) + 20, process)
-    first = newest_checkpoint(folder)  # saved, and went on
-    for pid in [*everyone, *itertools.chain(*map(children, everyone))]:  # a scheduler signals those that read data too
+    first = newest_checkpoint(folder)  # it saved and went on
+    for pid in [*everyone, *itertools.chain(*map(children, everyone))]:  # a scheduler signals data workers too
         os.kill(pid, signal.SIGTERM)
     output, errors = process.communicate(timeout=60)
     assert process.returncode == (143 if not launcher else 1), errors  # torchrun's own code is 1
@@ -299,7 +299,7 @@ def test_sigusr1_saves_and_sigterm_saves_and_stops(launcher, tmp_path):
     assert last > first
     step = int(last.stem.removeprefix("step_"))
     assert f"stopped after step {step} by a signal; go on with --resume {last}" in output
-    assert metrics_so_far(folder) == step  # every step that was done is saved
+    assert metrics_so_far(folder) == step  # no finished step is lost
     if not launcher:
         assert f"from step {step}" in pretrain_here("--resume", last, "--steps", step + 2, "--workers", 0)
 
@@ -317,7 +317,7 @@ def test_another_number_of_processes_goes_on_with_the_same_videos(tmp_path):
 
 @pytest.mark.slow
 def test_a_full_disk_keeps_the_previous_checkpoint(tmp_path):
-    """The largest file that a process may write stands for the disk."""
+    """A limit on the size of written files stands in for the full disk."""
     common = [*SPRITES, "--save-every", 1, "--steps", 4, "--output", tmp_path / "run"]
     script = f"""
 import resource, signal, sys
@@ -342,7 +342,7 @@ pretrain.main({[*map(str, common)]!r})
     assert "error: step 4 could not be saved" in run.stderr
     assert "Traceback" not in run.stderr
     names = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
-    assert names == ["best.safetensors", "step_00000001.safetensors"]  # no half-written file besides
+    assert names == ["best.safetensors", "step_00000001.safetensors"]  # no half-written file
     assert "from step 1" in pretrain_here(*common, "--resume", "auto")
     assert [line["step"] for line in metrics(tmp_path / "run")] == [1, 2, 3, 4]
 
@@ -363,7 +363,7 @@ def test_the_recipe_of_an_earlier_version_is_understood(tmp_path):
     assert "from step 1" in printed
 
 
-def test_a_resumed_run_is_as_fast_as_before(tmp_path):
+def test_a_resumed_run_keeps_fast(tmp_path):
     run = tmp_path / "run"
     pretrain_here(*SPRITES, "--fast", "--steps", 1, "--output", run)
     assert yaml.safe_load((run / "recipe.yaml").read_text())["fast"] is True

@@ -1,4 +1,4 @@
-"""Which frames a clip takes, and how evaluation crops them: examples/video_data/frame_sampling.py, transforms.py."""
+"""The frames of a clip, and the crops of evaluation: examples/video_data/frame_sampling.py and transforms.py."""
 
 import itertools
 import random
@@ -38,7 +38,7 @@ def test_segments_give_one_frame_each():
     assert seen == [set(range(10 * s, 10 * s + 10)) for s in range(4)]
     uneven = {tuple(random_clip("segments", 7, 3, 1, generator(seed))) for seed in range(500)}
     assert {index for clip in uneven for index in clip} == set(range(7))  # no frame at the end is lost
-    for length in (1, 2, 3, 5):  # shorter than the clip: in order, every frame equally often up to one
+    for length in (1, 2, 3, 5):  # shorter than the clip: frames in order, with counts that differ by at most 1
         for seed in range(50):
             clip = random_clip("segments", length, 8, 1, generator(seed))
             assert clip == sorted(clip)
@@ -66,7 +66,7 @@ def test_a_video_without_frames_is_an_error(sampling):
 
 
 def test_fixed_crops_of_landscape_portrait_and_square():
-    """A frame of coordinates, so that a crop tells where it is from."""
+    """The pixels of the frame are its coordinates, so a crop shows its place."""
     for height, width in ((60, 100), (100, 60), (60, 60), (30, 50), (61, 97)):
         ramp = torch.stack([torch.arange(height)[:, None].expand(height, width), torch.arange(width).expand(height, width),
                             torch.zeros(height, width)])[None].float()  # fmt: skip
@@ -117,7 +117,7 @@ def test_randaugment_does_the_same_to_all_frames_and_something_else_each_time():
 
 
 def test_randaugment_is_timms():
-    """The first frame, with its seed, is what timm alone makes of it."""
+    """With the same seed, timm alone gives the same first frame."""
     from timm.data.auto_augment import rand_augment_transform
     from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
 

@@ -1,4 +1,4 @@
-"""Shards: packing, the index, and that a run on them is a run on files."""
+"""Shards: packing, the index, and clips and runs on shards, which equal those on files."""
 
 import io
 import json
@@ -29,7 +29,7 @@ prepare = partial(run_here, prepare_data.main)
 
 @pytest.fixture
 def videos(tmp_path):
-    """A list of ten small videos, each with its number as its label, a large one, a part of it, and a broken one."""
+    """A list of ten small videos whose labels are their numbers, a large video, a part of it, and a broken video."""
     folder = tmp_path / "videos"
     folder.mkdir()
     for number in range(10):
@@ -53,10 +53,10 @@ def shards(videos, tmp_path):
     return output
 
 
-def test_what_is_packed(videos, shards):
+def test_contents_of_packed_shards(videos, shards):
     entries = {entry.label: entry for entry in list_videos(shards)}
     assert sorted(entries) == list(range(12))
-    for number in range(10):  # small ones as they are
+    for number in range(10):  # small videos are packed unchanged
         assert entries[number].read() == (videos / f"{number}.mp4").read_bytes()
     with entries[10].open() as video:
         assert video.size == (80, 160)
@@ -67,7 +67,7 @@ def test_what_is_packed(videos, shards):
     assert "list.csv:13 (broken.mp4): it cannot be opened as a video" in (shards / "left_out.txt").read_text()
     assert (shards / "labels.txt").read_text() == (videos / "labels.txt").read_text()
     order = [entry.label for entry in list_videos(shards)]
-    assert order != sorted(order)  # a list that is sorted by class is not
+    assert order != sorted(order)  # packing shuffles a list that is sorted by class
 
 
 def test_webdataset_reads_them(videos, shards):
@@ -119,7 +119,7 @@ def test_every_video_once_in_an_epoch_over_processes_and_workers(workers, shards
 
 
 def test_a_run_on_shards(shards, tmp_path):
-    """From its folder and from its index; the same, and resumed."""
+    """The losses are the same whether --data names the folder or its index."""
     common = [*TINY_PRETRAIN, "--stride", 1, "--workers", 2]
     losses = []
     for number, data in enumerate((shards, shards / "index.json")):
@@ -132,7 +132,7 @@ pretrain = partial(run_script, "pretrain.py")
 
 
 class Ranges(BaseHTTPRequestHandler):
-    """Files of a folder, whole or in part."""
+    """Serves the files of a folder, whole or as byte ranges."""
 
     folder = None
     requests: list[str] = []  # noqa: RUF012
@@ -270,7 +270,7 @@ def test_missing_and_broken_shards_are_named(shards, tmp_path):
 
 
 def test_a_list_of_shards_cannot_be_written(shards, tmp_path):
-    """Lists name files; `check` of shards says what is broken, and writes no list."""
+    """Lists name files, so videos in shards cannot stand in one. `check` reads shards and writes no list."""
     with pytest.raises(ValueError, match="is in a shard"):
         write_list(tmp_path / "list.csv", list_videos(shards))
     assert "12 videos are whole" in prepare("check", "--data", shards)

@@ -1,4 +1,4 @@
-"""Pictures and animations: what is in them, and the script that makes them."""
+"""Pictures and animations: their contents, and the script that makes them."""
 
 from pathlib import Path
 
@@ -138,7 +138,7 @@ def test_an_animation_has_a_frame_for_each_frame(suffix, tmp_path):
             read = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
         assert len(read) == 8
         difference = torch.tensor(read[3]).float() - frames[3, : read[3].shape[0], : read[3].shape[1]].float()
-        assert difference.abs().mean() < 12  # H.264 with halved colour, of noise
+        assert difference.abs().mean() < 12  # noise, compressed by H.264 with subsampled colour
     with pytest.raises(ValueError, match=r"name a \.gif or \.mp4 file"):
         save_animation(frames, tmp_path / "a.avi")
     with pytest.raises(ValueError, match="expected uint8"):
@@ -179,7 +179,7 @@ def test_sprites_and_a_file_without_a_sampler(tmp_path):
     assert {path.name for path in Path(tmp_path / "b").iterdir()} == {"overview_75.png", "masks.png"}
 
 
-def test_what_cannot_be_shown(video_file, tmp_path):
+def test_files_and_arguments_that_cannot_be_shown_are_refused(video_file, tmp_path):
     save_weights(tiny_classifier(), tmp_path / "tuned.safetensors", FinetuneRecipe())
     with pytest.raises(SystemExit, match=r"is a classifier and has no decoder; pictures need a file of pretrain\.py"):
         visualize_masks.main(["--checkpoint", str(tmp_path / "tuned.safetensors"), "--video", video_file])

@@ -1,4 +1,4 @@
-"""Videos whose frames tell their index."""
+"""Videos whose frames show their own index."""
 
 import av
 import numpy as np
@@ -8,7 +8,7 @@ FRAMES = 40
 
 
 def write_video(path, frames=FRAMES, codec="libx264", size=(64, 48), options=None, rate=25, start=0):
-    """Frame i is a flat grey of 6 (i + start), up to 6 * 40, so that a frame tells its index."""
+    """Frame i is a flat grey of 6 (i + start), modulo 246, so its grey gives its index up to 40."""
     with av.open(str(path), "w") as container:
         stream = container.add_stream(codec, rate=rate, options=options or {"g": "10", "crf": "1"})
         stream.width, stream.height = size

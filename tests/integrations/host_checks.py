@@ -1,4 +1,4 @@
-"""What the tests of patched hosts share: which hosts, equality, snapshots, and oracles of the hosts' errors."""
+"""Helpers of the tests of patched hosts: parametrization, equality, snapshots, and oracles of the hosts' errors."""
 
 import copy
 import inspect
@@ -48,7 +48,7 @@ def assert_equal(first, second):
 
 
 def snapshot_of(model):
-    """Everything that could show that a model was patched once."""
+    """Every trace that patching could leave on a model: modules, attributes, methods, weights' names, configuration."""
     config = getattr(model, "config", None)
     modules = []
     for name, each in model.named_modules():
@@ -62,7 +62,7 @@ def unpatched(model):
 
 
 def errors_of_mae(model, x, outputs):
-    """[B, N]: the host's own loss of one token at a time."""
+    """[B, N]: the host's own loss with one token masked at a time."""
     _, pred, mask = outputs
     return torch.stack([
         torch.stack([
@@ -91,7 +91,7 @@ def errors_of_vit_mae(model, x, outputs):
 
 
 def errors_of_hiera(model, x, outputs):
-    """[B, units]: a loop over mask units and the predictions in them."""
+    """[B, units]: the mean error of each masked unit, by a loop over its predictions."""
     _, pred, label, kept = outputs
     units, positions = model.mask_spatial_shape, model.tokens_spatial_shape_final
     sizes = [position // unit for position, unit in zip(positions, units, strict=True)]

@@ -1,4 +1,4 @@
-"""The hosts that `patch` is tested with: how to make a small one, and how to give the unpatched one a mask.
+"""The hosts that `patch` is tested with: small models, and a way to give each unpatched one a mask.
 
 transformers and hiera are the real packages. The research repositories are the real code if the environment variable
 ADAMAE_SAMPLER_HOSTS names a folder that holds checkouts in mae, mae_st, VideoMAE, VideoMAEv2 (mae_st needs iopath and
@@ -31,15 +31,15 @@ class HostCase:
     """One host.
 
     Attributes:
-        name: of the host, as in HOSTS.
+        name: the name of the host in HOSTS; a second word tells two cases of one host apart.
         make: keyword arguments -> a small model.
-        shape: of its input without the batch.
-        with_mask: (unpatched model, input, sample) -> what it returns for that mask.
-        comparable: what a model returns, patched or not -> the tensors that must be equal.
-        mask_argument: the patched model's, for `MaskSample`.
-        loss: (what a patched model returns in training, input) -> its loss.
-        own_loss: (unpatched model, input) -> the loss of its own random mask at `ratio`.
-        sizes: keyword arguments of `make` for other frames and channels, with the input's shape.
+        shape: shape of the input without the batch.
+        with_mask: (unpatched model, input, sample) -> its output for that mask.
+        comparable: (output of a model, patched or not) -> the tensors that must be equal.
+        mask_argument: name of the patched model's argument that takes a `MaskSample`.
+        loss: (output of a patched model in training, input) -> its loss.
+        own_loss: (unpatched model, input, mask ratio) -> its loss with a random mask at that ratio.
+        sizes: (keyword arguments of `make`, shape of the input) of other variants to test.
     """
 
     name: str
@@ -60,7 +60,7 @@ class HostCase:
 
 
 def structured(clips: int, shape: tuple[int, ...], seed: int = 0) -> Tensor:
-    """The same texture in every clip, which is learned soon, and a square of noise on it, which cannot be."""
+    """Clips that share an easily learned texture. Each has a square of noise, which cannot be learned."""
     generator = torch.Generator().manual_seed(seed)
     row, column = torch.meshgrid(torch.arange(shape[-2]), torch.arange(shape[-1]), indexing="ij")
     x = ((row + 2 * column) * (torch.pi / 2) + 0.5).sin().expand(clips, *shape).clone()  # alike in every patch
@@ -74,7 +74,7 @@ def structured(clips: int, shape: tuple[int, ...], seed: int = 0) -> Tensor:
 
 @contextmanager
 def noise_of(sample: MaskSample):
-    """torch.rand gives the noise from which MAE's argsort makes this mask, visible and masked tokens ascending."""
+    """Within it, torch.rand returns the noise from which MAE's argsort makes this mask, with ascending tokens."""
     order = torch.cat([sample.visible_idx, sample.masked_idx], dim=1)
     places = torch.arange(order.shape[1]).expand_as(order)
     noise = torch.zeros(order.shape).scatter_(1, order, places / order.shape[1])
@@ -165,7 +165,7 @@ def _make_pretrain(folder, module, img_size=32, patch_size=8, in_chans=3, **opti
 
 
 def make_videomae(checkpointing=False, **options):
-    """For 16 frames, the only number that VideoMAE's encoder is made for."""
+    """A model for 16 frames, the only number that VideoMAE's encoder supports."""
     if not checkout("VideoMAE"):
         return small_hosts.PretrainVisionTransformer(frames=16, checkpointing=checkpointing, **options)
     return _make_pretrain("VideoMAE", "modeling_pretrain", use_checkpoint=checkpointing, **options)

@@ -1,7 +1,7 @@
 """Masked autoencoders with the interfaces of the research repositories, for machines without their code.
 
-Written anew: the same class and method names, arguments, shapes and losses, on timm's blocks, in as few lines as that
-takes. `hosts.py` tests against the real code where it is.
+They are written from scratch on timm's blocks, in few lines, with the same class and method names, arguments, shapes
+and losses. `hosts.py` uses the real code instead where checkouts exist.
 """
 
 import torch
@@ -16,7 +16,7 @@ def blocks(width, depth):
 
 
 class ImageEmbed(nn.Module):
-    """timm's, as mae uses it."""
+    """The interface of timm's PatchEmbed that mae uses."""
 
     def __init__(self, img_size, patch_size, in_chans, width):
         super().__init__()
@@ -29,7 +29,7 @@ class ImageEmbed(nn.Module):
 
 
 class VideoEmbed(nn.Module):
-    """mae_st's: tokens [B, T, H W, D]; with `flat`, VideoMAE's: [B, N, D]."""
+    """The patch embedding of mae_st, with tokens [B, T, H W, D]; with `flat` the one of VideoMAE, with [B, N, D]."""
 
     def __init__(self, img_size, patch_size, in_chans, width, frames, t_patch_size, flat):
         super().__init__()
@@ -46,7 +46,7 @@ class VideoEmbed(nn.Module):
 
 
 class MaskedAutoencoderViT(nn.Module):
-    """mae's."""
+    """Stands in for mae's model."""
 
     def __init__(self, img_size=32, patch_size=4, in_chans=3, width=32, depth=2, decoder_width=16, norm_pix_loss=True):
         super().__init__()
@@ -108,7 +108,7 @@ class MaskedAutoencoderViT(nn.Module):
 
 
 class VideoMaskedAutoencoderViT(MaskedAutoencoderViT):
-    """mae_st's, with a class token and one position table."""
+    """Stands in for mae_st's model, with a class token and one position table."""
 
     def __init__(self, img_size=32, patch_size=8, frames=8, t_patch_size=2, pred_t_dim=4, width=32, **options):
         nn.Module.__init__(self)
@@ -156,7 +156,7 @@ class VideoEncoder(nn.Module):
 
 
 class PretrainVisionTransformer(nn.Module):
-    """VideoMAE's."""
+    """Stands in for VideoMAE's model."""
 
     def __init__(self, img_size=32, patch_size=8, in_chans=3, frames=8, tubelet_size=2, checkpointing=False):
         super().__init__()
@@ -182,7 +182,7 @@ class PretrainVisionTransformer(nn.Module):
 
 
 class PretrainVisionTransformerV2(PretrainVisionTransformer):
-    """VideoMAEv2's."""
+    """Stands in for VideoMAEv2's model."""
 
     def forward(self, x, mask, decode_mask=None):
         return self.decode(self.encoder(x, mask), mask, mask if decode_mask is None else ~decode_mask)

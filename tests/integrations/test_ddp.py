@@ -1,4 +1,4 @@
-"""Two processes on CPU (gloo), find_unused_parameters=False: every parameter of the sampler gets its gradient."""
+"""DDP in two CPU processes (gloo): every parameter of the sampler gets its gradient without find_unused_parameters."""
 
 import contextlib
 import socket
@@ -55,7 +55,7 @@ def train_with(rank, weight, accumulate, checkpointing):
 
 @pytest.mark.slow
 def test_two_processes_agree_on_weights_and_draw_different_masks():
-    """One start of processes for all settings: weight of the sampling loss, accumulation, recomputed activations."""
+    """For several weights of the sampling loss, accumulation and activation checkpointing, in one start of processes."""
     with mp.Manager() as manager:
         results = manager.dict()
         mp.spawn(train, (free_port(), results), nprocs=2)

@@ -1,4 +1,4 @@
-"""For a given mask a patched host is the host; with a drawn one it trains."""
+"""With a given mask a patched host computes what the host does. With drawn masks it trains."""
 
 import copy
 import math
@@ -96,7 +96,7 @@ def test_the_sampling_loss_reaches_the_sampler_and_not_the_prediction(case):
         if each.grad is not None and not any(part in name for part in shared):
             assert torch.equal(each.grad, heavy[name]), name
         if name.startswith("sampler."):
-            assert not each.grad.any()  # a gradient, of zeros: DDP finds every parameter used
+            assert not each.grad.any()  # zeros and not None, so that DDP finds every parameter used
     assert heavy["sampler.network.head.weight"].abs().max() > 1
 
 
@@ -123,7 +123,7 @@ def test_with_a_random_sampler_it_trains_as_the_host_does(case):
     ours = losses(patched, case, 50, lambda model, x: case.loss(model(x), x))
     difference = ours - own
     noise = difference.std() / math.sqrt(len(difference))
-    assert difference.abs().max() > 0  # the masks did differ
+    assert difference.abs().max() > 0  # their masks differ
     assert difference.mean().abs() < 4 * noise + 1e-3, (difference.mean(), noise)
     assert difference.mean().abs() < 0.02 * own.mean()
 
@@ -146,6 +146,6 @@ def test_it_trains_and_p_leaves_uniform(case):
     assert entropy(model, case) < uniform - 1e-3
     missing = [name for name, each in model.sampler.named_parameters() if each.grad is None]
     assert not missing
-    # What only shifts all scores has no gradient beyond rounding; all else has.
+    # A bias that shifts all scores alike has no gradient beyond rounding. All other parameters have one.
     flat = [name for name, each in model.sampler.named_parameters() if not each.grad.any()]
     assert set(flat) <= {"network.head.bias"}

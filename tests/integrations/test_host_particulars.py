@@ -1,4 +1,4 @@
-"""What single hosts need, new hosts, and masks that index."""
+"""Needs of single hosts, hosts that users add, and masks that index."""
 
 from pathlib import Path
 
@@ -45,7 +45,7 @@ def test_a_fork_that_renamed_its_class_names_its_host():
     assert patch(renamed, host="mae").sampler.num_tokens == 64
 
 
-def test_networks_of_ones_own():
+def test_a_score_network_may_be_given():
     network = MLPScoreNetwork(32)
     assert patch(make_mae(), network=network).sampler.network is network
     assert isinstance(patch(make_mae(), network="mlp").sampler.network, MLPScoreNetwork)
@@ -151,7 +151,7 @@ def test_every_host_is_tested():
 
 
 @pytest.mark.skipif(torch.__version__.startswith("2.6"), reason="torch 2.6's fully_shard needs a GPU")
-def test_what_fsdp_makes_of_a_patched_model_is_not_torn_apart(request):
+def test_unpatch_refuses_a_model_that_fsdp_has_sharded(request):
     from torch.distributed.fsdp import fully_shard
 
     model = patch(make_mae().train())
@@ -197,7 +197,7 @@ def test_the_readmes_new_host_works(monkeypatch):
     assert type(unpatch(model)) is YourMAE
 
 
-def test_a_mixin_with_a_misspelt_part_changes_nothing(monkeypatch):
+def test_a_mixin_with_a_misspelt_submodule_changes_nothing(monkeypatch):
     class Misspelt(HOSTS["mae"]):
         patched_submodules = {"patch_embedding": CachedTokenizer}  # noqa: RUF012
 

@@ -1,4 +1,4 @@
-"""The Hugging Face hosts: configuration, saving and loading, Trainer; weights of the reference model."""
+"""The Hugging Face hosts: configuration, saving and loading, Trainer, and weights from and for the reference model."""
 
 import pytest
 import torch
@@ -23,7 +23,7 @@ each_host = pytest.mark.parametrize(
 
 @pytest.fixture(autouse=True)
 def _leave_no_precision_behind():
-    """A Trainer sets accelerate's precision for the process, where scripts under test choose their own."""
+    """Resets Accelerate. A Trainer sets its precision for the whole process, and scripts under test choose their own."""
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
 
@@ -165,7 +165,7 @@ def test_features_of_the_encoder_are_the_hosts():
     assert torch.equal(patch(model).videomae(x).last_hidden_state, expected)
 
 
-def test_both_are_in_the_table_of_cases():
+def test_both_hosts_are_in_the_table_of_cases():
     assert {"hf_videomae", "hf_vit_mae"} <= {case.name for case in CASES}
 
 
@@ -173,7 +173,7 @@ def test_both_are_in_the_table_of_cases():
 
 
 def huggingface_like(model, **options):
-    """A Hugging Face model of a reference model's sizes, with the reference's epsilon."""
+    """A Hugging Face model with the sizes and the norm epsilon of a reference model."""
     encoder, decoder = model.encoder.blocks[0], model.decoder.blocks[0]
     return make_hf_videomae(
         image_size=model.size.video[2], patch_size=model.size.patch[0], num_frames=model.size.video[1],
@@ -187,7 +187,7 @@ def huggingface_like(model, **options):
 
 def randomized(model):
     for each in model.parameters():
-        torch.nn.init.normal_(each, std=0.2)  # biases too, which are made zero
+        torch.nn.init.normal_(each, std=0.2)  # biases too, which are initialised to zero
     return model.eval()
 
 
@@ -272,7 +272,7 @@ def test_hugging_face_loads_our_encoder(tmp_path, sizes):
 
 
 def test_the_encoder_in_videomaes_format(tmp_path):
-    """In its fine-tuning format: the keys of its VisionTransformer, under "model"."""
+    """The file has the format of VideoMAE's fine-tuning: the keys of its VisionTransformer, under "model"."""
     ours = randomized(tiny_model(num_frames=16))
     save_encoder(ours, tmp_path / "encoder.pth", "videomae")
     weights = torch.load(tmp_path / "encoder.pth", weights_only=True)["model"]
@@ -300,7 +300,7 @@ def test_videomae_loads_our_encoder(tmp_path):
     torch.testing.assert_close(theirs.forward_features(video), expected[:, 0], rtol=1e-5, atol=1e-5)
 
 
-def test_save_encoder_refuses(tmp_path):
+def test_save_encoder_refuses_bad_arguments(tmp_path):
     model = tiny_model()
     (tmp_path / "there").mkdir()
     with pytest.raises(FileExistsError, match="exists already"):
@@ -313,7 +313,7 @@ def test_save_encoder_refuses(tmp_path):
 
 
 @each_host
-def test_a_configuration_that_models_share(make, shape, argument, tmp_path):
+def test_a_configuration_that_models_share_is_not_changed(make, shape, argument, tmp_path):
     first = make()
     config = first.config
     second, third = (type(first)(config) for _ in range(2))
@@ -321,7 +321,7 @@ def test_a_configuration_that_models_share(make, shape, argument, tmp_path):
     patch(first, 0.75)
     patch(second, 0.75)
     assert config.to_dict() == before
-    first.sampling_weight = 0.5  # the present value is what is saved
+    first.sampling_weight = 0.5  # the current value is saved
     first.save_pretrained(tmp_path / "patched")
     assert not hasattr(config, "adaptive_masking")
     assert patched_class(type(third)).from_pretrained(tmp_path / "patched").sampling_weight == 0.5
@@ -330,7 +330,7 @@ def test_a_configuration_that_models_share(make, shape, argument, tmp_path):
 
 
 @each_host
-def test_weights_without_the_samplers_are_refused(make, shape, argument, tmp_path):
+def test_weights_without_the_sampler_are_refused(make, shape, argument, tmp_path):
     patch(make(), 0.8).save_pretrained(tmp_path / "patched")
     plain = type(make()).from_pretrained(tmp_path / "patched")  # keeps the configuration, drops the sampler
     plain.save_pretrained(tmp_path / "plain")
@@ -356,7 +356,7 @@ def test_the_class_of_a_patched_model_is_taken_too():
     assert patched_class(type(model)) is type(model)
 
 
-def test_trainer_in_bf16_leaves_a_forward_behind(tmp_path):
+def test_unpatch_refuses_the_forward_that_a_bf16_trainer_leaves(tmp_path):
     clips = [{"pixel_values": structured(1, (3, 32, 32), seed)[0]} for seed in range(4)]
     arguments = {"output_dir": str(tmp_path), "max_steps": 1, "bf16": True, "report_to": [], "use_cpu": True}
     model = patch(make_hf_vit_mae(), 0.75)

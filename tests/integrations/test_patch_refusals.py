@@ -1,4 +1,4 @@
-"""What patch and patched hosts refuse, and that nothing is half done."""
+"""Models, arguments and calls that `patch` and patched hosts refuse. A refusal leaves the model unchanged."""
 
 import importlib
 from unittest import mock
@@ -66,7 +66,7 @@ def test_the_ratio_is_the_hosts_own_if_none_is_given():
     }  # fmt: skip
 
 
-def test_models_that_are_no_hosts():
+def test_models_that_are_not_hosts():
     with pytest.raises(TypeError, match=r"cannot patch .*Linear: expected one of MaskedAutoencoderHiera, .*host="):
         patch(nn.Linear(2, 2))
     with pytest.raises(TypeError, match=r"expected a model \(nn.Module\) to patch, got str"):

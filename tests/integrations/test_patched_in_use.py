@@ -1,4 +1,4 @@
-"""What users do to models: hooks, wrappers, subclasses, shared submodules, odd arguments."""
+"""Patched models in use: hooks, wrappers, subclasses, shared submodules, odd arguments."""
 
 import math
 from functools import partial
@@ -65,7 +65,7 @@ def test_hooks_on_the_tokenizer_change_tokens_once(make):
     assert_equal(case.comparable(model(x, mask=sample)), expected)
 
 
-def test_forwards_of_an_instance_are_refused_both_ways():
+def test_patch_and_unpatch_refuse_a_forward_set_on_the_instance():
     model = make_mae()
     model.forward = partial(model.forward)  # as Accelerate does for mixed precision, or torch.compile(model.forward)
     before = vars(model).copy()
@@ -95,7 +95,7 @@ def test_a_forward_within_a_forward_is_refused():
         model(x)
 
 
-def test_parts_that_are_wrapped_afterwards():
+def test_a_submodule_wrapped_after_patching_trains_as_before():
     x = torch.randn(2, 3, 32, 32)
     grads = []
     for wrap in (False, True):
@@ -111,7 +111,7 @@ def test_parts_that_are_wrapped_afterwards():
     assert not any(isinstance(each, Patched) for each in model.modules())
 
 
-def test_parts_that_are_replaced_afterwards():
+def test_a_submodule_replaced_after_patching_is_refused():
     model = patch(make_mae().train())
     model.patch_embed = make_mae().patch_embed
     with pytest.raises(
@@ -126,7 +126,7 @@ def test_embeddings_that_are_recomputed_without_their_mask_are_refused():
     model = patch(make_hf_vit_mae().train())
     model.vit.embeddings = checkpoint_wrapper(model.vit.embeddings)
     loss = model(torch.randn(2, 3, 32, 32)).loss
-    with pytest.raises(RuntimeError, match="Recomputed values"):  # torch's, since ours recomputes nothing
+    with pytest.raises(RuntimeError, match="Recomputed values"):  # PyTorch's own error, raised before ours
         loss.backward()
 
 
@@ -158,7 +158,7 @@ def test_another_instance_of_a_patched_class_is_a_plain_host():
 
 @pytest.mark.parametrize(("name", "score"), [("mae", -1000.0), ("mae", 1e4), ("hf_vit_mae", 1e4)])
 def test_confident_samplers_have_the_losses_of_the_ops(name, score):
-    """log p is clamped as torch's Categorical does, in every host."""
+    """Hosts clamp log p like torch.distributions.Categorical."""
 
     class OneToken(nn.Module):
         def forward(self, tokens):
@@ -190,7 +190,7 @@ def test_models_without_weights_are_refused(case):
         patch(model)
 
 
-def test_a_loss_of_its_own_is_the_hosts():
+def test_forward_loss_called_directly_is_the_hosts():
     model = make_mae().train()
     x, pred, mask = torch.randn(2, 3, 32, 32), torch.randn(2, 64, 48), torch.ones(2, 64)
     expected = model.forward_loss(x, pred, mask)
@@ -205,7 +205,7 @@ def test_the_warning_names_the_callers_line():
     assert caught[0].filename == __file__
 
 
-def test_arguments_that_are_none():
+def test_bad_arguments():
     model = make_videomae()
     with pytest.raises(TypeError, match=r"sampler is .*TubeTokenSampler.*, expected a TokenSampler"):
         patch(model, sampler=TubeTokenSampler)

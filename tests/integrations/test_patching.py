@@ -1,4 +1,4 @@
-"""Patching, taking back, copies, compilation, DDP, samplers."""
+"""Patching, unpatching, copies, compilation, DDP and samplers."""
 
 import copy
 import io
@@ -42,7 +42,7 @@ def test_unpatch_restores_everything(case):
     case.loss(model(x), x).backward()
     own_attributes = set(vars(model))
     unpatch(model)
-    left = {"patch_info"}  # mae_st's own, of its forward
+    left = {"patch_info"}  # mae_st's forward sets it
     assert set(vars(model)) - left == own_attributes - {"sampling_weight", "last_step", "_sample", "_settings"} - left
     assert [each[1] for each in snapshot_of(model)[0]] == [each[1] for each in before[0]]
     assert snapshot_of(model)[1:] == before[1:]
@@ -87,7 +87,7 @@ def test_patching_twice_is_patching_once(case):
 def test_copies_are_patched_too_and_independent(case, way):
     model = patch(case.make().train(), 0.75)
     x = case.inputs()
-    case.loss(model(x), x).backward()  # a step has left its traces
+    case.loss(model(x), x).backward()  # a training step leaves attributes on the model
     if way == "deepcopy":
         copied = copy.deepcopy(model)
     elif way == "pickle":
@@ -108,7 +108,7 @@ def test_copies_are_patched_too_and_independent(case, way):
     assert copied.state_dict().keys() == case.make().state_dict().keys()
 
 
-# One that compiles as a whole is enough for the short form.
+# The short form compiles one host, whose whole graph compiles.
 COMPILED = [
     pytest.param(case, marks=() if case.name == "videomae" else pytest.mark.slow, id=repr(case))
     for case in CASES
@@ -120,7 +120,7 @@ COMPILED = [
 def test_compile(case):
     model = patch(case.make().train(), 0.75)
     x = case.inputs()
-    # hiera and mae_st break graphs unpatched too; torch 2.6 does at each context manager
+    # hiera and mae_st have graph breaks unpatched too; torch 2.6 has one at each context manager
     fullgraph = SUPPORTED and case.name not in ("hiera", "mae_st")
     sample = sample_for(unpatched(model))
     compiled = torch.compile(model, backend="aot_eager" if fullgraph else "eager", fullgraph=fullgraph)

@@ -1,6 +1,7 @@
-"""The training engines of the research repositories, as they are or with the README's edit, on patched models.
+"""The training engines of the research repositories train patched models, unchanged or with the README's edit.
 
-They need checkouts (see `hosts.py`), and run in processes of their own, since they take module names such as `utils`.
+The tests need checkouts (see `hosts.py`). Each engine runs in a new process, since the engines take module names such
+as `utils`.
 """
 
 import subprocess
@@ -13,7 +14,7 @@ from hosts import CHECKOUTS, checkout
 TESTS = Path(__file__).parent
 ROOT = TESTS.parents[1]
 
-# Modules that the engines import and that are gone (torch._six), not public (torch.fb), or of no use here.
+# The engines import modules that are gone (torch._six), not public (torch.fb), or of no use here (tensorboardX).
 PRELUDE = f"""
 import argparse, sys, types
 from unittest import mock
@@ -32,7 +33,7 @@ def scaler(loss, optimizer, **_):
         optimizer.zero_grad()
     return 0.0
 scaler.state_dict = lambda: {{"scale": 1.0}}
-# A namespace's function: the engines call it and read its state.
+# The engines call the loss scaler and read its state.
 """
 
 MAE = """
@@ -74,7 +75,7 @@ assert all(changed), changed
 print("trained", losses)
 """
 
-VIDEOMAE_EDITS = [  # those of adamae_sampler/integrations/README.md
+VIDEOMAE_EDITS = [  # from adamae_sampler/integrations/README.md
     ("import utils\n", "import utils\nfrom adamae_sampler import AdaMAELoss\n"),
     ("loss_func = nn.MSELoss()", "loss_func = AdaMAELoss(normalize=normlize_target, patch_size=patch_size, mean=IMAGENET_DEFAULT_MEAN, std=IMAGENET_DEFAULT_STD)"),
     ("videos, bool_masked_pos = batch", "videos = batch[0]"),

@@ -76,7 +76,7 @@ def test_a_compiled_model_is_loaded_too():
     assert equal(fresh, trained)
 
 
-def test_whatever_is_refused_leaves_the_model_as_it_was(tmp_path):
+def test_a_refused_file_leaves_the_model_unchanged(tmp_path):
     torch.save({"model": {"x": torch.zeros(1)}, "hook": print}, tmp_path / "code.pth")
     (tmp_path / "junk.pth").write_bytes(b"junk" * 100)
     (tmp_path / "text.safetensors").write_text("not a checkpoint")

@@ -1,4 +1,4 @@
-"""The classifier: what it computes, what it loads, and the parameter groups of its fine-tuning."""
+"""The classifier: its computation, the files that it loads, and the parameter groups for fine-tuning."""
 
 import pytest
 import timm
@@ -32,8 +32,8 @@ def test_it_is_a_vit_with_mean_pooling_and_fc_norm():
     assert features(video).shape == (3, 32)
 
 
-def test_an_encoder_that_sees_everything_is_the_pre_trained_one():
-    """All tokens visible, in order: what pre-training's encoder gives for them, up to its last norm."""
+def test_features_equal_those_of_the_pre_training_encoder():
+    """With all tokens visible and in order, the pre-training encoder gives the same features, apart from its last norm."""
     trained, model = tiny_model().eval(), tiny_classifier().eval()
     load_checkpoint(model, trained.state_dict(), only="encoder.")
     video = torch.randn(2, 3, 8, 32, 32)
@@ -98,7 +98,7 @@ def test_files_that_do_not_fit_are_refused():
 
 
 def test_layer_decay_and_weight_decay_groups_by_hand():
-    """BEiT's rule: 0.75 to the power of the layers above; patch embedding 0, block i i + 1, the head the last."""
+    """BEiT's rule: 0.75 ** (layers above). The patch embedding is layer 0, block i is layer i + 1, the head is the last."""
     model = tiny_classifier(depth=3)
     groups = param_groups_layer_decay(model, 0.05, model.no_weight_decay(), layer_decay=0.75)
     found = {id(p): (group["lr_scale"], group["weight_decay"]) for group in groups for p in group["params"]}
@@ -141,7 +141,7 @@ def test_activation_checkpointing_gives_the_same_gradients():
 
 
 def test_hugging_faces_classifier_gives_its_logits_here():
-    """Also with the biases of keys that releases such as transformers 5.12 have, which change nothing."""
+    """Releases such as transformers 5.12 add biases of keys. These change no output and may be in the file."""
     transformers = pytest.importorskip("transformers")
     config = transformers.VideoMAEConfig(
         image_size=32, patch_size=8, num_frames=8, hidden_size=32, num_hidden_layers=2, num_attention_heads=2,

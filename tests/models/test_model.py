@@ -36,7 +36,7 @@ def test_golden_outputs(golden, loaded):
     _, prediction, sample, out, report = loaded
     assert len(report.matched) == len(golden.group("param/")) == 63
     assert report.missing == report.unused == ()
-    # Against fp64 the file's own rounding is 1.0e-6, this model's 0.5e-6: the official code embeds by a convolution.
+    # Against fp64 the file is off by 1.0e-6 and this model by 0.5e-6, since the official code embeds by a convolution.
     assert (sample.log_probs.exp() - golden.tensors["probs"]).abs().max() < 1.5e-6
     assert (prediction - golden.tensors["prediction"]).abs().max() < 1e-5
     assert relative(out.token_error, golden.tensors["token_loss"]) < 1e-5
@@ -50,8 +50,8 @@ def test_golden_outputs(golden, loaded):
     ("stats", "channels"),
     [({}, 3), ({"mean": (0.3, 0.4, 0.5), "std": (0.5, 0.2, 0.1)}, 3), ({"mean": [0.1], "std": [0.4]}, 1)],
 )
-def test_uint8_video_is_the_normalised_one(sample_from, stats, channels):
-    """Outputs and gradients, of weights that a file of normalised training would hold."""
+def test_uint8_video_gives_what_normalised_video_gives(sample_from, stats, channels):
+    """The outputs and gradients are equal, so weights trained on normalised video serve for uint8 video."""
     model = tiny_model(in_chans=channels, sample_from=sample_from, **stats).eval()
     video = torch.randint(256, (2, channels, 8, 32, 32), dtype=torch.uint8)
     mean, std = (
@@ -87,8 +87,8 @@ def test_golden_gradients(golden, loaded):
     expected = dict(theirs.named_parameters())
     compared = 0
     for name, parameter in model.named_parameters():
-        # A softmax does not change when all scores move together, so what only shifts them has no gradient: in exact
-        # arithmetic it is 0, in the file it is rounding noise.
+        # A softmax does not change when all scores shift together. So a bias that only shifts them has gradient 0 in
+        # exact arithmetic, and rounding noise in the file.
         if name in ("sampler.network.blocks.0.mlp.fc2.bias", "sampler.network.head.bias"):
             assert max(parameter.grad.norm(), expected[name].norm()) < 1e-9
             continue
@@ -122,7 +122,7 @@ def test_other_sizes_equal_the_official_formulation(sizes):
     prediction, probs, mask = official(video)
     expected = official_loss(prediction, video, probs, mask, sizes["patch_size"], sizes["tubelet_size"])
     expected[0].backward()
-    # As a sample, because the official int(N (1 - ratio)) loses a token to floating point at some sizes.
+    # The mask is given as a sample, because the official int(N (1 - ratio)) loses a token to rounding at some sizes.
     got_prediction, sample = ours(video, mask=MaskSample.from_mask(mask, official.encoder.visible))
     criterion = AdaMAELoss(
         patch_size=sizes["patch_size"],
@@ -187,7 +187,7 @@ def test_given_mask_and_generator():
         assert torch.equal(described.log_probs, sample.log_probs)
 
 
-def test_a_sampler_of_ones_own():
+def test_a_sampler_may_be_given():
     model = tiny_model(masking=TubeTokenSampler((4, 4, 4), 0.5))
     assert model(torch.rand(1, 3, 8, 32, 32))[1].num_visible == 32
     with pytest.raises(ValueError, match=r"grid_size is \(4, 2, 4\), the model's \(4, 4, 4\)"):
@@ -195,7 +195,7 @@ def test_a_sampler_of_ones_own():
 
 
 def test_activation_checkpointing_gives_the_identical_loss_and_gradients():
-    """Also with dropout on, in training mode: the draw stands outside of what is recomputed."""
+    """This holds in training mode with dropout too. The mask is drawn outside the recomputed blocks."""
     model = tiny_model().train()
     video = torch.rand(2, 3, 8, 32, 32)
     results = []

@@ -1,4 +1,4 @@
-"""The options of the reference model beside the exact method: what each must not change, and what makes no sense."""
+"""Options of the reference model beyond the exact method: what each one leaves unchanged, and which are refused."""
 
 import inspect
 import math
@@ -36,13 +36,13 @@ def without_dropout(model):
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
-        if isinstance(module, PooledScoreNetwork):  # whose scores are even at first
+        if isinstance(module, PooledScoreNetwork):  # its scores are all 0 at first
             torch.nn.init.normal_(module.head.weight)
     return model
 
 
 def step(model, video, **kwargs):
-    """Losses, and the gradient of every parameter."""
+    """(losses, sample, gradient of every parameter) of one forward and backward pass."""
     model.zero_grad()
     prediction, sample = model(video, **kwargs)
     criterion = AdaMAELoss(patch_size=8, num_masks=len(sample.mask) // len(video), fused_head=model.fused_head)
@@ -52,12 +52,12 @@ def step(model, video, **kwargs):
 
 
 @pytest.mark.parametrize("options", [{}, {"sample_from": "pixels"}, {"score_network": "pooled", "decode_ratio": 0.5}])
-def test_several_masks_of_a_clip_are_as_many_clips(options):
+def test_several_masks_of_a_clip_train_as_copies_of_the_clip_do(options):
     model, video = without_dropout(tiny_model(num_masks=3, **options)).train(), clips()
     out, sample, gradients = step(model, video)
     assert sample.mask.shape == (6, 64)
     assert not torch.equal(sample.mask[0], sample.mask[1])
-    assert torch.equal(sample.log_probs[0], sample.log_probs[2])  # one p
+    assert torch.equal(sample.log_probs[0], sample.log_probs[2])  # one p for all masks of a clip
     again, _, wanted = step(model, video.repeat_interleave(3, 0), mask=sample._replace(log_probs=None))
     for name in ("loss", "reconstruction", "sampling", "token_error"):
         torch.testing.assert_close(getattr(out, name), getattr(again, name))
@@ -105,7 +105,7 @@ def test_thumbnails_are_the_means_of_pixels():
 
 
 def test_the_sampler_learns_from_pixels():
-    """All of its weights have a gradient, and the tokenizer's is the reconstruction's alone."""
+    """Every parameter of the sampler gets a gradient, except the bias that shifts all scores alike."""
     model = without_dropout(tiny_model(**FAST)).train()
     _, _, gradients = step(model, clips())
     sampler = {name: each for name, each in gradients.items() if name.startswith("sampler.")}
@@ -140,8 +140,8 @@ def test_every_masked_token_is_decoded_as_often_as_any_other():
     assert counts[sample.masked_idx[0]].sub(200).abs().max() < 5 * (800 * 0.25 * 0.75) ** 0.5
 
 
-def test_a_decoder_that_gets_a_part_sees_that_part_in_its_places():
-    """Without attention between tokens a prediction depends on its own place: so it is that of the whole."""
+def test_a_decoder_of_a_part_of_the_tokens_keeps_their_positions():
+    """Without attention a prediction depends on its own token alone, so it equals the one of the whole decoder."""
     model, video = tiny_model().eval(), clips()
     for block in model.decoder.blocks:
         torch.nn.init.zeros_(block.attn.proj.weight)
@@ -154,8 +154,8 @@ def test_a_decoder_that_gets_a_part_sees_that_part_in_its_places():
 
 @pytest.mark.parametrize("options", [{}, {"decode_ratio": 0.5}, {"num_masks": 2}])
 @pytest.mark.parametrize("rows", [10**6, 96, 7])
-def test_a_fused_head_gives_the_same(options, rows, monkeypatch):
-    """All at once, a mask at a time and in parts of a mask."""
+def test_a_fused_head_gives_the_same_losses_and_gradients(options, rows, monkeypatch):
+    """The head takes all rows at once, one or two masks at a time, or parts of a mask."""
     monkeypatch.setattr(head, "_CHUNK_BYTES", rows * 384 * 4)
     video, found = clips(), []
     for fused in (False, True):
@@ -164,7 +164,7 @@ def test_a_fused_head_gives_the_same(options, rows, monkeypatch):
         torch.manual_seed(1)
         found.append(step(model, video))
     (one, _, gradients), (two, _, others) = found
-    # Not bit for bit: how a matrix product of fewer rows is summed is the processor's library's to choose.
+    # Not bit for bit: the order of summation in a matrix product may depend on its number of rows.
     torch.testing.assert_close([*one], [*two], rtol=1e-6, atol=0)
     for name, gradient in gradients.items():
         torch.testing.assert_close(gradient, others[name], rtol=1e-5, atol=1e-8, msg=name)
@@ -201,7 +201,7 @@ def test_pooled_scores_of_any_grid(grid):
     torch.nn.init.normal_(network.head.weight)
     scores = network(tokens)
     assert scores.shape == tokens.shape[:2]
-    assert len(set(scores[0].tolist())) == tokens.shape[1]  # tokens of a cell differ
+    assert len(set(scores[0].tolist())) == tokens.shape[1]  # even tokens of one cell differ
     scores.square().sum().backward()
     assert all(each.grad.abs().sum() > 0 for each in network.parameters())
 
@@ -244,7 +244,7 @@ def test_pooled_scores_see_the_other_cells_and_their_own_place():
     assert (gradient[0].abs().sum(1) > 0).all()
     same = torch.ones(1, 64, 12)
     by_cell = network(same).view(2, 2, 2, 2, 2, 2).permute(0, 2, 4, 1, 3, 5).reshape(8, 8)
-    assert torch.equal(by_cell.amin(1), by_cell.amax(1))  # the position is the cell's
+    assert torch.equal(by_cell.amin(1), by_cell.amax(1))  # tokens of one cell share its position
     assert len(set(by_cell[:, 0].tolist())) == 8
 
 
@@ -315,7 +315,7 @@ def test_the_defaults_are_the_exact_method():
         ({"num_masks": 2, "fused_head": True}, "plackett_luce"),
     ],
 )
-def test_a_step_is_one_graph(options, estimator):
+def test_a_step_compiles_as_one_graph(options, estimator):
     model = tiny_model(**options).train()
     num_masks = model.sampler.num_masks
     criterion = AdaMAELoss(patch_size=8, estimator=estimator, num_masks=num_masks, fused_head=True)
@@ -331,8 +331,8 @@ def test_a_step_is_one_graph(options, estimator):
     assert all(each.grad is not None for each in model.parameters())
 
 
-def test_as_many_masks_as_were_said():
-    """A sample of four clips is none of two masks of two clips."""
+def test_the_loss_refuses_another_number_of_masks():
+    """A loss for one mask of a clip refuses a sample with two masks of each clip."""
     model, video = tiny_model(num_masks=2).train(), clips(2)
     prediction, sample = model(video)
     with pytest.raises(ValueError, match="num_masks=0, expected the sampler's number of masks"):
@@ -375,7 +375,7 @@ def test_presets_are_their_settings():
         ({"preset": "fast", "masking": "tube"}, "masking='tube' contradicts preset='fast'"),
     ],
 )
-def test_presets_that_other_arguments_contradict(options, message):
+def test_arguments_that_contradict_a_preset_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         create(**options)
 

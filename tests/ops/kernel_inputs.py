@@ -1,14 +1,14 @@
-"""What the kernel tests share: the device they run on, awkward sizes, and the comparison with the reference."""
+"""Helpers of the kernel tests: their device, inputs, tolerances, and the comparison with the reference."""
 
 import torch
 
 from adamae_sampler import MaskSample, ops
 
-# The same tests run on a GPU where there is one, and in Triton's interpreter, on CPU tensors, where there is none.
+# The tests run on a GPU if there is one, otherwise on CPU tensors in Triton's interpreter.
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 OPS = torch.ops.adamae_sampler
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-# Tolerances for sums; copies are compared bit for bit. The interpreter cuts fp32 down to bf16 instead of rounding.
+# Tolerances for sums; copies are compared bit for bit. The interpreter truncates fp32 to bf16 instead of rounding.
 TOLERANCE = {
     torch.float32: {"rtol": 1e-5, "atol": 1e-6},
     torch.float16: {"rtol": 2e-3, "atol": 1e-5},
@@ -27,7 +27,7 @@ def make_sample(batch: int, tokens: int, visible: int) -> MaskSample:
 
 
 def run(backend, call, leaves, upstream):
-    """[output, gradients] of a call that returns one tensor, on a backend."""
+    """[output, gradient of each leaf] of a call that returns one tensor, on a backend."""
     inputs = [leaf.detach().requires_grad_() for leaf in leaves]
     with ops.use_backend(backend):
         out = call(*inputs)
@@ -35,7 +35,7 @@ def run(backend, call, leaves, upstream):
 
 
 def run_both(call, *leaves, upstream=None):
-    """(outputs and gradients of the reference, the same of the kernel), of a call that returns one tensor."""
+    """[reference, kernel] of a call that returns one tensor, each as [output, gradient of each leaf]."""
     if upstream is None:
         with ops.use_backend("torch"), torch.no_grad():
             out = call(*leaves)

@@ -1,4 +1,4 @@
-"""Which implementation runs: the choice, what it comes to, and the errors where it cannot be met."""
+"""The choice of backend: how it is made, which implementation runs, and the errors where it cannot run."""
 
 import os
 import subprocess
@@ -17,7 +17,7 @@ def run(code, **environment):
     )
 
 
-def test_the_choice_can_be_asked_for_set_and_put_back():
+def test_the_backend_can_be_read_set_and_restored():
     assert ops.get_backend() == "auto"
     with ops.use_backend("torch"):
         assert ops.get_backend() == "torch"
@@ -39,7 +39,7 @@ def test_auto_takes_plain_pytorch_on_cpu():
     assert ops.backend_for(torch.zeros(1)) == "torch"
 
 
-def test_what_the_choice_comes_to():
+def test_backend_for_follows_the_choice():
     pytest.importorskip("triton")
     x = torch.zeros(1, device="cuda" if torch.cuda.is_available() else "cpu")
     for backend in ("torch", "triton"):
@@ -73,7 +73,7 @@ def test_everything_works_without_triton_and_asking_for_it_says_so():
     assert "Triton is not installed (pip install triton, on Linux)" in failed.stderr
 
 
-def test_what_the_kernels_do_not_take_is_an_error_when_they_are_asked_for():
+def test_inputs_that_the_kernels_do_not_take_are_refused_under_triton():
     pytest.importorskip("triton")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     scores = torch.zeros(1, 8, dtype=torch.float64, device=device)

@@ -68,7 +68,7 @@ def test_non_finite_scores_rank_as_their_sign_says():
         sample = draw_mask(row, 4)
         assert sample.visible_idx.tolist() == [[0, 2, 3, 5]]
         assert sample.num_nonfinite.tolist() == [3]
-        assert not sample.log_probs.isfinite().all()  # not hidden
+        assert not sample.log_probs.isfinite().all()  # the caller sees them
 
 
 def test_far_apart_scores_rank_strictly():
@@ -77,7 +77,7 @@ def test_far_apart_scores_rank_strictly():
 
 
 @pytest.mark.parametrize("padding", [-1e9, torch.finfo(torch.float32).min, -INF, math.nan])
-def test_padding_that_must_be_drawn_is_drawn_evenly(padding):
+def test_padding_is_drawn_evenly_where_real_tokens_run_out(padding):
     scores = torch.cat([torch.randn(4000, 3), torch.full((4000, 9), padding)], 1)
     sample = draw_mask(scores, 6)
     assert not sample.mask[:, :3].any()
@@ -121,7 +121,7 @@ def test_inclusion_probabilities_are_those_of_sampling_without_replacement(probs
 
 
 def test_sets_have_their_exact_probability():
-    """Not only the margins: each pair's probability, p_i p_j (1/(1-p_i) + 1/(1-p_j))."""
+    """The probability of each visible pair, p_i p_j (1/(1-p_i) + 1/(1-p_j)), and not only of each token."""
     probs, draws = [0.6, 0.25, 0.1, 0.05], 100_000
     sample = draw_mask(torch.tensor(probs).log().expand(draws, -1), 2)
     for i, j in itertools.combinations(range(4), 2):

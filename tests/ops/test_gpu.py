@@ -1,6 +1,6 @@
-"""What only a GPU can show: large shapes, addresses past 2^31, no waiting for the device, CUDA graphs.
+"""Tests that need a GPU: large shapes, addresses past 2^31, no waiting for the device, CUDA graphs.
 
-The tests of test_kernels.py and test_pixel_kernels.py run on the GPU too, where there is one.
+test_kernels.py and test_pixel_kernels.py run on the GPU too if there is one.
 """
 
 import re
@@ -35,7 +35,7 @@ def test_auto_runs_the_kernels():
         torch.cuda.synchronize()
     launched = [event.name for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
     assert sum("_draw_mask_kernel" in name for name in launched) == 1, launched
-    # Besides it torch makes the number that seeds it; nothing of what the kernel replaces runs.
+    # PyTorch also launches a kernel that draws the seed. None of the operators that ours replaces runs.
     assert not [name for name in launched if re.search("sort|topk|softmax|scatter|multinomial|nonzero", name, re.I)]
 
 
@@ -56,8 +56,8 @@ def test_draws_of_full_size(clips, tokens, visible, dtype):
     assert (own.visible_idx.diff(dim=1) > 0).all()
 
 
-def test_inclusion_probabilities():
-    """Against enumeration, over many more draws than the interpreter could make."""
+def test_pairs_have_their_exact_probability():
+    """The probability of each pair, against enumeration, over far more draws than the interpreter can make."""
     draws, probs = 1_000_000, torch.tensor([0.6, 0.25, 0.1, 0.05], dtype=torch.float64)
     sample = ops.draw_mask(probs.log().float().to(DEVICE).expand(draws, -1), 2)
     for i in range(4):
@@ -86,7 +86,7 @@ def test_assemblies_of_full_size(dtype, order):
     call = lambda m: ops.assemble_tokens(visible, m, pos, sample, order)  # noqa: E731
     _, (_, got) = run_both(call, mask_token, upstream=upstream)
     masked = upstream[:, 78:] if order == "concat" else upstream[sample.mask]
-    expected = masked.reshape(-1, 384).double().sum(0)  # of 95,360 rows; the reference rounds it to half precision
+    expected = masked.reshape(-1, 384).double().sum(0)  # of 95,360 rows; the reference rounds the sum to half precision
     torch.testing.assert_close(got.double(), expected, rtol=1e-4, atol=1e-2)
 
 
@@ -103,7 +103,7 @@ def test_errors_of_full_size(kind, normalize, dtype, video_dtype):
     upstream = torch.rand(16, 1490, device=DEVICE)
     (error, grad), (kernel_error, kernel_grad) = run_both(call, prediction, upstream=upstream)
     assert_close([error], [kernel_error])
-    if kind == "l1":  # the sign of a difference that is all rounding is anybody's
+    if kind == "l1":  # a difference within rounding may have either sign
         target = ops.reconstruction_target(video, idx, normalize=normalize)
         rounding = (prediction.float() - target).abs() < 1e-5
         grad, kernel_grad = grad.masked_fill(rounding, 0), kernel_grad.masked_fill(rounding, 0)
@@ -117,7 +117,7 @@ def test_sampling_losses_of_full_size():
 
 
 def test_addresses_past_two_to_the_31():
-    """The last clip of a batch that 32 bits cannot address is what it would be alone."""
+    """The last clip is right in a batch that 32 bits cannot address."""
     clips, tokens, width = 1440, 2048, 768  # 2.3e9 elements, and 2.15e9 of those gathered
     idx = make_sample(clips, tokens, 1948).visible_idx
     x = torch.empty(clips, tokens, width, dtype=torch.bfloat16, device=DEVICE).random_(-8, 9)
@@ -242,9 +242,10 @@ def test_replays_follow_torchs_seed():
 
 
 def test_a_full_sized_step_trains_and_stays_small():
-    """ViT-B, 16 clips, bf16, 95%. What the forward pass keeps, since a convolution's workspace counts in the peak.
+    """ViT-B, 16 clips, bf16, 95% masked: the loss is finite, and the forward pass keeps less than 5 GB.
 
-    By a count of saved tensors it is 0.21 GiB a clip, 3.6 GB in all; the peak that the paper reports is 14.4 GB.
+    A count of saved tensors gives 0.21 GiB a clip, 3.6 GB in all. The peak is not tested, since it includes workspaces
+    of convolutions. The paper reports a peak of 14.4 GB.
     """
     torch.manual_seed(0)
     model, loss = AdaMAE().to(DEVICE), AdaMAELoss()
@@ -263,7 +264,7 @@ def test_a_full_sized_step_trains_and_stays_small():
     assert out.loss.isfinite()
 
 
-def test_a_compiled_step_is_the_eager_one():
+def test_a_compiled_step_equals_the_eager_one():
     torch.manual_seed(0)
     model = tiny_model().to(DEVICE).eval()
     video, sample = torch.randn(2, 3, 8, 32, 32, device=DEVICE), make_sample(2, 64, 16)

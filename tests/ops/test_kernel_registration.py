@@ -1,4 +1,4 @@
-"""The kernels as torch knows them: registration, autograd, autocast and compilation of a whole training step."""
+"""The kernels as PyTorch operators: registration, autograd, autocast and compilation of a whole training step."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ def tiny():
 
 
 def op_calls():
-    """Every registered operator with one input."""
+    """{operator: its arguments}, for every registered operator."""
     scores = torch.randn(2, 9, device=DEVICE)
     sample = make_sample(2, 9, 3)
     x = torch.randn(2, 9, 6, device=DEVICE)
@@ -50,7 +50,7 @@ def op_calls():
 
 @pytest.mark.parametrize("name", sorted(op_calls()))
 def test_registration(name):
-    """Schema, fake tensors, autograd and tracing, as torch checks them."""
+    """PyTorch checks the schema, the fake tensors, autograd and tracing."""
     torch.library.opcheck(getattr(OPS, name).default, op_calls()[name])
 
 
@@ -74,7 +74,7 @@ def losses_and_grads(model, video, sample, loss):
     return [*out, *(each.grad for each in model.parameters())]
 
 
-def test_a_training_step_is_the_references(tiny):
+def test_a_training_step_equals_the_references(tiny):
     model, video = tiny
     sample, loss = make_sample(2, 64, 16), AdaMAELoss(patch_size=8, sampling_weight=0.1)
     results = []

@@ -1,7 +1,7 @@
 """Every Triton kernel against the op's plain-PyTorch reference: outputs and all gradients.
 
-On a machine without a GPU the kernels run in Triton's interpreter (see conftest.py). What an allocation leaves
-uninitialised is poisoned throughout, so that a place that no kernel wrote shows.
+On a machine without a GPU the kernels run in Triton's interpreter (see conftest.py). Every test poisons uninitialised
+memory, so that a place that no kernel wrote is seen.
 """
 
 import math
@@ -30,7 +30,7 @@ triton = pytest.importorskip("triton", reason="the kernels need Triton")
 tl = pytest.importorskip("triton.language")
 INF, NAN = math.inf, math.nan
 
-# The mode that poisons memory also warns of PyTorch's own operators, which the references are made of.
+# The mode that poisons memory also warns about PyTorch's own operators, and the references use those.
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*does not have a deterministic implementation:UserWarning"),
     pytest.mark.usefixtures("poisoned_memory"),
@@ -54,7 +54,7 @@ def assert_same_draw(expected, got):
 @pytest.mark.parametrize("tokens", [2, 3, 31, 32, 33, 127, 129, 1568, 4095, 4096, 4097, 18432])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_same_noise_gives_the_same_draw(tokens, dtype):
-    """One tile, and several (beyond 4096 tokens)."""
+    """Up to 4096 tokens are one tile; more are several."""
     scores = (3 * torch.randn(2, tokens)).to(DEVICE, dtype)
     for visible in sorted({1, tokens // 20 or 1, tokens - 1}):
         assert_same_draw(*draw_both(scores, visible))
@@ -125,17 +125,17 @@ def test_the_kernels_noise_is_standard_gumbel_and_independent():
     for seed, out in zip((7, 2**40 + 7), noise, strict=True):
         noise_kernel[(clips,)](torch.tensor([seed], device=DEVICE), out, TOKENS=tokens)
     assert noise.isfinite().all()
-    uniform = torch.exp(-torch.exp(-noise.double())).cpu()  # its distribution function
+    uniform = torch.exp(-torch.exp(-noise.double())).cpu()  # the distribution function makes it uniform
     count = uniform.numel()
     ranks = uniform.flatten().sort().values
     distance = (ranks - (torch.arange(count, dtype=torch.float64) + 0.5) / count).abs().max().item()
-    assert distance < 1.95 / count**0.5  # Kolmogorov-Smirnov, one in a thousand
-    streams = uniform.flatten(0, 1)  # every clip of every seed, and each against itself one token on
+    assert distance < 1.95 / count**0.5  # Kolmogorov-Smirnov test at the 0.1% level
+    streams = uniform.flatten(0, 1)  # a stream for each clip and seed, tested also against itself one token later
     correlation = torch.corrcoef(torch.cat([streams, streams.roll(1, 1)]))
     assert (correlation - torch.eye(4 * clips)).abs().max() < 5 / tokens**0.5
 
 
-# Clips, tokens, visible, width: one, primes, 2^n and 2^n +- 1.
+# (clips, tokens, visible tokens, width): 1, primes, 2^n and 2^n +- 1.
 ROWS = [(1, 2, 1, 1), (2, 7, 3, 5), (3, 37, 11, 48), (2, 33, 32, 127), (1, 64, 17, 129), (2, 16, 5, 768)]
 
 
@@ -160,7 +160,7 @@ def test_gather_tokens(size, kind, dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("masks", [2, 5])
 def test_gather_for_several_masks_of_a_clip(masks, kind, dtype):
-    """A token that several masks show has the sum of their gradients; as many clips would give the same."""
+    """The gradient of a token is the sum over the masks that show it. Copies of the clips give the same output."""
     batch, tokens, visible, width = 3, 37, 11, 48
     idx = make_sample(batch * masks, tokens, visible).visible_idx
     x, pos = whole_numbers(batch, tokens, width, dtype=dtype), pos_of(kind, batch, tokens, width)
@@ -177,7 +177,7 @@ def test_gather_for_several_masks_of_a_clip(masks, kind, dtype):
 
 @pytest.mark.parametrize("batch", [1, 2])
 def test_positions_are_rounded_to_the_tokens_dtype_before_they_are_added(batch):
-    """fp16, which the interpreter rounds as hardware does; one table for all clips, and one for each."""
+    """One table for all clips, and one for each. The tokens are fp16, which the interpreter rounds as hardware does."""
     sample = make_sample(2, 37, 11)
     x, mask_token = torch.randn(2, 37, 5).to(DEVICE, torch.float16), torch.randn(5, device=DEVICE)
     pos = torch.randn(batch, 37, 5, device=DEVICE)
@@ -235,7 +235,7 @@ def test_assemble_honours_strides(order):
 
 
 def test_mask_token_gradient_of_many_rows():
-    """More rows than the first stage of the sum has programs."""
+    """The sum has more rows than its first stage has programs."""
     sample = make_sample(7, 701, 30)
     for order in ("concat", "restore"):
         call = lambda m: ops.assemble_tokens(torch.zeros(7, 30, 3, device=DEVICE), m, m.expand(701, 3), sample, order)  # noqa: B023, E731
@@ -244,7 +244,7 @@ def test_mask_token_gradient_of_many_rows():
 
 
 def test_mask_token_gradient_adds_its_own_rows_alone():
-    """The parts of the sum reach past the last row, into another tensor's memory."""
+    """The last part of the sum ends past the last row, where another tensor's memory lies."""
     sample, width = make_sample(1, 2049, 1), 1024
     upstream = torch.ones(2, 2049, width, device=DEVICE)[:1]
     visible, pos = torch.zeros(1, 1, width, device=DEVICE), torch.zeros(2049, width, device=DEVICE)
@@ -257,9 +257,10 @@ def test_mask_token_gradient_adds_its_own_rows_alone():
 @pytest.mark.parametrize("branch", [True, False])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_add_norm(rows, width, branch, dtype, monkeypatch):
-    """Sum and norm, and all gradients of both, against the reference in fp64; the residual stream's flows past the norm.
+    """The sum, the norm and all gradients of both, against the reference in fp64.
 
-    More rows than the weights' gradient has parts, too.
+    The sum gets a gradient of its own too, since the residual stream bypasses the norm. With (3, 13) there are more
+    rows than the gradient of the weights has parts.
     """
     monkeypatch.setattr(norm, "_MOST_PARTS", 5)
     leaves = [torch.randn(*rows, width).to(DEVICE, dtype) for _ in range(1 + branch)]
@@ -323,7 +324,7 @@ def test_sampling_loss_clamps_and_keeps_nan():
 
 
 def test_sampling_loss_clamps_certainty():
-    """log p near 0 stops at log(1 - 2^-23), which a large error makes visible."""
+    """log p is at most log(1 - 2^-23). A large error makes that visible."""
     idx, error = torch.tensor([[0, 1]], device=DEVICE), torch.full((1, 2), 1e6, device=DEVICE)
     log_probs = torch.zeros(1, 3, device=DEVICE)
     reference, kernel = run_both(lambda x: ops.sampling_loss(x, idx, error), log_probs, upstream=torch.tensor(1.0))
@@ -331,7 +332,7 @@ def test_sampling_loss_clamps_certainty():
     assert_close(reference, kernel)
 
 
-def test_scores_learn_from_gradients_that_fp16_does_not_hold():
+def test_token_scores_keep_gradients_too_small_for_fp16():
     x, weight = torch.randn(2, 37, 16).to(DEVICE, torch.float16), torch.randn(16, device=DEVICE)
     inputs = [x, weight, torch.zeros(1, device=DEVICE)]
     _, _, of_weight, _ = run("triton", ops.token_scores, inputs, torch.full((2, 37), 1e-9))
@@ -339,7 +340,7 @@ def test_scores_learn_from_gradients_that_fp16_does_not_hold():
     assert run("triton", ops.token_scores, inputs, torch.zeros(2, 37))[2].eq(0).all()
 
 
-def test_weights_of_norms_and_scores_may_lie_anywhere():
+def test_weights_of_norms_and_scores_may_have_any_strides():
     x, weight = torch.randn(2, 7, 16, device=DEVICE), torch.randn(32, device=DEVICE)[::2]
     bias = torch.zeros((), device=DEVICE)
     assert_close(*run_both(lambda x: ops.add_norm(x, x, weight, bias.expand(16))[1], x, upstream=torch.randn(2, 7, 16)))
@@ -347,7 +348,7 @@ def test_weights_of_norms_and_scores_may_lie_anywhere():
 
 
 def test_an_index_out_of_range_gives_nan_and_touches_nothing_else():
-    """The public functions refuse it on CPU; on a GPU they cannot look without making the host wait."""
+    """The public functions refuse such an index on CPU. On a GPU the check would make the host wait, so they cannot."""
     x, pos = whole_numbers(1, 4, 3), whole_numbers(1, 4, 3)
     for bad in (-1, 4, 2**40):
         idx = torch.tensor([[1, bad, 3]], device=DEVICE)
@@ -369,7 +370,7 @@ def test_an_index_out_of_range_gives_nan_and_touches_nothing_else():
 
 
 def test_a_token_named_twice_has_a_nan_gradient():
-    """Plain writes cannot add, so the kernel says that it could not."""
+    """The kernels write and do not add, so they mark the gradient that they cannot compute."""
     grad, idx = whole_numbers(1, 3, 2), torch.tensor([[1, 3, 1]], device=DEVICE)
     assert OPS.scatter_tokens(grad, idx, 1, 4, torch.float32).isnan().all(-1).tolist() == [[False, True, False, False]]
     assert OPS.scatter_tokens_sum(grad, idx, 4, torch.float32).isnan().all(-1).tolist() == [[False, True, False, False]]

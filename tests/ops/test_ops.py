@@ -1,4 +1,4 @@
-"""gather, assemble, patches, reconstruction error and sampling loss against slow oracles."""
+"""The plain-PyTorch ops against slow oracles: gather, assemble, patches, reconstruction error, sampling loss."""
 
 import math
 
@@ -111,14 +111,14 @@ def test_patchify_layout_and_inverse(t, h, w, tubelet, p1, p2, channels):
     patches = ops.patchify(video, (p1, p2), tubelet)
     assert patches.shape == (2, t * h * w, tubelet * p1 * p2 * channels)
     assert torch.equal(ops.unpatchify(patches, (t, h, w), (p1, p2), tubelet), video)
-    # One value by hand: the last of all, then one in the middle of the layout (t p1 p2 c).
+    # Two values by hand, in the layout (t p1 p2 c): the very last, and the last channel of a token's first pixel.
     assert patches[1, -1, -1] == video[1, -1, -1, -1, -1]
     token = (t - 1) * h * w
     assert patches[0, token, channels - 1] == video[0, channels - 1, (t - 1) * tubelet, 0, 0]
 
 
 def error_oracle(prediction, video, masked_idx, kind, normalize, patch, tubelet):
-    """Token by token in fp64, by slicing the video."""
+    """The errors token by token in fp64, from slices of the video."""
     batch, channels, _, height, width = video.shape
     pixels = video.double() / 255 if video.dtype == torch.uint8 else video.double()
     errors = torch.zeros(masked_idx.shape, dtype=torch.float64)

@@ -44,7 +44,7 @@ def test_reconstruction_error(kind, normalize, dtype, video_dtype, patch, tubele
     assert_close([grad], [kernel_grad], dtype)
 
 
-# In the short form every dtype, both kinds, and chunks of all, most and few of a clip's rows; the rest of the grid is slow.
+# The short form has every dtype, both kinds, and chunks of all, most and few of a clip's rows. Other cases are slow.
 SHORT = (((3, 14), 0, "mse"), ((3, 14), 0, "l1"), ((2, 3), 1, "mse"), ((3, 99), 2, "mse"), ((1, 99), 1, "l1"))
 HEADS = [
     pytest.param(kind, dtype, *sizes, marks=() if (sizes, number, kind) in SHORT else pytest.mark.slow)
@@ -56,7 +56,7 @@ HEADS = [
 
 @pytest.mark.parametrize(("kind", "dtype", "masks", "rows"), HEADS)
 def test_head_error(kind, dtype, masks, rows, monkeypatch):
-    """Mean, errors and all gradients, in parts of several masks and of less than one, against the reference in fp64."""
+    """The mean error and all gradients, against the reference in fp64. A chunk holds several masks or less than one."""
     monkeypatch.setattr(head, "_CHUNK_BYTES", rows * 96 * dtype.itemsize)
     video, idx = make_video(torch.uint8, 3, 4, 8, 12), make_sample(2 * masks, 12, 5).masked_idx
     leaves = [torch.randn(2 * masks, 7, 20).to(DEVICE, dtype), torch.randn(96, 20, device=DEVICE)]
@@ -89,7 +89,7 @@ def test_thumbnails(dtype, video_dtype, patch, tubelet, channels):
 @pytest.mark.parametrize("video_dtype", [torch.float32, torch.float16, torch.uint8])
 @pytest.mark.parametrize(("patch", "tubelet", "channels"), [((4, 4), 2, 3), ((3, 5), 1, 1), ((2, 3), 3, 5)])
 def test_patch_tokens(dtype, video_dtype, patch, tubelet, channels):
-    """All tokens, some, and those of several masks of a clip; of a video with strides of its own too."""
+    """All tokens, some of them, and those of several masks of a clip; for a contiguous and a strided video."""
     video = make_video(video_dtype, channels, 2 * tubelet, 2 * patch[0], 3 * patch[1])
     for x in (video, video.transpose(1, 2).contiguous().transpose(1, 2)):
         for idx in (None, make_sample(2, 12, 5).masked_idx, make_sample(6, 12, 5).visible_idx.flip(1)):
@@ -148,7 +148,7 @@ def head_inputs(dtype=torch.float32, batch=2):
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_a_fused_head_runs_in_the_precision_of_autocast(backend):
-    """Accelerate returns a model's outputs in fp32; the products are autocast's all the same."""
+    """Accelerate casts a model's outputs to fp32, and the head's products run in the dtype of autocast nevertheless."""
     inputs = head_inputs()
     with ops.use_backend(backend), torch.autocast(DEVICE, torch.bfloat16):
         mean, error = ops.head_error(*inputs, patch_size=4)
@@ -171,7 +171,7 @@ def test_a_fused_head_without_clips_or_gradients(backend):
 
 
 def test_sums_of_a_fused_head_fit_half_precision():
-    """8000 rows of an absolute error: a sum past 65504, of which the mean's gradient is small."""
+    """The sum over 8000 rows is past 65504, the largest fp16 value, but the gradient of their mean is small."""
     video = torch.zeros(500, 1, 1, 8, 8, device=DEVICE)
     idx = torch.arange(16, device=DEVICE).repeat(500, 1)
     hidden = torch.full((500, 16, 4), 9.0, dtype=torch.float16, device=DEVICE)

@@ -1,7 +1,7 @@
-"""Every kernel compiled ahead of time for sm_80, sm_90 and sm_100: registers and spills as the binaries tell.
+"""Every kernel is compiled ahead of time for sm_80, sm_90 and sm_100; registers and spills are read from the binaries.
 
-Both depend on Triton's version. ADAMAE_SAMPLER_TRITONS names folders that hold Tritons (pip install --no-deps --target
-FOLDER triton==3.6.0), each of which is tested in the place of the installed one.
+Both depend on Triton's version. ADAMAE_SAMPLER_TRITONS may name folders that hold other versions (pip install --no-deps
+--target FOLDER triton==3.6.0). Each of them is then tested instead of the installed one.
 """
 
 import csv
@@ -17,8 +17,8 @@ pytest.importorskip("triton", reason="the kernels need Triton")
 ROOT = Path(__file__).parents[2]
 FOLDERS = os.environ.get("ADAMAE_SAMPLER_TRITONS", "").split(os.pathsep)
 
-LEAST_WARPS = 16  # that fit a multiprocessor
-# Every kernel, each dtype and each way through a kernel, but not every size: benchmarks/results has those.
+LEAST_WARPS = 16  # must fit on a multiprocessor
+# Every kernel, dtype and branch of a kernel, but not every size: benchmarks/results has the sizes.
 CASES = (
     *("draw_mask, 1568 tokens", "draw_mask, 18432 tokens", "sampling_loss", "token_scores, 768 wide, bfloat16"),
     *("add_norm, 768 wide, bfloat16", "add_norm, 1024 wide, float32", "gather_tokens, 768 wide, float16"),
@@ -37,8 +37,8 @@ kernel_resources.main()
 
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: Path(folder).name or "installed")
 @pytest.mark.slow
-def test_what_every_kernel_takes(folder, tmp_path):
-    """One test of a Triton, since compiling takes long and tests are spread over processes."""
+def test_resources_of_every_kernel(folder, tmp_path):
+    """One test for each Triton: compilation is slow, and tests in other processes would repeat it."""
     rows = compiled(folder, tmp_path / "rows.csv")
     assert_every_kernel_is_compiled_for_every_architecture(rows)
     assert [row for row in rows if int(row["spilled_bytes"])] == []
@@ -47,7 +47,7 @@ def test_what_every_kernel_takes(folder, tmp_path):
 
 
 def compiled(folder, output):
-    """The rows of a Triton, from a process of its own, where the kernels are not interpreted."""
+    """The rows for one Triton, from a new process in which the kernels are not interpreted."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     paths = filter(None, [folder, str(ROOT), environment.get("PYTHONPATH")])
     command = [sys.executable, "-c", COMPILE % (CASES,), str(output)]
@@ -69,7 +69,10 @@ def assert_every_kernel_is_compiled_for_every_architecture(rows):
 
 
 def assert_the_error_kernel_moves_16_bytes_at_a_time(rows):
-    """But for its index and its error; and both passes of a token take fewer than 2/3 of the instructions of before."""
+    """Only its index and its error move in smaller pieces. Both passes take less than 2/3 of 2408 instructions a token.
+
+    2408 is the number of an earlier version of the kernel.
+    """
     mine = [row for row in rows if row["case"] == "reconstruction_error, bfloat16, uint8 video"]
     assert {row["loads"] for row in mine if row["kernel"] == "_error_kernel"} == {"9x16 1x8"}  # 48 values, 48 pixels
     passes = {
@@ -80,7 +83,7 @@ def assert_the_error_kernel_moves_16_bytes_at_a_time(rows):
 
 
 def assert_kernels_leave_room_for_others_on_a_multiprocessor(rows):
-    """Enough warps fit by registers (65536 of them) and by shared memory (100 KB where it is least)."""
+    """Enough warps fit into the 65536 registers and the shared memory, which is 100 KB on the smallest GPUs."""
     for row in rows:
         warps = int(row["threads"]) // 32
         assert 65536 // (int(row["registers"]) * int(row["threads"])) * warps >= LEAST_WARPS, row
