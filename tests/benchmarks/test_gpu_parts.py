@@ -3,7 +3,9 @@
 import dataclasses
 import math
 import os
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -191,6 +193,24 @@ def test_waits_are_those_within_steps():
         ]
     )
     assert found == {"cudaStreamSynchronize": 1}
+
+
+@pytest.mark.slow
+def test_the_modules_that_workers_share_never_ask_for_a_gpu():
+    """Workers are forked from a server that has imported them. CUDA works in no fork of a process that has used it."""
+    code = """
+import torch
+def refuse(*args):
+    raise SystemExit("asked for a GPU")
+torch._C._cuda_getDeviceCount = refuse
+for name in ("is_available", "device_count", "current_device", "get_device_properties", "_lazy_init"):
+    setattr(torch.cuda, name, refuse)
+import benchmarks.suites.measure
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=Path(__file__).parents[2]
+    )
+    assert done.returncode == 0, done.stderr
 
 
 # ---------------------------------------------------------------------------------------------- NVIDIA's tools

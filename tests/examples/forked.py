@@ -71,6 +71,7 @@ def _run(command, environment, folder, output):
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(folder)
+    multiprocessing.set_start_method(None, force=True)  # its own processes start as anywhere, and not by a server
     sys.argv = command
     try:
         runpy.run_path(command[0], run_name="__main__")

@@ -3,7 +3,6 @@
 import contextlib
 import socket
 
-import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
@@ -53,12 +52,11 @@ def train_with(rank, weight, accumulate, checkpointing):
     return torch.stack(masks), torch.cat([each.detach().flatten() for each in model.parameters()])
 
 
-@pytest.mark.slow
 def test_two_processes_agree_on_weights_and_draw_different_masks():
     """For several weights of the sampling loss, accumulation and activation checkpointing, in one start of processes."""
     with mp.Manager() as manager:
         results = manager.dict()
-        mp.spawn(train, (free_port(), results), nprocs=2)
+        mp.start_processes(train, (free_port(), results), nprocs=2, start_method="fork")
         one, two = results[0], results[1]
     for settings, (masks_0, weights_0), (masks_1, weights_1) in zip(SETTINGS, one, two, strict=True):
         assert torch.equal(weights_0, weights_1), settings
@@ -77,11 +75,10 @@ def train_patched(rank, port, results):
     dist.destroy_process_group()
 
 
-@pytest.mark.slow
 def test_a_patched_host_in_two_processes():
     with mp.Manager() as manager:
         results = manager.dict()
-        mp.spawn(train_patched, (free_port(), results), nprocs=2)
+        mp.start_processes(train_patched, (free_port(), results), nprocs=2, start_method="fork")
         (mask_0, gradient_0), (mask_1, gradient_1) = results[0], results[1]
     assert not torch.equal(mask_0, mask_1)
     assert torch.equal(gradient_0, gradient_1)

@@ -12,7 +12,9 @@ pytest.importorskip("triton", reason="the kernels need Triton")
 
 @pytest.fixture
 def tiny():
-    return tiny_model(depth=1).eval().to(DEVICE), torch.randn(2, 3, 8, 32, 32, device=DEVICE)
+    """A step of few tokens, for the interpreter."""
+    model = tiny_model(img_size=16, num_frames=4, depth=1, mask_ratio=0.5).eval()
+    return model.to(DEVICE), torch.randn(2, 3, 4, 16, 16, device=DEVICE)
 
 
 def op_calls():
@@ -76,7 +78,7 @@ def losses_and_grads(model, video, sample, loss):
 
 def test_a_training_step_equals_the_references(tiny):
     model, video = tiny
-    sample, loss = make_sample(2, 64, 16), AdaMAELoss(patch_size=8, sampling_weight=0.1)
+    sample, loss = make_sample(2, 8, 4), AdaMAELoss(patch_size=8, sampling_weight=0.1)
     results = []
     for backend in ("torch", "triton"):
         with ops.use_backend(backend):
@@ -87,7 +89,7 @@ def test_a_training_step_equals_the_references(tiny):
 
 def test_autocast_leaves_the_ops_as_they_are(tiny):
     model, video = tiny
-    sample = make_sample(2, 64, 16)
+    sample = make_sample(2, 8, 4)
     with ops.use_backend("triton"), torch.autocast(DEVICE, torch.bfloat16):
         prediction, sample = model(video, mask=sample)
         assert prediction.dtype == torch.bfloat16
@@ -98,8 +100,8 @@ def test_autocast_leaves_the_ops_as_they_are(tiny):
 
 
 @needs_torch_2_11
-@pytest.mark.slow
 def test_a_training_step_compiles_as_one_graph(tiny):
+    """Forward and backward pass traced as inductor gets them; what inductor makes of every op is the next test."""
     model, video = tiny
     loss = AdaMAELoss(patch_size=8)
 
@@ -108,10 +110,40 @@ def test_a_training_step_compiles_as_one_graph(tiny):
         return loss(prediction, video, sample), sample
 
     with ops.use_backend("triton"):
-        out, sample = torch.compile(forward, fullgraph=True)(video)
+        out, sample = torch.compile(forward, fullgraph=True, backend="aot_eager")(video)
         out.loss.backward()
         grads = [each.grad for each in model.parameters()]
         expected = losses_and_grads(model, video, MaskSample(*sample[:3]), loss)
     torch.testing.assert_close([*out], expected[:4], rtol=1e-4, atol=1e-5)
     for got, want in zip(grads, expected[4:], strict=True):
         torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-5)
+
+
+@needs_torch_2_11
+@pytest.mark.slow
+def test_inductor_compiles_every_op_of_a_training_step():
+    """Without the products and the attention between the ops, which take inductor a minute."""
+    video = torch.rand(2, 3, 4, 16, 16, device=DEVICE)
+    sizes = {"table": (8, 12), "norm": (12,), "scores": (2, 8), "mask_token": (12,), "head": (384, 12)}
+    weights = {name: torch.randn(*size, device=DEVICE, requires_grad=True) for name, size in sizes.items()}
+    noise = torch.rand(2, 8, device=DEVICE)
+
+    def step(video, table, norm, scores, mask_token, head):
+        sample = ops.draw_mask(scores, 4, noise)
+        patches = ops.patch_tokens(video, patch_size=8)[..., :12]
+        patches = patches + ops.thumbnails(video, patch_size=8).mean()
+        tokens, normed = ops.add_norm(patches, patches, norm, norm)
+        weighted = tokens * ops.token_scores(normed, norm, norm[:1])[..., None]
+        visible = ops.gather_tokens(weighted, sample.visible_idx, table)
+        hidden = ops.assemble_tokens(visible, mask_token, table, sample)[:, 4:]
+        reconstruction, _ = ops.head_error(hidden, head, None, video, sample.masked_idx, patch_size=8)
+        error = ops.reconstruction_error(hidden @ head.t(), video, sample.masked_idx, patch_size=8)
+        return reconstruction + error.mean() + ops.sampling_loss(sample.log_probs, sample.masked_idx, error)
+
+    results = []
+    with ops.use_backend("triton"):
+        for function in (step, torch.compile(step, fullgraph=True)):
+            loss = function(video, **weights)
+            results.append([loss, *torch.autograd.grad(loss, list(weights.values()))])
+    for expected, got in zip(*results, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-4)

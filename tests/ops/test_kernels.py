@@ -23,7 +23,7 @@ from kernel_inputs import (
 )
 
 from adamae_sampler import ops
-from adamae_sampler.ops import norm
+from adamae_sampler.ops import assemble, norm
 from adamae_sampler.ops.draw import _gumbel, gumbel_noise
 
 triton = pytest.importorskip("triton", reason="the kernels need Triton")
@@ -234,20 +234,22 @@ def test_assemble_honours_strides(order):
     assert_same(*run_both(call, visible, mask_token, pos, upstream=upstream))
 
 
-def test_mask_token_gradient_of_many_rows():
+def test_mask_token_gradient_of_many_rows(monkeypatch):
     """The sum has more rows than its first stage has programs."""
-    sample = make_sample(7, 701, 30)
+    monkeypatch.setattr(assemble, "_MOST_PARTS", 16)
+    sample = make_sample(7, 11, 3)
     for order in ("concat", "restore"):
-        call = lambda m: ops.assemble_tokens(torch.zeros(7, 30, 3, device=DEVICE), m, m.expand(701, 3), sample, order)  # noqa: B023, E731
-        reference, kernel = run_both(call, torch.zeros(3, device=DEVICE), upstream=torch.rand(7, 701, 3, device=DEVICE))
+        call = lambda m: ops.assemble_tokens(torch.zeros(7, 3, 3, device=DEVICE), m, m.expand(11, 3), sample, order)  # noqa: B023, E731
+        reference, kernel = run_both(call, torch.zeros(3, device=DEVICE), upstream=torch.rand(7, 11, 3, device=DEVICE))
         assert_close(reference, kernel)
 
 
-def test_mask_token_gradient_adds_its_own_rows_alone():
+def test_mask_token_gradient_adds_its_own_rows_alone(monkeypatch):
     """The last part of the sum ends past the last row, where another tensor's memory lies."""
-    sample, width = make_sample(1, 2049, 1), 1024
-    upstream = torch.ones(2, 2049, width, device=DEVICE)[:1]
-    visible, pos = torch.zeros(1, 1, width, device=DEVICE), torch.zeros(2049, width, device=DEVICE)
+    monkeypatch.setattr(assemble, "_MOST_PARTS", 16)
+    sample, width = make_sample(1, 33, 1), 1024
+    upstream = torch.ones(2, 33, width, device=DEVICE)[:1]
+    visible, pos = torch.zeros(1, 1, width, device=DEVICE), torch.zeros(33, width, device=DEVICE)
     call = lambda m: ops.assemble_tokens(visible, m, pos, sample)  # noqa: E731
     assert_same(*run_both(call, torch.zeros(width, device=DEVICE), upstream=upstream))
 
