@@ -56,15 +56,21 @@ HEADS = [
 
 @pytest.mark.parametrize(("kind", "dtype", "masks", "rows"), HEADS)
 def test_head_error(kind, dtype, masks, rows, monkeypatch):
-    """The mean error and all gradients, against the reference in fp64. A chunk holds several masks or less than one."""
+    """The errors, their mean and all gradients, against the reference in fp64. A chunk holds several masks or less than one."""
     monkeypatch.setattr(head, "_CHUNK_BYTES", rows * 96 * dtype.itemsize)
     video, idx = make_video(torch.uint8, 3, 4, 8, 12), make_sample(2 * masks, 12, 9).masked_idx
     leaves = [torch.randn(2 * masks, 3, 20).to(DEVICE, dtype), torch.randn(96, 20, device=DEVICE)]
     leaves += [torch.randn(96, device=DEVICE)]
-    call = lambda h, w, b: ops.head_error(h, w, b, video, idx, kind=kind, patch_size=4)[0]  # noqa: E731
-    kernel = run("triton", call, leaves, torch.tensor(0.7, device=DEVICE))
+
+    def call(h, w, b):
+        mean, error = ops.head_error(h, w, b, video, idx, kind=kind, patch_size=4)
+        return torch.cat([mean[None], error.flatten()])
+
+    upstream = torch.zeros(1 + 2 * masks * 3, device=DEVICE)
+    upstream[0] = 0.7  # the errors have no gradient
+    kernel = run("triton", call, leaves, upstream)
     leaves = [leaves[0].double(), *(each.to(dtype).double() for each in leaves[1:])]
-    expected = run("torch", call, leaves, torch.tensor(0.7, device=DEVICE, dtype=torch.float64))
+    expected = run("torch", call, leaves, upstream.double())
     close = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 4e-2}[dtype]
     for want, got in zip(expected, kernel, strict=True):
         assert (got - want).norm() <= close * want.norm()
