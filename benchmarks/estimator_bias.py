@@ -86,7 +86,7 @@ KINDS: dict[str, Callable[[torch.Generator], dict[tuple[int, ...], Tensor]]] = {
 
 
 def probability(p: Tensor, visible: tuple[int, ...]) -> Tensor:
-    """Of a set, summed over every order in which it can be drawn."""
+    """The probability of a set of visible tokens, summed over every order in which they can be drawn."""
     total = torch.zeros((), dtype=p.dtype)
     for order in itertools.permutations(visible):
         chance, left = torch.ones((), dtype=p.dtype), torch.ones((), dtype=p.dtype)

@@ -172,7 +172,7 @@ def main(options: Options) -> int:
 
 
 def first_line(missing: Iterable[str], absent: Iterable[Stage]) -> str:
-    """What is missing here, and what to bring; first what the stages need, then what they do without."""
+    """Names what is missing: first what the stages need and how to get it, then what they do without."""
     packages = list(missing)
     parts = [f"pip install {' '.join(packages)}"] if packages else []
     if not any(map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang"))):
@@ -217,7 +217,7 @@ def set_others_aside(options: Options) -> None:
 
 
 def versions(quick: bool) -> dict[str, str]:
-    """What rows must share to be of one run: the package's own sources, and what compiles and runs its kernels."""
+    """Rows of one run share these: a hash of the package's sources, the size, and the versions of torch and triton."""
     sources = hashlib.sha256()
     for path in sorted((ROOT / "adamae_sampler").rglob("*.py")):
         sources.update(path.relative_to(ROOT).as_posix().encode() + path.read_bytes())
@@ -322,7 +322,7 @@ def end(process: subprocess.Popen[str]) -> None:
 
 
 def pass_on(lines: Iterable[str] | None, log: IO[str]) -> None:
-    """What a stage prints goes to the screen and to the log."""
+    """Copies the lines that a stage prints to the screen and to the log."""
     for line in lines or ():
         print(line, end="", flush=True)
         log.write(line)

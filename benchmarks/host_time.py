@@ -27,7 +27,7 @@ CLIPS, N, K, D = 2, 64, 16, 8
 
 
 def calls() -> dict[str, tuple[Callable[..., Any], tuple[Tensor, ...]]]:
-    """Each op as a function of what has a gradient, and that."""
+    """Each op as a function of the tensors that get a gradient, and these tensors."""
     sample = _sample()
     pos, ones, video = torch.randn(1, N, D), torch.ones(D), torch.zeros(CLIPS, 3, 2, 32, 32, dtype=torch.uint8)
     x, visible = torch.randn(CLIPS, N, D), torch.randn(CLIPS, K, D)
@@ -57,7 +57,7 @@ def calls() -> dict[str, tuple[Callable[..., Any], tuple[Tensor, ...]]]:
 
 
 def zero_clips_step() -> Callable[[], None]:
-    """A step of which Python, dispatch and autograd are all that takes time; and AdamW of small weights."""
+    """A step in which Python, dispatch, autograd and AdamW of small weights take all the time."""
     name, sizes = "pretrain_adamae_vit_base_patch16_224", {"img_size": 64, "num_frames": 4, "mask_ratio": 0.75}
     model = timm.create_model(name, embed_dim=96, decoder_embed_dim=48, fused_head=True, **sizes)
     criterion, optimizer = AdaMAELoss(fused_head=True), torch.optim.AdamW(model.parameters(), fused=True)
@@ -79,7 +79,7 @@ def _sample() -> MaskSample:
         return ops.draw_mask(torch.zeros(CLIPS, N), K)
 
 
-# In the places of what a GPU would have; plain functions, since a call of a `Mock` takes as long as an op.
+# These replace what needs a GPU. They are plain functions, since a call of a `Mock` takes as long as an op.
 def _launch_nothing(*_: object, **__: object) -> None:
     """A kernel on its grid."""
 

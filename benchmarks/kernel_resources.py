@@ -42,7 +42,7 @@ OPS = torch.ops.adamae_sampler
 
 @dataclass(frozen=True)
 class Resources:
-    """What one kernel of one op takes on one architecture; bytes are per thread for spills, per program for shared.
+    """Resources of one kernel on one architecture. Spills are bytes per thread, shared memory is bytes per program.
 
     Instructions are those of the binary, whose loops count once. Loads and stores are those of global memory, as
     "number x bytes" of a thread, the widest first.
@@ -119,7 +119,7 @@ def _read(cubin: bytes, tool: Path, option: str) -> str:
 
 
 def _widths(names: list[str], kind: str) -> str:
-    """Of the instructions of a kind: "9x16 1x8"."""
+    """Number and width in bytes of the instructions of a kind: "9x16 1x8"."""
     bits = [re.search(r"\.[US]?(8|16|64|128|256)\b", name) for name in names if name.split(".")[0] == kind]
     found = Counter(int(each[1]) // 8 if each else 4 for each in bits)
     return " ".join(f"{found[width]}x{width}" for width in sorted(found, reverse=True))

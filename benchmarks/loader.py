@@ -105,7 +105,7 @@ def read_pyav(entry: VideoEntry, generator: torch.Generator) -> Tensor:
 
 
 def read_torchcodec(entry: VideoEntry, generator: torch.Generator) -> Tensor:
-    """By the index of the container, without a scan of the file."""
+    """Reads a clip by the index of the container, without a scan of the file."""
     decoders: Any = importlib.import_module("torchcodec.decoders")
     source = str(entry.path) if entry.span is None else entry.read()
     decoder = decoders.VideoDecoder(source, num_ffmpeg_threads=1, seek_mode="approximate")
@@ -145,7 +145,7 @@ def write_videos(folder: Path, options: Options) -> None:
 
 
 def kinds_of_videos(folder: Path, options: Options) -> dict[str, list[VideoEntry]]:
-    """The same videos as found, packed, and packed but in files of their own."""
+    """The videos in three forms: the original files, shards, and the members of the shards as files."""
     write_videos(folder / "files", options)
     found = list_videos(folder / "files")
     packing = Packing()
@@ -175,7 +175,7 @@ def check(videos: Mapping[str, Sequence[VideoEntry]], readers: Mapping[str, Read
 
 @contextmanager
 def one_core() -> Iterator[None]:
-    """This process on one core, whatever threads a decoder would start."""
+    """Keeps this process on one core, whatever threads a decoder starts."""
     before = os.sched_getaffinity(0)
     os.sched_setaffinity(0, {min(before)})
     try:
@@ -254,7 +254,7 @@ def row_of(name: Any, times: Times, options: Options, sizes: Mapping[str, float]
 
 
 def lend_ffmpeg() -> None:
-    """Where torchcodec finds no FFmpeg, starts this program again with PyAV's libraries under their usual names."""
+    """Starts this program again with PyAV's libraries under their usual names if torchcodec finds no FFmpeg."""
     if importlib.util.find_spec("torchcodec") is None or os.environ.get(_LENT):
         return
     try:

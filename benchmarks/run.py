@@ -64,7 +64,7 @@ class Options:
     threads: int = 2
     """Threads of PyTorch; --quick takes one."""
     commit: str = ""
-    """What the rows name as the commit; git is asked if it is empty."""
+    """Commit that the rows name. If it is empty, git is asked."""
     output: Path | None = None
     """Folder for the rows; benchmarks/results, or a temporary one with --quick."""
 

@@ -85,7 +85,7 @@ def _family(namespace: str, name: str) -> str:
 
 
 def count_step(case: StepCase) -> tuple[Count, list[Tensor], int]:
-    """What a step's two passes move, what is kept between them, and how many parameters got a gradient."""
+    """Counts the bytes that both passes move, the bytes kept between them, and the parameters that got a gradient."""
     kept: dict[int, Tensor] = {}
 
     def keep(x: Tensor) -> Tensor:

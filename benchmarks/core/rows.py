@@ -203,12 +203,12 @@ def device_name(device: torch.device) -> str:
 
 
 def device_slug(device: torch.device) -> str:
-    """What a file's name calls the device: "cpu", or a GPU's name such as "nvidia_h200"."""
+    """The device's name in file names: "cpu", or a GPU's name such as "nvidia_h200"."""
     return "cpu" if device.type == "cpu" else re.sub(r"[^a-z0-9]+", "_", device_name(device).lower()).strip("_")
 
 
 def format_seconds(seconds: float) -> str:
-    """With three digits and a unit: "12.3 µs"."""
+    """Seconds as text, with three digits and a unit: "12.3 µs"."""
     for unit, scale in (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6)):
         if seconds >= scale or unit == "µs":
             break

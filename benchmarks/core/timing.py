@@ -147,7 +147,7 @@ def _stream() -> torch.cuda.Stream:
 
 
 def input_sets(num_bytes: int, device: torch.device) -> int:
-    """How many input sets of this size to take turns with, so that a GPU's cache holds no input from turn to turn."""
+    """The number of input sets of this size that take turns, so that no input is still in a GPU's cache."""
     return min(_MAX_CALLS, math.ceil(4 * _cache_bytes(device) / num_bytes)) if device.type == "cuda" else 1
 
 

@@ -126,7 +126,7 @@ def shares(
 
 
 def kernels_of(events: Iterable[Any], device: torch.device) -> Iterator[Kernel]:
-    """What ran on the device; on a CPU the operators, each without those that it called."""
+    """Seconds of each kernel on the device; on a CPU of each operator, without the operators that it called."""
     for event in events:
         if device.type == "cuda" and event.device_type == DeviceType.CUDA and not event.is_user_annotation:
             yield Kernel(event.name, event.device_time_total * 1e-6)

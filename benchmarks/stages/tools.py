@@ -62,7 +62,7 @@ def kernel_names() -> list[str]:
 
 
 def sanitizer_command(check: str, log: Path) -> list[str]:
-    """Of one check, on the package's kernels alone: PyTorch's own would take minutes."""
+    """The command of one check. It covers the package's kernels alone: PyTorch's own would take minutes."""
     kernels = (part for name in kernel_names() for part in ("--kernel-name", f"kernel_substring={name}"))
     options = ["--tool", check, "--error-exitcode", str(_ERROR_CODE), "--print-limit", "20", "--log-file", str(log)]
     return ["compute-sanitizer", *options, *kernels, sys.executable, "-m", "benchmarks.stages.every_op"]

@@ -51,7 +51,7 @@ class Options:
     steps: int = 4000
     """Optimiser steps of random masking."""
     budget: Literal["steps", "time"] = "steps"
-    """What is equal: the number of steps, or their time."""
+    """The runs have the same number of steps, or the same time."""
     mask_ratio: float | None = None
     """Share of tokens masked; that of the size if None."""
     normalize_target: bool = False
