@@ -23,7 +23,6 @@ from scripts import (
     refused,
     run_here,
     run_patched,
-    run_script,
     succeeded,
     wait_for_step,
 )
@@ -54,11 +53,6 @@ COMMON = [*TINY_PRETRAIN, "--data", "sprites:64", "--steps", 8, "--save-every", 
 NO_GPUS = "error: the launch file is for FSDP2 or DeepSpeed, which Accelerate runs on two or more GPUs; found 0"
 
 
-def launched(config):
-    options = ["--config_file", str(LAUNCH / f"{config}.yaml"), "--num_processes", "2", "--main_process_port", "0"]
-    return ["-m", "accelerate.commands.launch", *options]
-
-
 def launch(*arguments):
     """What `accelerate launch` hands to torchrun: (its arguments, the environment of its processes)."""
     started = []
@@ -68,12 +62,11 @@ def launch(*arguments):
     return torchrun
 
 
-def in_two(config, script):
+def in_two(config, script, *arguments):
     """A file in two processes that have the environment which the launch file gives them."""
-    options = launched(config)[2:]
-    torchrun, environment = launch(*options, script)
+    torchrun, environment = launch("--config_file", LAUNCH / f"{config}.yaml", "--num_processes", 2, script)
     assert (torchrun.nproc_per_node, torchrun.training_script) == ("2", str(script))
-    return run_group(2, script, environment=environment)
+    return run_group(2, script, *arguments, environment=environment)
 
 
 def in_parts(config, folder, *arguments, patch=FIXED_MASKS):
@@ -220,7 +213,7 @@ def test_shards_without_gpus_are_refused(monkeypatch, tmp_path):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_launched_shards_without_gpus_are_refused(tmp_path):
     pytest.importorskip("deepspeed")
-    run = run_script("pretrain.py", *COMMON, "--output", tmp_path / "run", launcher=launched("deepspeed_zero2"))
+    run = in_two("deepspeed_zero2", EXAMPLES / "pretrain.py", *COMMON, "--output", tmp_path / "run")
     assert run.returncode != 0
     assert NO_GPUS in run.stderr
 
