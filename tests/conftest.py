@@ -1,4 +1,5 @@
 import json
+import multiprocessing
 import os
 import signal
 from pathlib import Path
@@ -24,6 +25,12 @@ if "TRITON_INTERPRET" in os.environ:
 
 torch.set_num_threads(1)
 torch.backends.cudnn.allow_tf32 = False  # fp32 tests compare with convolutions that do not round to TF32
+
+# Processes that tests fork from a server skip the seconds of these imports. The modules of the examples are not among
+# them: what they set up for a process would be shared by all.
+multiprocessing.set_forkserver_preload(
+    ["adamae_sampler.models", "accelerate", "torchvision", "torch.utils.tensorboard", "matplotlib.pyplot", "tyro", "av"]
+)
 
 needs_torch_2_11 = pytest.mark.skipif(
     tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 11),
