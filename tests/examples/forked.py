@@ -72,9 +72,9 @@ def _run(command, environment, folder, output):
 
 
 def run_group(number, script, *arguments, environment=(), timeout=300):
-    """A script that has ended in each of several processes, which know of each other as torchrun's do.
+    """Runs a script to its end in a group of processes, with the variables that torchrun sets.
 
-    The code is that of the first one that failed, and ends the others, which would wait for it.
+    When one process fails, the others are killed, since they would wait for it. The exit code is that of the failure.
     """
     torchrun = {
         "WORLD_SIZE": number,

@@ -1,23 +1,16 @@
 """DDP in two CPU processes (gloo): every parameter of the sampler gets its gradient without find_unused_parameters."""
 
 import contextlib
-import socket
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from conftest import tiny_model
+from forked import free_port
 from hosts import make_mae, structured
 from torch.nn.parallel import DistributedDataParallel
 
 from adamae_sampler import AdaMAELoss, patch
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
 
 SETTINGS = [(1e-4, 1, False), (0.0, 1, False), (1e-4, 2, False), (1e-4, 1, True)]
 
