@@ -1,12 +1,12 @@
 """Adaptive masking for masked autoencoders. A reading map:
 
     mask.py        MaskSample, and the number of tokens that a mask ratio leaves visible
-    sampler.py     tokens [B, N, D] -> MaskSample: adaptive, random, tube, frame
-    networks.py    the adaptive sampler's score networks
+    sampler/       tokens [B, N, D] -> MaskSample: adaptive, hard, motion, random, tube, frame, block, grid
+    networks.py    the score networks of the learned samplers
     transformer.py the blocks of all networks here
     attention.py   their attention, and the choice of torch's kernels for it
     estimators.py  the log-probability of a set of tokens, for the exact policy gradient
-    losses.py      reconstruction error, sampling loss, and both together
+    losses.py      reconstruction error, sampling loss, and both together; ranking loss
     ops/           the operations underneath, one file each
     integrations/  patch and unpatch, one file for each host
     models/        the reference encoder-decoder on timm's blocks, checkpoint formats
@@ -18,11 +18,16 @@ Data flows one way: models, integrations -> sampler, losses -> ops -> mask.
 
 from adamae_sampler import integrations, models, ops
 from adamae_sampler.integrations import patch, unpatch
-from adamae_sampler.losses import AdaMAELoss, reconstruction_error, sampling_loss
+from adamae_sampler.losses import AdaMAELoss, ranking_loss, reconstruction_error, sampling_loss
 from adamae_sampler.mask import MaskSample
 from adamae_sampler.sampler import (
     AdaptiveTokenSampler,
+    BlockTokenSampler,
     FrameTokenSampler,
+    GridTokenSampler,
+    HardTokenSampler,
+    MotionTokenSampler,
+    Ramp,
     RandomTokenSampler,
     TubeTokenSampler,
 )
@@ -32,14 +37,20 @@ __version__ = "0.2.0"
 __all__ = [
     "AdaMAELoss",
     "AdaptiveTokenSampler",
+    "BlockTokenSampler",
     "FrameTokenSampler",
+    "GridTokenSampler",
+    "HardTokenSampler",
     "MaskSample",
+    "MotionTokenSampler",
+    "Ramp",
     "RandomTokenSampler",
     "TubeTokenSampler",
     "integrations",
     "models",
     "ops",
     "patch",
+    "ranking_loss",
     "reconstruction_error",
     "sampling_loss",
     "unpatch",

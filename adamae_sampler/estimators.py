@@ -38,8 +38,7 @@ def set_log_prob(sample: MaskSample) -> Tensor:
     """
     if sample.log_probs is None:
         raise ValueError(
-            "sample.log_probs is None: random, tube and frame masks have no distribution to learn. Use "
-            "AdaptiveTokenSampler."
+            "sample.log_probs is None: these masks have no distribution to learn. Use AdaptiveTokenSampler."
         )
     visible = sample.log_probs.gather(1, sample.visible_idx)  # [B, K]
     others = sample.log_probs.gather(1, sample.masked_idx).logsumexp(1, keepdim=True)  # [B, 1], log W

@@ -1,10 +1,12 @@
-"""The losses of AdaMAE: reconstruction error, sampling loss, and both together."""
+"""The losses: reconstruction error, sampling loss, ranking loss, and their sum."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Literal, NamedTuple, get_args
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from adamae_sampler import ops
@@ -85,8 +87,8 @@ def sampling_loss(
     _check_sample(sample)
     if sample.log_probs is None:
         raise ValueError(
-            "sample.log_probs is None: random, tube and frame masks have no distribution to learn. "
-            "Use AdaptiveTokenSampler, or AdaMAELoss, which leaves the sampling loss out for them."
+            "sample.log_probs is None: these masks have no distribution to learn. Use AdaptiveTokenSampler, or "
+            "AdaMAELoss, which leaves the sampling loss out for them."
         )
     if estimator not in _ESTIMATORS:
         raise ValueError(f"estimator={estimator!r}, expected one of {', '.join(map(repr, _ESTIMATORS))}.")
@@ -95,6 +97,49 @@ def sampling_loss(
     advantage = leave_one_out(error.detach().mean(1), num_masks)  # [B R]
     loss = (set_log_prob(sample) * advantage).mean()
     return loss if estimator == "plackett_luce" else -loss
+
+
+def ranking_loss(sample: MaskSample, error: Tensor) -> Tensor:
+    """The loss that teaches `HardTokenSampler` which tokens are hard, a scalar. Its gradient goes to the sampler alone.
+
+    It is the mean over pairs of decoded tokens of a clip of -log sigmoid(d_i - d_j), where e_i > e_j (Hard Patches
+    Mining, see `HardTokenSampler`). A pair of equal errors has loss 0. Only the order of the errors counts, so the
+    predictions d need no scale.
+
+    The mean is estimated from 16 M pairs, i and i + s modulo M for 16 random shifts s. All pairs are equally likely, so
+    the estimate has no bias, and its memory grows with M and not with its square.
+
+    Args:
+        sample: a mask with difficulties.
+        error: [B, M] from `reconstruction_error`, in the order of `sample.target_idx`. Pairs with a NaN are left out of
+            the mean.
+
+    Raises:
+        ValueError: the sample has no difficulties, or the error is not one of its decoded tokens.
+    """
+    _check_sample(sample)
+    if sample.difficulty is None:
+        raise ValueError(
+            "sample.difficulty is None: the sampler predicts no errors to rank. Use HardTokenSampler, or AdaMAELoss, "
+            "which takes the loss that the sample needs."
+        )
+    if error.shape != sample.target_idx.shape:
+        raise ValueError(
+            f"error has shape {tuple(error.shape)}, expected {tuple(sample.target_idx.shape)}: rows, decoded tokens."
+        )
+    predicted, error = sample.difficulty.gather(1, sample.target_idx), error.detach()  # [B, M]
+    count = error.shape[1]
+    if count < 2:
+        return (predicted * 0).sum()  # no pair
+    shift = torch.randint(1, count, (_SHIFTS, 1), device=error.device)
+    other = (torch.arange(count, device=error.device) + shift) % count  # [shifts, M]
+    sign = torch.sign(error[:, None] - error[:, other])  # [B, shifts, M]
+    loss = F.softplus(-sign * (predicted[:, None] - predicted[:, other]))
+    known = ~sign.isnan()
+    return torch.where(known & (sign != 0), loss, 0).sum() / known.sum()
+
+
+_SHIFTS = 16
 
 
 class HeadInputs(NamedTuple):
@@ -119,7 +164,8 @@ class LossOutput(NamedTuple):
     Attributes:
         loss: scalar, reconstruction + sampling_weight * sampling; call backward on it.
         reconstruction: scalar, L_R.
-        sampling: scalar, L_S before its weight; 0 for masks without a distribution.
+        sampling: scalar, L_S before its weight, or the ranking loss of a sample with difficulties; 0 for masks without
+            either.
         token_error: [B, M], the error of each decoded token. With a fused head it has no gradient. With a decode_mask
             it is [B, decoded tokens], and 0 for visible tokens.
     """
@@ -132,6 +178,8 @@ class LossOutput(NamedTuple):
 
 class AdaMAELoss(nn.Module):
     """L = L_R + sampling_weight * L_S (Algorithm 2).
+
+    For a sample with difficulties (`HardTokenSampler`) `ranking_loss` takes the place of L_S, with the same weight.
 
     Args:
         sampling_weight: weight of the sampling loss, 1e-4 in the paper.
@@ -219,6 +267,9 @@ class AdaMAELoss(nn.Module):
         if decode_mask is not None:
             masked = sample.mask.gather(1, sample.masked_idx)
             error, share = error * masked, masked.float().mean()
+            if sample.difficulty is not None:
+                sampling = ranking_loss(sample, error.masked_fill(~masked, torch.nan))
+                return self._sum(error.mean() / share, sampling, error)
         return self._with_sampling(error.mean() / share, error, sample, share)
 
     def _fused(
@@ -236,9 +287,14 @@ class AdaMAELoss(nn.Module):
     def _with_sampling(
         self, reconstruction: Tensor, error: Tensor, sample: MaskSample, share: Tensor | float = 1.0
     ) -> LossOutput:
+        if sample.difficulty is not None:
+            return self._sum(reconstruction, ranking_loss(sample, error), error)
         if sample.log_probs is None:
             return LossOutput(reconstruction, reconstruction, error.new_zeros(()), error)
         sampling = sampling_loss(sample, error, estimator=self.estimator, num_masks=self.num_masks) / share
+        return self._sum(reconstruction, sampling, error)
+
+    def _sum(self, reconstruction: Tensor, sampling: Tensor, error: Tensor) -> LossOutput:
         return LossOutput(reconstruction + self.sampling_weight * sampling, reconstruction, sampling, error)
 
     def extra_repr(self) -> str:
@@ -265,4 +321,4 @@ def _decoded(sample: MaskSample, decode_mask: Tensor, num_decoded: int) -> MaskS
             f"decode_mask has shape {tuple(decode_mask.shape)}, expected {tuple(sample.mask.shape)}: clips, tokens."
         )
     left = MaskSample.from_mask(decode_mask, num_decoded).visible_idx  # [B, tokens left]
-    return MaskSample(sample.visible_idx, left, sample.mask, sample.log_probs)
+    return MaskSample(sample.visible_idx, left, sample.mask, sample.log_probs, difficulty=sample.difficulty)

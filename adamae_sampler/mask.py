@@ -25,12 +25,14 @@ class MaskSample(NamedTuple):
         visible_idx: [B, K] int64, ascending in each row.
         masked_idx: [B, M] int64, ascending in each row; with `visible_idx` a partition of 0..N-1.
         mask: [B, N] bool, True = masked.
-        log_probs: [B, N] fp32, the log of the sampler's distribution over tokens; None for samplers
-            that have none (random, tube, frame).
+        log_probs: [B, N] fp32, the log of the distribution over tokens that the sampling loss trains; None for
+            samplers without one. Only `AdaptiveTokenSampler` has one.
         num_nonfinite: [B] int64, how many of each clip's scores were NaN or infinite; None where there
             were no scores. It stays on the device: reading it is the caller's choice.
         decoded_idx: [B, M'] int64, ascending in each row: the masked tokens that are decoded, drawn uniformly; None
             if all are.
+        difficulty: [B, N] fp32, the predicted error of each token, up to order, which `ranking_loss` trains; None for
+            samplers that predict none. Only `HardTokenSampler` does.
     """
 
     visible_idx: Tensor
@@ -39,6 +41,7 @@ class MaskSample(NamedTuple):
     log_probs: Tensor | None = None
     num_nonfinite: Tensor | None = None
     decoded_idx: Tensor | None = None
+    difficulty: Tensor | None = None
 
     @property
     def target_idx(self) -> Tensor:

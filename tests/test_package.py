@@ -76,7 +76,8 @@ def test_files_stay_short(path):
 
 
 def test_docstring_examples():
-    modules = ["adamae_sampler.sampler", "adamae_sampler.ops.draw", "adamae_sampler.ops.gather"]
+    modules = [f"adamae_sampler.{name}" for name in ("sampler.adaptive", "sampler.hard", "sampler.schedule")]
+    modules += ["adamae_sampler.ops.draw", "adamae_sampler.ops.gather"]
     for name in modules:
         found = doctest.testmod(importlib.import_module(name))
         assert (found.failed, found.attempted > 0) == (0, True), name

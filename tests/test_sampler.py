@@ -2,7 +2,17 @@ import pytest
 import torch
 from torch import nn
 
-from adamae_sampler import AdaptiveTokenSampler, FrameTokenSampler, MaskSample, RandomTokenSampler, TubeTokenSampler
+from adamae_sampler import (
+    AdaptiveTokenSampler,
+    BlockTokenSampler,
+    FrameTokenSampler,
+    GridTokenSampler,
+    HardTokenSampler,
+    MaskSample,
+    MotionTokenSampler,
+    RandomTokenSampler,
+    TubeTokenSampler,
+)
 from adamae_sampler.networks import MHAScoreNetwork, MLPScoreNetwork
 
 GRID = (4, 3, 5)
@@ -15,6 +25,10 @@ def all_samplers(ratio=0.75):
         RandomTokenSampler(GRID, ratio),
         TubeTokenSampler(GRID, ratio),
         FrameTokenSampler(GRID, ratio),
+        BlockTokenSampler(GRID, ratio),
+        GridTokenSampler(GRID, ratio),
+        MotionTokenSampler(GRID, ratio),
+        HardTokenSampler(16, GRID, ratio),
     ]
 
 
@@ -32,6 +46,7 @@ def test_every_sampler_gives_a_partition_of_static_shape(sampler):
         assert not sample.mask.gather(1, sample.visible_idx).any()
         assert sample.mask.gather(1, sample.masked_idx).all()
         assert (sample.log_probs is None) == (not isinstance(sampler, AdaptiveTokenSampler))
+        assert (sample.difficulty is None) == (not isinstance(sampler, HardTokenSampler))
 
 
 def test_sizes_of_the_strategies_at_the_paper_grid():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -20,19 +20,8 @@ from adamae_sampler.networks import init_linear_layers
 from adamae_sampler.ops import assemble_tokens
 from adamae_sampler.ops.patch_format import PatchSize
 from adamae_sampler.ops.thumbnail import shrink, shrunk
-from adamae_sampler.sampler import (
-    AdaptiveTokenSampler,
-    FrameTokenSampler,
-    GridSize,
-    RandomTokenSampler,
-    TokenSampler,
-    TubeTokenSampler,
-    draw_decoded,
-)
+from adamae_sampler.sampler import Masking, Ramp, TokenSampler, draw_decoded, make_sampler
 from adamae_sampler.transformer import LayerNorm, Transformer
-
-Masking = Literal["adaptive", "random", "tube", "frame"]
-_LEARNED = {"score_network": "mha", "temperature": 1.0, "exploration": 0.0}  # defaults; adaptive masking alone has them
 
 
 class Decoder(nn.Module):
@@ -73,8 +62,9 @@ class AdaMAE(nn.Module):
         decoder_depth: blocks of the decoder.
         decoder_num_heads: attention heads of the decoder.
         mask_ratio: share of tokens to mask.
-        masking: "adaptive", "random", "tube", "frame", or a `TokenSampler`. The sampler has its own mask ratio.
-        score_network: the score network of adaptive masking, see `AdaptiveTokenSampler`.
+        masking: a name of `adamae_sampler.sampler.MASKINGS`, or a `TokenSampler`, which has its own mask ratio. Of the
+            named ones "motion" takes pixels as its source.
+        score_network: the score network of "adaptive" and "hard", see `AdaptiveTokenSampler`.
         temperature: see `AdaptiveTokenSampler`.
         exploration: see `AdaptiveTokenSampler`.
         num_masks: R, masks of each clip, drawn from one p. The batch is R times as large from the encoder on.
@@ -109,7 +99,7 @@ class AdaMAE(nn.Module):
         masking: Masking | TokenSampler = "adaptive",
         score_network: Literal["mha", "mlp", "pooled"] | nn.Module = "mha",
         temperature: float = 1.0,
-        exploration: float = 0.0,
+        exploration: float | Ramp = 0.0,
         num_masks: int = 1,
         sample_from: Literal["tokens", "pixels"] = "tokens",
         decode_ratio: float = 1.0,
@@ -139,7 +129,7 @@ class AdaMAE(nn.Module):
         # Last, so that initialisation leaves the weights of a given sampler alone.
         width = embed_dim if sample_from == "tokens" else shrunk(self.size.patches).pixels * in_chans
         learned = {"score_network": score_network, "temperature": temperature, "exploration": exploration}
-        self.sampler = _make_sampler(masking, width, self.size.grid, mask_ratio, num_masks, learned)
+        self.sampler = make_sampler(masking, width, self.size.grid, mask_ratio, num_masks, learned)
 
     def forward(
         self,
@@ -185,7 +175,7 @@ class AdaMAE(nn.Module):
         layer = embed.layer_for(video)
         if self.sample_from == "tokens":
             tokens = embed(video, layer=layer)  # [B, N, D]
-            sample: MaskSample = self.sampler(tokens, mask=mask, generator=generator)
+            sample: MaskSample = self.sampler(tokens, video=video, mask=mask, generator=generator)
             if sample.log_probs is None:
                 return self.encoder(tokens, sample.visible_idx), sample
         else:
@@ -199,14 +189,18 @@ class AdaMAE(nn.Module):
         self, video: Tensor, mask: Tensor | MaskSample | None = None, generator: torch.Generator | None = None
     ) -> MaskSample:
         """A mask for each clip, as `forward` draws it. Use it for pictures, and for `forward(video, mask=...)`."""
+        tokens = self.sampler_tokens(video)
+        sample: MaskSample = self.sampler(tokens, video=video, mask=mask, generator=generator)
+        return sample
+
+    def sampler_tokens(self, video: Tensor) -> Tensor:
+        """The tokens of a video that the sampler looks at, [B, N, D]; with `sample_from="pixels"` shrunk patches."""
         self.size.check(video)
         embed = self.encoder.patch_embed
-        if self.sample_from == "tokens":
-            tokens: Tensor = embed(video)
-        else:
-            tokens = shrink(video, self.size.patches, embed.dtype_for(video))
-        sample: MaskSample = self.sampler(tokens, mask=mask, generator=generator)
-        return sample
+        if self.sample_from == "pixels":
+            return shrink(video, self.size.patches, embed.dtype_for(video))
+        tokens: Tensor = embed(video)
+        return tokens
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recomputes activations of encoder and decoder in the backward pass. The draw is never recomputed."""
@@ -222,46 +216,6 @@ class AdaMAE(nn.Module):
     def no_weight_decay(self) -> set[str]:
         """Names of the parameters with several axes that need no weight decay, for timm."""
         return {name for name, _ in self.named_parameters() if name.rpartition(".")[2] in ("mask_token", "pos_embed")}
-
-
-def _make_sampler(
-    masking: Masking | TokenSampler,
-    embed_dim: int,
-    grid_size: GridSize,
-    mask_ratio: float,
-    num_masks: int,
-    learned: dict[str, Any],
-) -> TokenSampler:
-    if masking != "adaptive" and (given := [name for name, value in learned.items() if value != _LEARNED[name]]):
-        what = "the sampler given has its own" if isinstance(masking, TokenSampler) else f"masking={masking!r} has none"
-        values = ", ".join(f"{name}={learned[name]!r}" for name in given)
-        raise ValueError(f"{values}: only masking='adaptive' takes it; {what}. Leave it out.")
-    if isinstance(masking, TokenSampler):
-        if num_masks not in (1, masking.num_masks):
-            raise ValueError(
-                f"num_masks={num_masks}, but the sampler given has {masking.num_masks}. Set num_masks of the sampler."
-            )
-        if masking.grid_size != grid_size:
-            raise ValueError(
-                f"the sampler's grid_size is {masking.grid_size}, the model's {grid_size}. Build both with one grid."
-            )
-        if isinstance(masking, AdaptiveTokenSampler) and masking.embed_dim != embed_dim:
-            raise ValueError(
-                f"the sampler's embed_dim is {masking.embed_dim}, expected {embed_dim}: the embed_dim of the model, or "
-                "with sample_from='pixels' the values of a patch shrunk to 4 x 4. Build the sampler with that."
-            )
-        return masking
-    if masking == "adaptive":
-        network = learned.pop("score_network")
-        return AdaptiveTokenSampler(embed_dim, grid_size, mask_ratio, network, num_masks=num_masks, **learned)
-    fixed: dict[str, Callable[[GridSize, float, int], TokenSampler]] = {
-        "random": RandomTokenSampler,
-        "tube": TubeTokenSampler,
-        "frame": FrameTokenSampler,
-    }
-    if masking not in fixed:
-        raise ValueError(f"masking={masking!r}, expected 'adaptive', {', '.join(map(repr, fixed))} or a TokenSampler.")
-    return fixed[masking](grid_size, mask_ratio, num_masks)
 
 
 @register_model

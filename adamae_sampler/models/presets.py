@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal
 
+from adamae_sampler.sampler import settings_of
+
 Preset = Literal["exact", "fast"]
 
 PRESETS: Mapping[str, Mapping[str, Any]] = {
@@ -37,10 +39,10 @@ def with_preset(arguments: Mapping[str, Any]) -> dict[str, Any]:
                 f"{name}={arguments[name]!r} contradicts preset={preset!r}, which sets {name}={value!r}. Leave one out."
             )
     masking = arguments.get("masking", "adaptive")
-    if masking != "adaptive" and preset != "exact":
+    if preset != "exact" and not (isinstance(masking, str) and "score_network" in settings_of(masking)):
         raise ValueError(
             f"masking={masking!r} contradicts preset={preset!r}, which sets score_network="
-            f"{settings['score_network']!r}: only masking='adaptive' takes a score network. Leave the preset out, and "
-            "pass its sample_from and decode_ratio yourself."
+            f"{settings['score_network']!r}: only masking='adaptive' or 'hard' takes a score network. Leave the preset "
+            "out, and pass its sample_from and decode_ratio yourself."
         )
     return {**arguments, **settings}

@@ -24,14 +24,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from adamae_sampler import AdaMAELoss, FrameTokenSampler, RandomTokenSampler, TubeTokenSampler
 from adamae_sampler.models import AdaMAE, load_checkpoint
-from adamae_sampler.sampler import TokenSampler
+from adamae_sampler.sampler import Masking, TokenSampler
 from adamae_sampler.transformer import Block
 from benchmarks.core.rows import OFFICIAL, OURS, Subject
 from benchmarks.core.worker import Worker
 from benchmarks.ops.base import name_of
 from benchmarks.ops.official import OfficialFormulation, official_loss
 
-Masking = Literal["adaptive", "random", "tube", "frame"]
 ScoreNetwork = Literal["mha", "mlp", "pooled"]
 SampleFrom = Literal["tokens", "pixels"]
 Compiled = Literal["", "whole", "blocks"]

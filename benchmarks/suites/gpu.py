@@ -12,12 +12,13 @@ from typing import Any
 
 import torch
 
+from adamae_sampler.sampler import Masking
 from benchmarks.core.rows import COMPILED, COPY, OFFICIAL, OURS, PRODUCTS
 from benchmarks.ops.base import OpCase
 from benchmarks.ops.cases import AssembleTokens, DrawMask, GatherTokens, ReconstructionError, SamplingLoss
 from benchmarks.steps.finetune import FinetuneStep
 from benchmarks.steps.options import FAST, option_groups
-from benchmarks.steps.step import AnyStep, Masking, StepCase
+from benchmarks.steps.step import AnyStep, StepCase
 from benchmarks.suites.cpu import QUICK_FINETUNE, QUICK_OPS, QUICK_STEP
 from benchmarks.suites.measure import Unit
 

@@ -1,0 +1,98 @@
+"""AdaMAE's sampler."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from adamae_sampler.mask import MaskSample
+from adamae_sampler.ops import draw_mask
+from adamae_sampler.ops.draw import token_log_probs
+from adamae_sampler.sampler.base import GridSize
+from adamae_sampler.sampler.draws import repeat_rows
+from adamae_sampler.sampler.schedule import Ramp
+from adamae_sampler.sampler.scored import Network, ScoredTokenSampler
+
+
+class AdaptiveTokenSampler(ScoredTokenSampler):
+    """AdaMAE's sampler: a network scores all tokens, then K are drawn from the softmax of the scores (Algorithm 1).
+
+    Args:
+        embed_dim: D, width of the tokens.
+        grid_size: (T, H, W), see `TokenSampler`.
+        mask_ratio: share of tokens to mask; K = floor(N (1 - ratio)).
+        network: the score network, see `ScoredTokenSampler`.
+        detach_tokens: whether to stop the gradient of the sampling loss before the tokenizer. The official code does
+            not stop it.
+        num_masks: R, masks of each clip, see `TokenSampler`; all are drawn from one p.
+        temperature: p = softmax(scores / temperature); a higher temperature makes p more even.
+        exploration: share of p that is spread evenly over all tokens, so that every token can be drawn. A `Ramp` from
+            1.0 starts with random masks: `exploration=Ramp(1.0, 0.1, 1000)`.
+
+    Raises:
+        ValueError: an unknown network; a number out of range.
+
+    >>> import torch
+    >>> sampler = AdaptiveTokenSampler(embed_dim=64, grid_size=(8, 14, 14), mask_ratio=0.95)
+    >>> sample = sampler(torch.randn(2, 1568, 64))
+    >>> sample.visible_idx.shape, sample.log_probs.shape
+    (torch.Size([2, 78]), torch.Size([2, 1568]))
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        grid_size: GridSize,
+        mask_ratio: float = 0.95,
+        network: Network | nn.Module = "mha",
+        detach_tokens: bool = False,
+        num_masks: int = 1,
+        temperature: float = 1.0,
+        exploration: float | Ramp = 0.0,
+    ) -> None:
+        super().__init__(embed_dim, grid_size, mask_ratio, network, detach_tokens, num_masks)
+        if not 0 < temperature < math.inf:
+            raise ValueError(f"temperature={temperature}, expected a positive number; 1 leaves the scores as they are.")
+        if isinstance(exploration, Ramp):
+            if not (0 <= exploration.start <= 1 and 0 <= exploration.end <= 1):
+                raise ValueError(f"exploration={exploration}, expected a ramp between shares of p from 0 to 1.")
+        elif not 0 <= exploration < 1:
+            raise ValueError(f"exploration={exploration}, expected a share of p from 0 to below 1, such as 0.05.")
+        self.temperature = temperature
+        self.exploration = exploration
+
+    def logits(self, tokens: Tensor) -> Tensor:
+        """[B, N, D] -> [B, N]; p = softmax(logits). In training each call is a step of an exploration's ramp."""
+        scores = self.scores(tokens)
+        if self.temperature != 1:
+            scores = scores / self.temperature
+        if isinstance(self.exploration, Ramp):
+            share = self.exploration().clamp(_TINY, 1.0)
+            return self._explore(scores, torch.log1p(-share), (share / self.num_tokens).log())
+        if self.exploration:
+            own, even = math.log1p(-self.exploration), math.log(self.exploration / self.num_tokens)
+            return self._explore(scores, own, even)
+        return scores
+
+    def _explore(self, scores: Tensor, own: float | Tensor, even: float | Tensor) -> Tensor:
+        """log((1 - exploration) p + exploration / N), given log(1 - exploration) and log(exploration / N)."""
+        finite = scores.isfinite()  # non-finite scores keep their meaning: drawn first or last, and counted
+        log_probs, _ = token_log_probs(torch.where(finite, scores, -torch.inf))
+        mixed = torch.logaddexp(log_probs + own, torch.zeros_like(log_probs) + even)
+        return torch.where(finite, mixed, scores.to(mixed.dtype))
+
+    def draw(self, tokens: Tensor, generator: torch.Generator | None) -> MaskSample:
+        """Draws K tokens of each clip from p, without replacement; with R masks, R times."""
+        logits = repeat_rows(self.logits(tokens), self.num_masks)
+        return draw_mask(logits, self.num_visible, generator=generator)
+
+    def complete(self, tokens: Tensor, given: MaskSample) -> MaskSample:
+        """The given mask with the sampler's log-probabilities, so the losses work as for a drawn mask."""
+        logits = repeat_rows(self.logits(tokens), given.mask.shape[0] // max(tokens.shape[0], 1))
+        log_probs, num_nonfinite = token_log_probs(logits)
+        return super().complete(tokens, given)._replace(log_probs=log_probs, num_nonfinite=num_nonfinite)
+
+
+_TINY = 1e-20  # the log of a ramp's share stays finite, and so do its gradients

@@ -1,0 +1,142 @@
+"""The interface of all samplers."""
+
+from __future__ import annotations
+
+import abc
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from adamae_sampler.mask import MaskSample
+from adamae_sampler.ops.checks import check_tokens
+
+GridSize = tuple[int, int, int]
+
+
+class TokenSampler(nn.Module, abc.ABC):
+    """Base of all samplers: the grid, the ratio, the checks, and masks that the caller passes.
+
+    A sampler of your own sets `num_visible` and defines `draw(tokens, generator)`. To see the pixels too, it sets
+    `uses_video = True` and defines `draw(tokens, generator, video)`.
+
+    Args:
+        grid_size: (T, H, W), tokens in time, height and width; N = T H W tokens in t-h-w order.
+        mask_ratio: share of tokens to mask, strictly between 0 and 1.
+        num_masks: R, masks of each clip. A sample then has B R rows, clip by clip.
+    """
+
+    num_visible: int  # K; set by each sampler, since each rounds to whole units of its own
+    uses_video: bool = False  # whether a draw needs the pixels
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "describe" in vars(cls):
+            raise TypeError(f"{cls.__name__}.describe is now called complete; rename it.")
+
+    def __init__(self, grid_size: GridSize, mask_ratio: float, num_masks: int = 1) -> None:
+        super().__init__()
+        if not isinstance(num_masks, int) or num_masks < 1:
+            raise ValueError(f"num_masks={num_masks!r}, expected a whole number of masks for each clip, 1 or more.")
+        self.num_masks = num_masks
+        is_triple = isinstance(grid_size, (tuple, list)) and len(grid_size) == 3
+        if not is_triple or any(not isinstance(each, int) or each < 1 for each in grid_size):
+            raise ValueError(f"grid_size={grid_size}, expected three positive integers (T, H, W); T is 1 for images.")
+        self.grid_size: GridSize = (grid_size[0], grid_size[1], grid_size[2])
+        self.mask_ratio = mask_ratio
+
+    @property
+    def num_tokens(self) -> int:
+        """N, tokens of a clip."""
+        return math.prod(self.grid_size)
+
+    def forward(
+        self,
+        tokens: Tensor,
+        *,
+        video: Tensor | None = None,
+        mask: Tensor | MaskSample | None = None,
+        generator: torch.Generator | None = None,
+    ) -> MaskSample:
+        """Draws a mask for each clip, or takes the given one.
+
+        Args:
+            tokens: [B, N, D].
+            video: [B, C, T, H, W], uint8 or floating point, the pixels of the tokens. Its T, H and W are multiples of
+                the grid's. Samplers with `uses_video` need it for a draw; others ignore it.
+            mask: used instead of a draw. [B, N] bool, True = masked, with `num_visible` False in each row; or a
+                MaskSample, which may leave any number visible. It has B or B `num_masks` rows, clip by clip.
+            generator: source of the draw's randomness; None means torch's default generator of the tokens' device.
+                Dropout in the score network always takes the default generator.
+
+        Raises:
+            TypeError, ValueError: the tokens are not [B, N, D] or do not fill the grid; the video is missing or does
+                not fit the tokens; or the mask does not fit the tokens.
+        """
+        check_tokens("tokens", tokens)
+        if tokens.shape[1] != self.num_tokens:
+            raise ValueError(
+                f"tokens have shape {tuple(tokens.shape)}: {tokens.shape[1]} tokens, but the grid {self.grid_size} "
+                f"has {self.num_tokens}. Build the sampler with grid_size=(frames // tubelet_size, height "
+                "// patch_size, width // patch_size) of your input, and leave out class tokens."
+            )
+        if mask is None:
+            if not self.uses_video:
+                return self.draw(tokens, generator)
+            drawn: MaskSample = self.draw(tokens, generator, video=self.check_video(tokens, video))  # type: ignore[call-arg]
+            return drawn
+        if not isinstance(mask, (Tensor, MaskSample)):
+            kind = type(mask).__name__
+            raise TypeError(f"mask is {kind}, expected a bool tensor [B, N], True = masked, or a MaskSample.")
+        shape = tuple((mask.mask if isinstance(mask, MaskSample) else mask).shape)
+        if (
+            len(shape) != 2
+            or shape[1] != tokens.shape[1]
+            or shape[0] not in (len(tokens), len(tokens) * self.num_masks)
+        ):
+            raise ValueError(
+                f"mask has shape {shape}, expected {tuple(tokens.shape[:2])}: clips, tokens; or num_masks="
+                f"{self.num_masks} rows for each clip."
+            )
+        given = mask if isinstance(mask, MaskSample) else MaskSample.from_mask(mask, self.num_visible)
+        return self.complete(tokens, given)
+
+    def check_video(self, tokens: Tensor, video: Tensor | None) -> Tensor:
+        """The video, if it is one of the tokens' clips.
+
+        Raises:
+            TypeError: the video is no tensor, or neither uint8 nor floating point.
+            ValueError: there is no video, or its shape does not fit the tokens and the grid.
+        """
+        name = type(self).__name__
+        if video is None:
+            raise ValueError(
+                f"this {name} draws from the pixels and got no video. Pass it, sampler(tokens, video=video), with "
+                "video [B, C, T, H, W]; or pass a mask."
+            )
+        if not isinstance(video, Tensor) or not (video.dtype == torch.uint8 or video.is_floating_point()):
+            kind = video.dtype if isinstance(video, Tensor) else type(video).__name__
+            raise TypeError(f"video is {kind}, expected a uint8 or floating-point tensor [B, C, T, H, W].")
+        shape = tuple(video.shape)
+        if len(shape) != 5 or any(size % cells for size, cells in zip(shape[2:], self.grid_size, strict=True)):
+            raise ValueError(
+                f"video has shape {shape}, expected [B, C, T, H, W] with T, H and W multiples of the grid "
+                f"{self.grid_size}. For images add the time axis, video[:, :, None]."
+            )
+        if shape[0] != tokens.shape[0]:
+            raise ValueError(f"video has {shape[0]} clips and tokens have {tokens.shape[0]}, expected the same clips.")
+        return video
+
+    @abc.abstractmethod
+    def draw(self, tokens: Tensor, generator: torch.Generator | None) -> MaskSample:
+        """A fresh mask for each clip."""
+
+    def complete(self, tokens: Tensor, given: MaskSample) -> MaskSample:
+        """The sample of a given mask, with the fields that this sampler adds to its own draws."""
+        return MaskSample(given.visible_idx, given.masked_idx, given.mask, decoded_idx=given.decoded_idx)
+
+    def extra_repr(self) -> str:
+        """For print(model)."""
+        text = f"grid_size={self.grid_size}, mask_ratio={self.mask_ratio}, num_visible={self.num_visible}"
+        return text if self.num_masks == 1 else f"{text}, num_masks={self.num_masks}"

@@ -1,0 +1,122 @@
+"""Hides space-time blocks."""
+
+from __future__ import annotations
+
+import math
+import random
+
+import torch
+from torch import Tensor
+
+from adamae_sampler.mask import MaskSample, num_visible_tokens
+from adamae_sampler.sampler.base import GridSize, TokenSampler
+from adamae_sampler.sampler.draws import draw_classes
+
+_SIMULATIONS = 200
+_MOST_BLOCKS = 1000
+
+
+class BlockTokenSampler(TokenSampler):
+    """Hides space-time blocks of random place and aspect, as V-JEPA. K = floor(N (1 - ratio)) tokens stay visible.
+
+    V-JEPA (Bardes et al., 2024; github.com/facebookresearch/jepa, src/masks) lays a fixed number of blocks of one size
+    for a batch, and then cuts all clips of the batch to the fewest visible tokens. Here each block has its own aspect.
+    Blocks are laid until M tokens are masked. Of the last block a random part is masked, so K is exact.
+
+    Args:
+        grid_size: (T, H, W), see `TokenSampler`.
+        mask_ratio: share of tokens to mask.
+        num_masks: R, masks of each clip, see `TokenSampler`.
+        scale: share of a frame's H W positions that a block covers.
+        aspect_ratio: the least and the largest height over width of a block, drawn uniformly between them.
+        temporal_scale: share of the T time steps that a block lasts.
+
+    Attributes:
+        num_blocks: blocks that are laid for each mask. They mask M tokens almost surely; where they do not, the rest
+            is drawn uniformly from the tokens that no block covers.
+
+    Raises:
+        ValueError: a number is out of range.
+    """
+
+    def __init__(
+        self,
+        grid_size: GridSize,
+        mask_ratio: float = 0.9,
+        num_masks: int = 1,
+        scale: float = 0.15,
+        aspect_ratio: tuple[float, float] = (0.75, 1.5),
+        temporal_scale: float = 1.0,
+    ) -> None:
+        super().__init__(grid_size, mask_ratio, num_masks)
+        self.num_visible = num_visible_tokens(self.num_tokens, mask_ratio)
+        for name, share in (("scale", scale), ("temporal_scale", temporal_scale)):
+            if not 0 < share <= 1:
+                raise ValueError(f"{name}={share}, expected a share above 0, up to 1.")
+        if len(aspect_ratio) != 2 or not 0 < aspect_ratio[0] <= aspect_ratio[1] < math.inf:
+            raise ValueError(
+                f"aspect_ratio={aspect_ratio}, expected the least and the largest height over width, such as "
+                "(0.75, 1.5)."
+            )
+        self.scale = scale
+        self.aspect_ratio = (aspect_ratio[0], aspect_ratio[1])
+        self.temporal_scale = temporal_scale
+        self.duration = max(1, int(self.grid_size[0] * temporal_scale))  # time steps of a block
+        self.area = max(1, int(self.grid_size[1] * self.grid_size[2] * scale))  # positions in a frame, about
+        self.num_blocks = self._enough_blocks()
+
+    def draw(self, tokens: Tensor, generator: torch.Generator | None) -> MaskSample:
+        """Numbers each token by the first block that covers it, and masks the M smallest numbers."""
+        rows, device = tokens.shape[0] * self.num_masks, tokens.device
+        time, height, width = self.grid_size
+        aspect, *places = torch.rand(4, rows, self.num_blocks, device=device, generator=generator).unbind()
+        low, high = self.aspect_ratio
+        aspect = low + (high - low) * aspect
+        lengths = (
+            torch.full_like(aspect, self.duration),
+            (self.area * aspect).sqrt().round().clamp(1, height),
+            (self.area / aspect).sqrt().round().clamp(1, width),
+        )
+        covered = torch.ones((), dtype=torch.bool, device=device)  # grows to [rows, blocks, T, H, W]
+        for axis, (side, length, place) in enumerate(zip(self.grid_size, lengths, places, strict=True)):
+            if axis == 0 and self.duration == time:
+                continue  # blocks of all time steps are found in one
+            start = (place * (side - length + 1)).floor()[..., None]  # [rows, blocks, 1]
+            token = torch.arange(side, device=device)
+            along = (start <= token) & (token < start + length[..., None])  # [rows, blocks, side]
+            covered = covered & along.view(rows, self.num_blocks, *(side if each == axis else 1 for each in range(3)))
+        block = torch.arange(self.num_blocks, dtype=torch.int16, device=device).view(-1, 1, 1, 1)
+        first = torch.where(covered, block, self.num_blocks).amin(1)  # [rows, T or 1, H, W]
+        return draw_classes(first.expand(rows, *self.grid_size).flatten(1).float(), self.num_visible, generator)
+
+    def _enough_blocks(self) -> int:
+        """Blocks that mask M tokens in every simulated clip, and half as many again. Always the same number."""
+        draws = random.Random(0)
+        time, height, width = self.grid_size
+        most = 0
+        for _ in range(_SIMULATIONS):
+            covered, blocks = 0, 0  # the tokens as bits of a number
+            while covered.bit_count() < self.num_tokens - self.num_visible and blocks < _MOST_BLOCKS:
+                aspect = draws.uniform(*self.aspect_ratio)
+                rows = min(max(round(math.sqrt(self.area * aspect)), 1), height)
+                columns = min(max(round(math.sqrt(self.area / aspect)), 1), width)
+                start = (
+                    draws.randrange(time - self.duration + 1) * height + draws.randrange(height - rows + 1)
+                ) * width + draws.randrange(width - columns + 1)
+                block = ((1 << columns) - 1) * _ones(rows, width) * _ones(self.duration, height * width)
+                covered |= block << start
+                blocks += 1
+            most = max(most, blocks)
+        return min(math.ceil(1.5 * most), _MOST_BLOCKS)
+
+    def extra_repr(self) -> str:
+        """For print(model)."""
+        return (
+            f"{super().extra_repr()}, scale={self.scale}, aspect_ratio={self.aspect_ratio}, "
+            f"temporal_scale={self.temporal_scale}, num_blocks={self.num_blocks}"
+        )
+
+
+def _ones(count: int, distance: int) -> int:
+    """A number with `count` bits set, each `distance` bits above the one before."""
+    return ((1 << count * distance) - 1) // ((1 << distance) - 1)

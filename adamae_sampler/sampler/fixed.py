@@ -1,0 +1,64 @@
+"""Random, tube and frame masks."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from adamae_sampler.mask import MaskSample, num_masked_units, num_visible_tokens
+from adamae_sampler.sampler.base import GridSize, TokenSampler
+from adamae_sampler.sampler.draws import draw_uniform
+
+
+class RandomTokenSampler(TokenSampler):
+    """Shows K tokens; every set of K is equally likely, as in MAE and MAE-ST. K = floor(N (1 - ratio))."""
+
+    def __init__(self, grid_size: GridSize, mask_ratio: float = 0.9, num_masks: int = 1) -> None:
+        super().__init__(grid_size, mask_ratio, num_masks)
+        self.num_visible = num_visible_tokens(self.num_tokens, mask_ratio)
+
+    def draw(self, tokens: Tensor, generator: torch.Generator | None) -> MaskSample:
+        """Draws K of N tokens uniformly."""
+        return draw_uniform(tokens, self.num_masks, self.num_tokens, self.num_visible, generator)
+
+
+class TubeTokenSampler(TokenSampler):
+    """Masks the same random spatial positions in all time steps: floor(H W ratio) of them, as VideoMAE rounds."""
+
+    def __init__(self, grid_size: GridSize, mask_ratio: float = 0.9, num_masks: int = 1) -> None:
+        super().__init__(grid_size, mask_ratio, num_masks)
+        frames, positions = grid_size[0], grid_size[1] * grid_size[2]
+        self.visible_positions = positions - num_masked_units(positions, mask_ratio, "spatial positions in a frame")
+        self.num_visible = frames * self.visible_positions
+
+    def draw(self, tokens: Tensor, generator: torch.Generator | None) -> MaskSample:
+        """Draws spatial positions uniformly, then repeats them over time."""
+        frames, positions = self.grid_size[0], self.grid_size[1] * self.grid_size[2]
+        frame = draw_uniform(tokens, self.num_masks, positions, self.visible_positions, generator)
+        start = torch.arange(frames, device=tokens.device)[:, None] * positions  # [T, 1]
+        return MaskSample(
+            visible_idx=(start + frame.visible_idx[:, None]).flatten(1),  # [B, T, positions] -> [B, K]
+            masked_idx=(start + frame.masked_idx[:, None]).flatten(1),
+            mask=frame.mask.repeat(1, frames),
+        )
+
+
+class FrameTokenSampler(TokenSampler):
+    """Masks whole time steps: floor(T ratio) of them, so a ratio of 0.95 masks 7 of 8."""
+
+    def __init__(self, grid_size: GridSize, mask_ratio: float = 0.875, num_masks: int = 1) -> None:
+        super().__init__(grid_size, mask_ratio, num_masks)
+        self.visible_frames = grid_size[0] - num_masked_units(grid_size[0], mask_ratio, "time steps")
+        self.num_visible = self.visible_frames * grid_size[1] * grid_size[2]
+
+    def draw(self, tokens: Tensor, generator: torch.Generator | None) -> MaskSample:
+        """Draws time steps uniformly; all spatial positions of a step go with it."""
+        frames, positions = self.grid_size[0], self.grid_size[1] * self.grid_size[2]
+        steps = draw_uniform(tokens, self.num_masks, frames, self.visible_frames, generator)
+        position = torch.arange(positions, device=tokens.device)  # [positions]
+        return MaskSample(
+            # [B, steps, positions] -> [B, K]
+            visible_idx=(steps.visible_idx[:, :, None] * positions + position).flatten(1),
+            masked_idx=(steps.masked_idx[:, :, None] * positions + position).flatten(1),
+            mask=steps.mask.repeat_interleave(positions, dim=1),
+        )

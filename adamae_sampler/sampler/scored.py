@@ -1,0 +1,71 @@
+"""The base of samplers with a score network."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from torch import Tensor, nn
+
+from adamae_sampler.mask import num_visible_tokens
+from adamae_sampler.networks import MHAScoreNetwork, MLPScoreNetwork, PooledScoreNetwork
+from adamae_sampler.sampler.base import GridSize, TokenSampler
+
+Network = Literal["mha", "mlp", "pooled"]
+
+
+class ScoredTokenSampler(TokenSampler):
+    """Base of the samplers that score each token with a network. K = floor(N (1 - ratio)).
+
+    Args:
+        embed_dim: D, width of the tokens.
+        grid_size: (T, H, W), see `TokenSampler`.
+        mask_ratio: share of tokens to mask.
+        network: "mha" (the paper's), "mlp", "pooled" (`PooledScoreNetwork`, a few percent of the cost), or a module
+            [B, N, D] -> [B, N], such as `MHAScoreNetwork` with a depth and width of your choice.
+        detach_tokens: whether to stop the gradient of the scores before the tokenizer.
+        num_masks: R, masks of each clip, see `TokenSampler`.
+
+    Raises:
+        ValueError: an unknown network; a number out of range.
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        grid_size: GridSize,
+        mask_ratio: float,
+        network: Network | nn.Module,
+        detach_tokens: bool,
+        num_masks: int,
+    ) -> None:
+        super().__init__(grid_size, mask_ratio, num_masks)
+        self.num_visible = num_visible_tokens(self.num_tokens, mask_ratio)
+        self.embed_dim = embed_dim
+        self.detach_tokens = detach_tokens
+        if isinstance(network, nn.Module):
+            self.network = network
+        elif network == "mha":
+            self.network = MHAScoreNetwork(embed_dim, self.num_tokens)
+        elif network == "mlp":
+            self.network = MLPScoreNetwork(embed_dim)
+        elif network == "pooled":
+            self.network = PooledScoreNetwork(embed_dim, self.grid_size)
+        else:
+            raise ValueError(
+                f"score network {network!r}, expected 'mha', 'mlp', 'pooled' or a module [B, N, D] -> [B, N]."
+            )
+
+    def scores(self, tokens: Tensor) -> Tensor:
+        """[B, N, D] -> [B, N], the network's output."""
+        if tokens.shape[-1] != self.embed_dim:
+            raise ValueError(
+                f"tokens are {tokens.shape[-1]} wide, expected embed_dim={self.embed_dim}. Build the sampler with the "
+                "width of the tokens."
+            )
+        scores: Tensor = self.network(tokens.detach() if self.detach_tokens else tokens)
+        if scores.shape != tokens.shape[:2]:
+            raise ValueError(
+                f"the score network gave {tuple(scores.shape)} for tokens {tuple(tokens.shape)}, expected "
+                f"{tuple(tokens.shape[:2])}: one score for each token. Use squeeze(-1) if the last axis is 1."
+            )
+        return scores
