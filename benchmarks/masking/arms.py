@@ -1,0 +1,80 @@
+"""The arms of the comparison, the sizes in which it is made, and its question."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from adamae_sampler.models import PRESETS
+from benchmarks.masking.train import Setting
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to mask.
+
+    Attributes:
+        about: for the table.
+        model: arguments of `AdaMAE`.
+        loss: arguments of `AdaMAELoss`.
+    """
+
+    about: str
+    model: Mapping[str, Any] = field(default_factory=dict)
+    loss: Mapping[str, Any] = field(default_factory=dict)
+
+
+REFERENCE = "random"
+UNTRAINED, SUPERVISED = "untrained", "supervised"
+ARMS: Mapping[str, Arm] = {
+    UNTRAINED: Arm("the encoder as it is initialised", {"masking": "random"}),
+    SUPERVISED: Arm("the encoder trained on the labels of the readout", {"masking": "random"}),
+    REFERENCE: Arm("every token equally likely", {"masking": "random"}),
+    "exact": Arm("the paper's learned sampler", {"masking": "adaptive"}),
+    "motion": Arm("p in proportion to the change of the pixels, floor 0.2; not learned", {"masking": "motion"}),
+    "fast": Arm("preset fast", {"masking": "adaptive", **PRESETS["fast"]}),
+    "tube": Arm("the same places at every time step", {"masking": "tube"}),
+    "frame": Arm("whole time steps", {"masking": "frame"}),
+    "block": Arm("space-time blocks", {"masking": "block"}),
+    "grid": Arm("a regular lattice", {"masking": "grid"}),
+    "hard": Arm("hides what is predicted to be hard", {"masking": "hard"}),
+    "plackett_luce": Arm(
+        "the policy gradient of the expected error",
+        {"masking": "adaptive"},
+        {"estimator": "plackett_luce", "sampling_weight": 1.0},
+    ),
+    "plackett_luce_max": Arm(
+        "the same with the other sign",
+        {"masking": "adaptive"},
+        {"estimator": "plackett_luce_max", "sampling_weight": 1.0},
+    ),
+}
+
+# The question: see README.md of this folder.
+PRIMARY = (REFERENCE, "exact", "motion")
+COMPARED = ("exact", "motion")  # with random masking, under Holm's correction
+SEEDS = tuple(range(5))
+MARGIN = 0.005  # of the equivalence of fast and exact, in the units of the primary endpoint
+
+_TINY = {
+    "embed_dim": 96,
+    "depth": 3,
+    "num_heads": 3,
+    "decoder_embed_dim": 64,
+    "decoder_depth": 1,
+    "decoder_num_heads": 2,
+}
+SETTINGS: Mapping[str, Setting] = {
+    "cpu": Setting(steps=2000, batch=32, lr=2e-3, mask_ratio=0.9, clips=8192, probe_clips=2000, model=_TINY),
+    "gpu": Setting(steps=6000, batch=128, lr=2e-3, mask_ratio=0.9, clips=32768, probe_clips=2000, model=_TINY),
+    "smoke": Setting(
+        steps=3,
+        batch=4,
+        lr=2e-3,
+        mask_ratio=0.9,
+        clips=8,
+        probe_clips=64,
+        model={**_TINY, "embed_dim": 24, "depth": 1, "decoder_embed_dim": 16},
+    ),
+}

@@ -1,0 +1,163 @@
+"""One run: an arm and a seed, from the initial encoder to the scores of its features."""
+
+from __future__ import annotations
+
+import datetime
+import functools
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from adamae_sampler import MaskSample, RandomTokenSampler, reconstruction_error
+from adamae_sampler.models import AdaMAE
+from benchmarks.core.rows import device_name
+from benchmarks.masking.arms import ARMS, SETTINGS, SUPERVISED, UNTRAINED
+from benchmarks.masking.clips import PATCH, SIZES, TUBELET, Clips, make_clips
+from benchmarks.masking.readout import read_out
+from benchmarks.masking.train import build, features, pretrain, supervise
+
+_FIT_SEED, _TEST_SEED, _TRAIN_SEED, _MASK_SEED = 7, 8, 100, 9  # a run's clips are of _TRAIN_SEED + its seed
+_BATCH = 64
+_SHOWN = ("moving", "still")  # of what the share of the visible tokens is known
+ALL = 0  # the size of a row over all sizes
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a run is of, and may be repeated by.
+
+    Attributes:
+        arm: a key of ARMS.
+        seed: of the initial encoder, the clips, their order and the masks.
+        size: a key of SETTINGS.
+        steps: optimiser steps.
+        lr: the largest learning rate.
+        mask_ratio: share of tokens masked.
+        normalize: whether targets are normalised per patch.
+    """
+
+    arm: str
+    seed: int
+    size: str
+    steps: int
+    lr: float
+    mask_ratio: float
+    normalize: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row(Task):
+    """The scores of a run at one size of what moves. An empty field was not measured.
+
+    Attributes:
+        mover: area of what moves, in patches; 0 for all clips.
+        moving: see `readout.Scores`, as the five after it.
+        visible_moving: share of the visible tokens that move.
+        visible_still: share of the visible tokens that are of objects which do not move.
+        error_moving: error of masked tokens that move, on the same random masks for all arms.
+        error_still: that of objects which do not move.
+        error_ground: that of the background.
+        seconds: of the run.
+        finished: time of day, UTC.
+    """
+
+    mover: int
+    moving: float
+    moving_object: float
+    velocity: float
+    direction: float
+    position: float
+    shape: float
+    visible_moving: float | None = None
+    visible_still: float | None = None
+    error_moving: float | None = None
+    error_still: float | None = None
+    error_ground: float | None = None
+    seconds: float
+    finished: str
+    device: str
+    torch: str
+    commit: str
+
+
+@functools.lru_cache(maxsize=3)
+def clips(number: int, seed: int, device: torch.device) -> Clips:
+    """Generated clips on a device; the runs of a process share those of a seed."""
+    return make_clips(number, seed).to(device)
+
+
+def run(task: Task, commit: str, device: torch.device, progress: Callable[[int], None] = lambda _: None) -> list[Row]:
+    """Trains and scores; a row for all clips, and one for each size of what moves.
+
+    Args:
+        task: what to run.
+        commit: of the code, for the rows.
+        device: where to run it.
+        progress: called with the number of steps done.
+    """
+    began = time.perf_counter()
+    arm = ARMS[task.arm]
+    setting = replace(SETTINGS[task.size], steps=task.steps, lr=task.lr, mask_ratio=task.mask_ratio)
+    model = build(setting, task.seed, dict(arm.model)).to(device)
+    if task.arm != UNTRAINED:
+        data = clips(setting.clips, _TRAIN_SEED + task.seed, device)
+        if task.arm == SUPERVISED:
+            steps = supervise(model, data, setting, task.seed)
+        else:
+            steps = pretrain(model, data, setting, task.seed, {"normalize": task.normalize, **arm.loss})
+        for done in steps:
+            progress(done)
+    model.eval()
+    fit, test = (clips(setting.probe_clips, seed, device) for seed in (_FIT_SEED, _TEST_SEED))
+    scores = read_out(functools.partial(features, model), fit, test)
+    masks = {} if task.arm in (UNTRAINED, SUPERVISED) else measure(model, test, task.normalize)
+    known: dict[str, Any] = {
+        "seconds": time.perf_counter() - began,
+        "finished": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "device": device_name(device),
+        "torch": torch.__version__,
+        "commit": commit,
+    }
+    measured = {**vars(scores), **masks}
+    return [
+        Row(**vars(task), **known, mover=mover, **{name: values[place] for name, values in measured.items()})
+        for place, mover in enumerate((ALL, *SIZES))
+    ]
+
+
+@torch.no_grad()
+def measure(model: AdaMAE, test: Clips, normalize: bool) -> dict[str, list[float]]:
+    """What the arm shows, and its errors on random masks that are the same for all arms; over all clips and by size."""
+    drawn, errors = [], []
+    torch.manual_seed(_MASK_SEED)
+    for video, random in _batches(model, test):
+        drawn.append(model.draw_mask(video).mask)
+        prediction, sample = model(video, mask=random)
+        error = reconstruction_error(
+            prediction, video, sample, normalize=normalize, patch_size=PATCH, tubelet_size=TUBELET
+        )
+        unknown = torch.full_like(random.mask, torch.nan, dtype=error.dtype)
+        errors.append(unknown.scatter(1, sample.masked_idx, error))
+    visible, error = ~torch.cat(drawn), torch.cat(errors)
+    groups = {"moving": test.moving, "still": test.still, "ground": ~(test.moving | test.still)}
+    chosen = [torch.ones_like(test.size, dtype=torch.bool), *(test.size == k for k in range(len(SIZES)))]
+    found = {f"visible_{name}": [_share(groups[name][each], visible[each]) for each in chosen] for name in _SHOWN}
+    for name, of in groups.items():
+        found[f"error_{name}"] = [error[each][of[each]].nanmean().item() for each in chosen]
+    return found
+
+
+def _share(of: Tensor, among: Tensor) -> float:
+    return of[among].double().mean().item()
+
+
+def _batches(model: AdaMAE, test: Clips) -> Iterator[tuple[Tensor, MaskSample]]:
+    """Clips, and random masks for them that depend on nothing but the ratio."""
+    generator = torch.Generator(test.video.device).manual_seed(_MASK_SEED)
+    random = RandomTokenSampler(model.size.grid, model.sampler.mask_ratio)
+    for video in test.video.split(_BATCH):
+        yield video, random(torch.zeros(len(video), model.size.num_tokens, 1, device=video.device), generator=generator)

@@ -1,0 +1,173 @@
+"""One pre-training of a tiny masked autoencoder: no data loader, and on a GPU the step is one CUDA graph."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from adamae_sampler import AdaMAELoss
+from adamae_sampler.models import AdaMAE
+from benchmarks.masking.clips import FRAMES, PATCH, SIDE, TUBELET, Clips
+
+_BETAS, _DECAY = (0.9, 0.95), 0.05
+_WARM_UP = 0.1  # share of the steps
+_LONGEST = 100.0  # wavelength of a position, over 2 pi tokens
+_SIDE_STEPS = 3  # before a capture: libraries choose kernels in them
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all arms of a size share.
+
+    Attributes:
+        steps: optimiser steps.
+        batch: clips of a step.
+        lr: the largest learning rate.
+        mask_ratio: share of tokens masked.
+        clips: generated for pre-training.
+        probe_clips: generated for the fit of the readout, and as many for its test.
+        model: sizes of the model.
+    """
+
+    steps: int
+    batch: int
+    lr: float
+    mask_ratio: float
+    clips: int
+    probe_clips: int
+    model: dict[str, int]
+
+
+def build(setting: Setting, seed: int, arguments: dict[str, Any]) -> AdaMAE:
+    """The model of an arm. A seed fixes encoder and decoder, whatever the sampler: that is initialised last."""
+    torch.manual_seed(seed)
+    video = {"img_size": SIDE, "num_frames": FRAMES, "patch_size": PATCH, "tubelet_size": TUBELET, "in_chans": 1}
+    look = {"mean": (0.5,), "std": (0.25,)}
+    model = AdaMAE(**{**video, **look, **setting.model, "mask_ratio": setting.mask_ratio, **arguments})
+    model.encoder.pos_embed.copy_(place_table(model.size.grid, model.encoder.pos_embed.shape[-1]))
+    model.decoder_pos_embed.copy_(place_table(model.size.grid, model.decoder_pos_embed.shape[-1]))
+    return model
+
+
+def place_table(grid: tuple[int, int, int], width: int) -> Tensor:
+    """[1, N, D] sinusoids of time, row and column apart, so that the same place at another time looks alike.
+
+    The reference model's table is of the token's number alone, and with it this small model learns to copy a place from
+    another time after thousands of steps, not hundreds.
+    """
+    across = 3 * width // 16 * 2  # of rows, and of columns; time has the rest
+    tables = []
+    for place, own in zip(
+        torch.meshgrid(*map(torch.arange, grid), indexing="ij"), (width - 2 * across, across, across), strict=True
+    ):
+        frequency = _LONGEST ** -torch.linspace(0, 1, own // 2 + 1)[:-1]
+        angle = place.reshape(-1, 1) * frequency
+        tables += [angle.sin(), angle.cos()]
+    return torch.cat(tables, 1)[None]
+
+
+def pretrain(model: AdaMAE, data: Clips, setting: Setting, seed: int, loss: dict[str, Any]) -> Iterator[int]:
+    """Trains the model in place; yields the number of steps done, after each.
+
+    Args:
+        model: on its device.
+        data: clips, on the same device.
+        setting: of the run.
+        seed: of the order of the clips, and of the masks.
+        loss: arguments of AdaMAELoss.
+    """
+    criterion = AdaMAELoss(patch_size=PATCH, tubelet_size=TUBELET, **loss)
+
+    def forward(video: Tensor, _: Tensor) -> Tensor:
+        prediction, sample = model(video)
+        return criterion(prediction, video, sample).loss
+
+    return _train(model, forward, data, setting, seed)
+
+
+def supervise(model: AdaMAE, data: Clips, setting: Setting, seed: int) -> Iterator[int]:
+    """Trains the encoder in place on the labels "this token belongs to what moves"; yields as `pretrain`."""
+    head = nn.Linear(model.encoder.pos_embed.shape[-1], 1).to(data.video.device)
+    both = nn.ModuleList([model.encoder, head])
+
+    def forward(video: Tensor, moving: Tensor) -> Tensor:
+        return F.binary_cross_entropy_with_logits(head(features(model, video))[..., 0], moving.float())
+
+    return _train(both, forward, data, setting, seed)
+
+
+def features(model: AdaMAE, video: Tensor) -> Tensor:
+    """[B, C, T, H, W] -> the encoder's output for all tokens, [B, N, D]."""
+    encoded: Tensor = model.encoder(model.encoder.patch_embed(video))
+    return encoded
+
+
+def _train(
+    model: nn.Module, forward: Callable[[Tensor, Tensor], Tensor], data: Clips, setting: Setting, seed: int
+) -> Iterator[int]:
+    device = data.video.device
+    lr = torch.zeros((), device=device)
+    on_gpu = device.type == "cuda"
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=lr if on_gpu else 0.0, betas=_BETAS, weight_decay=_DECAY, fused=True, capturable=on_gpu
+    )
+    chosen = torch.zeros(setting.batch, dtype=torch.int64, device=device)
+
+    def step() -> None:
+        forward(data.video[chosen], data.moving[chosen]).backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=False)
+
+    torch.manual_seed(seed)
+    order = torch.Generator().manual_seed(seed)
+    passes = math.ceil(setting.steps * setting.batch / len(data))
+    places = torch.cat([torch.randperm(len(data), generator=order) for _ in range(passes)])
+    model.train()
+    run = _Graphed(step) if on_gpu else step
+    for done, mine in enumerate(places.split(setting.batch)[: setting.steps]):
+        chosen.copy_(mine)
+        for group in optimizer.param_groups:
+            if on_gpu:
+                group["lr"].fill_(learning_rate(setting, done))
+            else:
+                group["lr"] = learning_rate(setting, done)
+        run()
+        yield done + 1
+    model.eval()
+
+
+def learning_rate(setting: Setting, done: int) -> float:
+    """A linear warm-up, then a cosine to zero."""
+    warm = max(1, round(_WARM_UP * setting.steps))
+    if done < warm:
+        return setting.lr * (done + 1) / warm
+    return setting.lr * (1 + math.cos(math.pi * (done - warm) / max(1, setting.steps - warm))) / 2
+
+
+class _Graphed:
+    """A step that is captured after a few calls, and replayed from then on."""
+
+    def __init__(self, step: Callable[[], None]) -> None:
+        self._step, self._calls = step, 0
+        self._graph: torch.cuda.CUDAGraph | None = None
+
+    def __call__(self) -> None:
+        self._calls += 1
+        if self._calls <= _SIDE_STEPS:
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                self._step()
+            torch.cuda.current_stream().wait_stream(stream)
+            return
+        if self._graph is None:
+            self._graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self._graph):
+                self._step()
+        self._graph.replay()

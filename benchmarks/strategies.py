@@ -1,0 +1,94 @@
+"""Does showing the encoder what moves make better features? Masking strategies against each other, with statistics.
+
+    python benchmarks/strategies.py                              # the question: random, exact and motion, 5 seeds
+    python benchmarks/strategies.py --arms tube frame block      # further arms, added to the rows that there are
+    python benchmarks/strategies.py --rows FILE --table          # the table of a file of rows, and nothing else
+    python benchmarks/strategies.py --size smoke --rows FILE     # would it work?
+
+Trains tiny masked autoencoders on generated clips in which one object moves, and reads from their frozen features what
+moves. Runs that have their rows are passed over, so the same command goes on after an interruption. What is asked, on
+which data, and what was fixed beforehand: benchmarks/masking/README.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import multiprocessing
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a bare checkout is not installed
+
+import torch
+from tqdm import tqdm
+
+from benchmarks.core.commit import current_commit
+from benchmarks.core.rows import RESULTS, RowWriter, read_rows
+from benchmarks.masking.arms import ARMS, PRIMARY, SEEDS, SETTINGS
+from benchmarks.masking.run import Row, Task, run
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Reads the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--size", choices=SETTINGS, default="cpu", help="of clips, steps and batch (cpu)")
+    add("--arms", nargs="+", choices=ARMS, default=PRIMARY, metavar="ARM", help=f"some of: {', '.join(ARMS)}")
+    add("--seeds", type=int, nargs="+", default=SEEDS, help="of encoder, clips and masks (0 to 4)")
+    add("--steps", type=int, help="optimiser steps, if not those of the size")
+    add("--lr", type=float, nargs="+", help="learning rates, if not that of the size")
+    add("--mask-ratio", type=float, nargs="+", help="masking ratios, if not that of the size")
+    add("--raw", action="store_true", help="raw pixels as targets, not normalised ones")
+    add("--rows", type=Path, help="CSV file (benchmarks/results/strategies_SIZE.csv)")
+    add("--jobs", type=int, default=0, help="runs at a time, each in one thread (a CPU's cores; 1 on a GPU)")
+    add("--commit", default="", help="what the rows name as the commit; git is asked if it is empty")
+    given = parser.parse_args(arguments)
+    given.rows = given.rows or RESULTS / f"strategies_{given.size}.csv"
+    return given
+
+
+def tasks(given: argparse.Namespace) -> list[Task]:
+    """Every run that is asked for, seed by seed."""
+    setting = SETTINGS[given.size]
+    return [
+        Task(arm, seed, given.size, given.steps or setting.steps, lr, ratio, not given.raw)
+        for seed in given.seeds
+        for lr in given.lr or (setting.lr,)
+        for ratio in given.mask_ratio or (setting.mask_ratio,)
+        for arm in given.arms
+    ]
+
+
+def main(given: argparse.Namespace) -> None:
+    """Runs what has no rows yet, and prints the table."""
+    known = read_rows(given.rows, Row)
+    done = {task_of(row) for row in known}
+    wanted = [task for task in tasks(given) if task not in done]
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    commit = given.commit or current_commit()
+    jobs = given.jobs or (1 if device.type == "cuda" else os.cpu_count() or 1)
+    context = multiprocessing.get_context("spawn")
+    with RowWriter(given.rows, Row, known) as writer, concurrent.futures.ProcessPoolExecutor(jobs, context) as pool:
+        running = [pool.submit(run_alone, task, commit, device) for task in wanted]
+        for each in tqdm(concurrent.futures.as_completed(running), total=len(running), unit="run"):
+            for row in each.result():
+                writer.add(row)
+
+
+def run_alone(task: Task, commit: str, device: torch.device) -> list[Row]:
+    """A run in one thread, so that runs side by side do not wait for each other."""
+    torch.set_num_threads(1)
+    torch.set_flush_denormal(True)
+    return run(task, commit, device)
+
+
+def task_of(row: Row) -> Task:
+    """What a row is of."""
+    return Task(**{name: getattr(row, name) for name in Task.__dataclass_fields__})
+
+
+if __name__ == "__main__":
+    main(parse())
