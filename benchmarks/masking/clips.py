@@ -8,6 +8,7 @@ So a single frame does not tell which object moves. Half of the movers change th
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
