@@ -17,6 +17,7 @@ from benchmarks.core.tables import Column, source, table
 from benchmarks.pages import plots
 from benchmarks.pages.cpu import counts_page, cpu_page, hosts_page, loader_page, options_page
 from benchmarks.pages.gpu import gpu_page
+from benchmarks.pages.strategies import strategies_page
 from benchmarks.pages.study import study_page
 from benchmarks.stages.gpu_run import GpuRun, read_run
 from benchmarks.steps.options import FAST, option_groups
@@ -27,6 +28,7 @@ _PAGES = {
     "hosts": hosts_page,
     "options": options_page,
     "study": study_page,
+    "strategies": strategies_page,
     "loader": loader_page,
     "counts": counts_page,
 }
@@ -58,7 +60,9 @@ def pages(folder: Path) -> dict[str, str]:
         found[run.slug if short in found else short] = gpu_page(run)
     found["summary"] = summary_page(folder, runs)
     if not any(found.values()):
-        raise ValueError(f"{folder} has no rows of run.py, study.py, loader.py, step_bytes.py or gpu.py.")
+        raise ValueError(
+            f"{folder} has no rows of run.py, study.py, strategies.py, loader.py, step_bytes.py or gpu.py."
+        )
     return {name: text for name, text in found.items() if text}
 
 

@@ -17,7 +17,7 @@ import concurrent.futures
 import multiprocessing
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a bare checkout is not installed
@@ -28,7 +28,7 @@ from tqdm import tqdm
 from benchmarks.core.commit import current_commit
 from benchmarks.core.rows import RESULTS, RowWriter, read_rows
 from benchmarks.masking.arms import ARMS, PRIMARY, SEEDS, SETTINGS
-from benchmarks.masking.run import Row, Task, run
+from benchmarks.masking.run import Row, Task, finished, run
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -43,7 +43,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--mask-ratio", type=float, nargs="+", help="masking ratios, if not that of the size")
     add("--raw", action="store_true", help="raw pixels as targets, not normalised ones")
     add("--rows", type=Path, help="CSV file (benchmarks/results/strategies_SIZE.csv)")
-    add("--jobs", type=int, default=0, help="runs at a time, each in one thread (a CPU's cores; 1 on a GPU)")
+    add("--jobs", type=int, default=0, help="runs at a time, if several each in one thread (a CPU's cores; 1 on a GPU)")
+    add("--table", action="store_true", help="print the tables of the rows, and run nothing")
     add("--commit", default="", help="what the rows name as the commit; git is asked if it is empty")
     given = parser.parse_args(arguments)
     given.rows = given.rows or RESULTS / f"strategies_{given.size}.csv"
@@ -64,18 +65,40 @@ def tasks(given: argparse.Namespace) -> list[Task]:
 
 def main(given: argparse.Namespace) -> None:
     """Runs what has no rows yet, and prints the table."""
-    known = read_rows(given.rows, Row)
-    done = {task_of(row) for row in known}
-    wanted = [task for task in tasks(given) if task not in done]
+    if given.table:
+        print(table(given.rows))
+        return
+    known = finished(read_rows(given.rows, Row))
+    kept = [row for run_rows in known.values() for row in run_rows.values()]
+    wanted = [task for task in tasks(given) if task not in known]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     commit = given.commit or current_commit()
     jobs = given.jobs or (1 if device.type == "cuda" else os.cpu_count() or 1)
-    context = multiprocessing.get_context("spawn")
-    with RowWriter(given.rows, Row, known) as writer, concurrent.futures.ProcessPoolExecutor(jobs, context) as pool:
-        running = [pool.submit(run_alone, task, commit, device) for task in wanted]
-        for each in tqdm(concurrent.futures.as_completed(running), total=len(running), unit="run"):
-            for row in each.result():
+    with RowWriter(given.rows, Row, kept) as writer:
+        for rows in tqdm(run_all(wanted, commit, device, jobs), total=len(wanted), unit="run"):
+            for row in rows:
                 writer.add(row)
+    print(table(given.rows))
+
+
+def run_all(wanted: Sequence[Task], commit: str, device: torch.device, jobs: int) -> Iterator[list[Row]]:
+    """The rows of each run as it ends; one job runs in this process."""
+    if jobs == 1:
+        yield from (run(task, commit, device) for task in wanted)
+        return
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(jobs, context) as pool:
+        running = [pool.submit(run_alone, task, commit, device) for task in wanted]
+        for each in concurrent.futures.as_completed(running):
+            yield each.result()
+
+
+def table(path: Path) -> str:
+    """The tables of a file of rows, as on the page."""
+    from benchmarks.masking.comparison import groups  # here, since runs need neither scipy nor matplotlib
+    from benchmarks.pages.strategies import section
+
+    return "\n\n".join(section(group, path) for group in groups(read_rows(path, Row)))
 
 
 def run_alone(task: Task, commit: str, device: torch.device) -> list[Row]:
@@ -83,11 +106,6 @@ def run_alone(task: Task, commit: str, device: torch.device) -> list[Row]:
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
     return run(task, commit, device)
-
-
-def task_of(row: Row) -> Task:
-    """What a row is of."""
-    return Task(**{name: getattr(row, name) for name in Task.__dataclass_fields__})
 
 
 if __name__ == "__main__":

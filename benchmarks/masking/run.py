@@ -5,8 +5,8 @@ from __future__ import annotations
 import datetime
 import functools
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -82,6 +82,15 @@ class Row(Task):
     device: str
     torch: str
     commit: str
+
+
+def finished(rows: Iterable[Row]) -> dict[Task, dict[int, Row]]:
+    """The rows of each run, by size of what moves; a run that was cut short while it was written is left out."""
+    runs: dict[Task, dict[int, Row]] = {}
+    for row in rows:
+        task = Task(**{each.name: getattr(row, each.name) for each in fields(Task)})
+        runs.setdefault(task, {})[row.mover] = row
+    return {task: run for task, run in runs.items() if set(run) == {ALL, *SIZES}}
 
 
 @functools.lru_cache(maxsize=3)

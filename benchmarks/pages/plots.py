@@ -13,6 +13,7 @@ import matplotlib.pyplot as plt
 from matplotlib.ticker import NullLocator, ScalarFormatter
 
 from benchmarks.core.rows import OURS, Row, read_rows
+from benchmarks.pages.strategies import strategies_figures
 from benchmarks.stages.gpu_run import GpuRun
 from benchmarks.steps.options import PART
 
@@ -29,6 +30,7 @@ def draw(folder: Path, runs: Sequence[GpuRun]) -> list[Path]:
     """Draws the rows of a folder; the files written."""
     figures = {f"sweep_{run.slug}": _sweep([*run.of("sweep"), *run.of("steps")]) for run in runs}
     figures["options_cpu"] = _parts(read_rows(folder / "options_cpu.csv", Row))
+    figures |= strategies_figures(folder)
     written = []
     for name, figure in figures.items():
         if figure is not None:

@@ -1,0 +1,114 @@
+"""Rows of runs to effects: the primary endpoint, its differences within seeds, the gate, and the equivalence."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from benchmarks.masking.arms import ARMS, COMPARED, MARGIN, REFERENCE, SUPERVISED, UNTRAINED
+from benchmarks.masking.clips import SIZES
+from benchmarks.masking.run import Row, Task, finished
+from benchmarks.masking.statistics import ALPHA, Effect, equivalence, holm, paired, smallest_effect
+
+Run = Mapping[int, Row]  # the rows of a run, by size of what moves
+Score = Callable[[Run], float]
+
+
+def primary(run: Run) -> float:
+    """The primary endpoint: AUC of "this token belongs to what moves", the mean over the sizes of what moves."""
+    return statistics.mean(run[size].moving for size in SIZES)
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs that differ in arm and seed alone.
+
+    Attributes:
+        task: of the first run.
+        runs: by arm, then by seed.
+    """
+
+    task: Task
+    runs: Mapping[str, Mapping[int, Run]]
+
+    @property
+    def arms(self) -> list[str]:
+        """The arms that were trained without labels, in the order of ARMS."""
+        return [name for name in ARMS if name in self.runs and name not in (UNTRAINED, SUPERVISED)]
+
+    def scores(self, arm: str, score: Score = primary) -> list[float]:
+        """Of every seed."""
+        return [score(run) for _, run in sorted(self.runs.get(arm, {}).items())]
+
+    def differences(self, arm: str, reference: str = REFERENCE, score: Score = primary) -> list[float]:
+        """Arm less reference, of every seed that both have."""
+        mine, theirs = self.runs.get(arm, {}), self.runs.get(reference, {})
+        return [score(mine[seed]) - score(theirs[seed]) for seed in sorted(set(mine) & set(theirs))]
+
+    def effect(self, arm: str, reference: str = REFERENCE, score: Score = primary) -> Effect | None:
+        """The paired effect; None without two seeds that both have."""
+        found = self.differences(arm, reference, score)
+        return paired(found) if len(found) > 1 else None
+
+
+def groups(rows: Iterable[Row]) -> list[Group]:
+    """The finished runs, those with the same setting together."""
+    found: dict[tuple[object, ...], dict[str, dict[int, Run]]] = {}
+    firsts: dict[tuple[object, ...], Task] = {}
+    for task, run in finished(rows).items():
+        shared = (task.size, task.steps, task.lr, task.mask_ratio, task.normalize)
+        firsts.setdefault(shared, task)
+        found.setdefault(shared, {}).setdefault(task.arm, {})[task.seed] = run
+    return [Group(firsts[shared], by_arm) for shared, by_arm in found.items()]
+
+
+@dataclass(frozen=True)
+class Gate:
+    """Whether pre-training helps at all: random masking beside an untrained and a supervised encoder.
+
+    Attributes:
+        errors: the gain over the untrained encoder, in its standard errors.
+        closed: the share of the distance from untrained to supervised that it closes.
+    """
+
+    errors: float
+    closed: float
+
+    @property
+    def passed(self) -> bool:
+        """Five standard errors, and a fifth of the distance."""
+        return self.errors >= 5 and self.closed >= 0.2
+
+
+def gate(group: Group) -> Gate | None:
+    """None without seeds of all three."""
+    gain = group.effect(REFERENCE, UNTRAINED)
+    supervised = group.scores(SUPERVISED)
+    if gain is None or not supervised:
+        return None
+    untrained = statistics.mean(group.scores(UNTRAINED))
+    error = gain.deviation / gain.number**0.5
+    return Gate(gain.mean / error, gain.mean / (statistics.mean(supervised) - untrained))
+
+
+def adjusted(group: Group) -> dict[str, float]:
+    """Holm's p of the comparisons that the question names, of those that have been run."""
+    found = {arm: effect.p for arm in COMPARED if (effect := group.effect(arm)) is not None}
+    return holm(found)
+
+
+def seen(group: Group) -> dict[str, float]:
+    """The smallest effect of each comparison that the question's first test would find with a chance of 80%."""
+    effects = {arm: group.effect(arm) for arm in COMPARED}
+    return {
+        arm: smallest_effect(effect.deviation, effect.number, ALPHA / len(COMPARED))
+        for arm, effect in effects.items()
+        if effect is not None
+    }
+
+
+def fast_equals_exact(group: Group) -> float | None:
+    """p of "fast and exact differ by less than the margin"; None without two seeds of both."""
+    found: Sequence[float] = group.differences("fast", "exact")
+    return equivalence(found, MARGIN) if len(found) > 1 else None

@@ -1,0 +1,184 @@
+"""The page and the figure of masking strategies against each other, made of the rows of strategies.py."""
+
+from __future__ import annotations
+
+import statistics
+from functools import partial
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+
+from benchmarks.core.rows import read_rows
+from benchmarks.core.tables import Column, source, spread, table
+from benchmarks.masking.arms import ARMS, COMPARED, MARGIN, REFERENCE
+from benchmarks.masking.clips import SIZES
+from benchmarks.masking.comparison import Group, Run, adjusted, fast_equals_exact, gate, groups, seen
+from benchmarks.masking.run import ALL, Row
+from benchmarks.masking.statistics import ALPHA, Effect
+
+_OTHERS = {"moving_object": "moving or still object, AUC", "velocity": "velocity, rank correlation"}
+_MASKS = {
+    "visible_moving": "visible that move",
+    "visible_still": "of still objects",
+    "error_moving": "error: moving",
+    "error_still": "still object",
+    "error_ground": "background",
+}
+
+
+def strategies_page(results: Path) -> str:
+    """A section for each setting of each file of rows; empty without rows."""
+    parts = []
+    for path in _files(results):
+        rows = read_rows(path, Row)
+        for group in groups(rows):
+            parts.append(section(group, path))
+    if not parts:
+        return ""
+    about = (
+        "Tiny masked autoencoders, pre-trained with each strategy on clips in which one object moves and others stay "
+        "still. From frozen features one linear layer reads which tokens move; the score is its AUC, the mean over the "
+        "sizes of what moves (1 to 16 patches). Differences are paired within seeds, with 95% intervals of Student's "
+        "t. What was fixed beforehand: [the question](../masking/README.md)."
+    )
+    return "\n\n".join(["# Masking strategies", about, *parts])
+
+
+def _files(results: Path) -> list[Path]:
+    return sorted(results.glob("strategies_*.csv"), key=lambda path: (len(path.name), path.name))
+
+
+def section(group: Group, path: Path) -> str:
+    """The tables of the runs of one setting, from a file of rows."""
+    task = group.task
+    seeds = len({seed for runs in group.runs.values() for seed in runs})
+    target = "normalised" if task.normalize else "raw"
+    title = (
+        f"## {task.steps} steps, {task.mask_ratio:.0%} masked, {target} targets, learning rate {task.lr:g}, "
+        f"{seeds} seed{'s' * (seeds > 1)}"
+    )
+    rows = [row for runs in group.runs.values() for run in runs.values() for row in run.values()]
+    facts = f"`{path.name}`: {source([vars(row) for row in rows])}."
+    return "\n\n".join(filter(None, [title, scores_table(group), verdict(group), by_size(group), masks(group), facts]))
+
+
+def scores_table(group: Group) -> str:
+    """The score of each arm, and its difference from random masking."""
+    names = [name for name in ARMS if name in group.runs]
+    columns: list[Column[str]] = [
+        ("arm", lambda name: name),
+        ("", lambda name: ARMS[name].about),
+        ("seeds", lambda name: str(len(group.runs[name]))),
+        ("score", lambda name: spread(group.scores(name), 4)),
+        ("less random's", lambda name: "" if name == REFERENCE else interval(group.effect(name))),
+    ]
+    for name, header in _OTHERS.items():
+        columns.append((header, partial(_other, group, name)))
+    return table(columns, names)
+
+
+def _other(group: Group, name: str, arm: str) -> str:
+    return spread(group.scores(arm, lambda run: getattr(run[ALL], name)), 3)
+
+
+def interval(effect: Effect | None, digits: int = 4) -> str:
+    """A mean with its interval; empty without one."""
+    return "" if effect is None else f"{effect.mean:+.{digits}f} ({effect.low:+.{digits}f}, {effect.high:+.{digits}f})"
+
+
+def verdict(group: Group) -> str:
+    """What the intervals say of the gate and of the question, and nothing else."""
+    lines = []
+    if (found := gate(group)) is not None:
+        lines.append(
+            f"- Gate: random masking is {found.errors:.1f} standard errors above the untrained encoder, and closes "
+            f"{found.closed:.0%} of the distance to the supervised one: {'passed' if found.passed else 'not passed'}."
+        )
+    p_values, least = adjusted(group), seen(group)
+    for arm in COMPARED:
+        effect = group.effect(arm)
+        if effect is None or len(p_values) < len(COMPARED):
+            continue
+        clear = p_values[arm] < ALPHA
+        said = f"{'better' if effect.mean > 0 else 'worse'} than random masking" if clear else "unresolved"
+        lines.append(
+            f"- {arm} - random: {interval(effect)}, Holm's p {p_values[arm]:.2g}: {said}. The smallest effect that "
+            f"these seeds find with a chance of 80% is {least[arm]:.4f}."
+        )
+    if (p := fast_equals_exact(group)) is not None:
+        said = "equivalent" if p < ALPHA else "equivalence not shown"
+        lines.append(
+            f"- fast - exact: {interval(group.effect('fast', 'exact'))}; within ± {MARGIN:g}, p {p:.2g}: {said}."
+        )
+    return "\n".join(lines)
+
+
+def by_size(group: Group) -> str:
+    """Random masking's AUC, and the difference of each arm from it, at each size of what moves."""
+    arms = [arm for arm in group.arms if arm != REFERENCE and group.effect(arm) is not None]
+    if not arms:
+        return ""
+    columns: list[Column[str]] = [
+        ("AUC by patches of what moves", lambda arm: f"{arm} - random" if arm != REFERENCE else arm)
+    ]
+    columns += [(str(size), partial(_at_size, group, size)) for size in SIZES]
+    return table(columns, [REFERENCE, *arms])
+
+
+def _at_size(group: Group, size: int, arm: str) -> str:
+    if arm == REFERENCE:
+        return f"{statistics.mean(group.scores(arm, partial(auc_at, size))):.3f}"
+    return interval(group.effect(arm, score=partial(auc_at, size)), 3)
+
+
+def auc_at(size: int, run: Run) -> float:
+    """AUC of the readout at one size of what moves."""
+    return run[size].moving
+
+
+def masks(group: Group) -> str:
+    """What each arm shows, and its errors on the same random masks."""
+    arms = [arm for arm in group.arms if any(run[ALL].visible_moving is not None for run in group.runs[arm].values())]
+    columns: list[Column[str]] = [("arm", lambda arm: arm)]
+    columns += [(header, partial(_mask, group, name)) for name, header in _MASKS.items()]
+    return table(columns, arms)
+
+
+def _mask(group: Group, name: str, arm: str) -> str:
+    return spread(group.scores(arm, lambda run: getattr(run[ALL], name)), 3)
+
+
+def strategies_figures(results: Path) -> dict[str, plt.Figure]:
+    """For each file the effect of each strategy over the size of what moves, of its first setting with two arms."""
+    found = {}
+    for path in _files(results):
+        compared = [group for group in groups(read_rows(path, Row)) if any(map(partial(_compared, group), group.arms))]
+        if compared:
+            found[path.stem] = _figure(compared[0])
+    return found
+
+
+def _compared(group: Group, arm: str) -> bool:
+    return arm != REFERENCE and group.effect(arm) is not None
+
+
+def _figure(group: Group) -> plt.Figure:
+    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    arms = [arm for arm in group.arms if _compared(group, arm)]
+    for place, arm in enumerate(arms):
+        effects = [group.effect(arm, score=partial(auc_at, size)) for size in SIZES]
+        middle = [effect.mean for effect in effects if effect]
+        errors = [[e.mean - e.low for e in effects if e], [e.high - e.mean for e in effects if e]]
+        shift = (place - (len(arms) - 1) / 2) * 0.6 / len(arms)
+        axes.errorbar(
+            [k + shift for k in range(len(SIZES))], middle, errors, fmt="o-", ms=4, lw=1, capsize=2, label=arm
+        )
+    axes.axhline(0, color="#777777", lw=1)
+    axes.set_xticks(range(len(SIZES)), [str(size) for size in SIZES])
+    axes.set(xlabel="area of what moves, patches", ylabel="AUC less random masking's")
+    axes.legend(fontsize=8, ncols=2)
+    seeds = len(group.runs[REFERENCE])
+    axes.set_title(
+        f"{group.task.steps} steps, {group.task.mask_ratio:.0%} masked, {seeds} seeds, 95% intervals", fontsize=9
+    )
+    return figure

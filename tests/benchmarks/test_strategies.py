@@ -1,0 +1,323 @@
+"""benchmarks/strategies.py: clips with known truth, readouts, statistics, and rows that survive a kill."""
+
+import dataclasses
+import itertools
+import math
+import random
+import statistics as standard
+
+import pytest
+import torch
+from scipy import stats
+
+from adamae_sampler import MaskSample
+from benchmarks import strategies
+from benchmarks.core.rows import RowWriter, read_rows
+from benchmarks.masking import arms, clips, comparison, readout, run, statistics, train
+from benchmarks.pages.strategies import strategies_figures, strategies_page
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def generated():
+    return clips.make_clips(64, seed=3)
+
+
+def tokens_of(pixels):
+    """[n, T, H, W] -> [n, N, pixels of a token], by slices."""
+    found = []
+    for t, y, x in itertools.product(*map(range, clips.GRID)):
+        t, y, x = t * clips.TUBELET, y * clips.PATCH, x * clips.PATCH
+        found.append(pixels[:, t : t + clips.TUBELET, y : y + clips.PATCH, x : x + clips.PATCH].flatten(1))
+    return torch.stack(found, 1)
+
+
+def test_clips_depend_on_the_arguments_alone(generated):
+    again = clips.make_clips(64, seed=3)
+    assert all(
+        torch.equal(one, other) for one, other in zip(vars(generated).values(), vars(again).values(), strict=True)
+    )
+    assert not torch.equal(clips.make_clips(64, seed=4).video, generated.video)
+    assert set(clips.make_clips(40, seed=3, sizes=(2,)).size.tolist()) == {clips.SIZES.index(2)}
+
+
+def test_only_what_moves_changes(generated):
+    """The labels against the pixels: what changes from frame to frame is the mover, and all of it moves."""
+    video = generated.video[:, 0].int()
+    change = torch.zeros_like(video, dtype=torch.bool)
+    change[:, 1:] |= video[:, 1:] != video[:, :-1]
+    change[:, :-1] |= video[:, 1:] != video[:, :-1]
+    share = tokens_of(change).float().mean(2)
+    assert (share[generated.moving] > 0).float().mean() > 0.98
+    near = torch.nn.functional.max_pool3d(
+        generated.moving.view(-1, 1, *clips.GRID).float(), 3, stride=1, padding=1
+    ).flatten(1)
+    assert (share[near == 0] == 0).all()  # a still object, or the background
+    assert not (generated.moving & generated.still).any()
+    assert generated.still.any()
+
+
+def test_places_and_velocities_are_those_of_the_pixels():
+    made = clips.make_clips(64, seed=5, sizes=(4,))
+    video = made.video[:, 0].float()
+    change = (video[:, 1:] - video[:, :-1]).abs()  # at the edges of the mover, on both of its sides
+    pixel = torch.arange(clips.SIDE) + 0.5
+    weight = change.sum((1, 2, 3))
+    centre = (
+        torch.stack([(change.sum((1, 3)) * pixel).sum(1), (change.sum((1, 2)) * pixel).sum(1)], 1) / weight[:, None]
+    )
+    path = made.position.mean(1)
+    assert ((centre - path).norm(dim=1) < 2).float().mean() > 0.9
+    moved = made.position.diff(dim=1) / clips.TUBELET
+    straight = ~made.turns
+    torch.testing.assert_close(moved[straight], made.velocity[straight, 1:], atol=1e-4, rtol=0)
+    assert (made.velocity[made.turns].diff(dim=1).abs().sum((1, 2)) > 0.1).all()
+    assert made.position.amin() > 0
+    assert made.position.amax() < clips.SIDE
+
+
+def test_still_objects_look_like_what_moves(generated):
+    """Pixels of movers and of still objects have the same mean and deviation, so that only motion tells them apart."""
+    made = clips.make_clips(600, seed=6)
+    pixels = tokens_of(made.video[:, 0].float() / 255)
+    moving, still = (pixels[each].flatten() for each in (made.moving, made.still))
+    assert abs(moving.mean() - still.mean()) < 0.03
+    assert abs(moving.std() - still.std()) < 0.03
+
+
+def test_textures_fall_with_frequency():
+    made = clips.textures(torch.Generator().manual_seed(0))
+    power = torch.fft.fft2(made).abs().square().mean(0)
+    ratio = (power[0, 4] + power[4, 0]) / (power[0, 16] + power[16, 0])
+    assert math.log(ratio) / math.log(4) == pytest.approx(2 * clips._SLOPE, abs=0.3)
+
+
+def test_auc_and_rank_correlation_are_those_of_their_definitions():
+    generator = torch.Generator().manual_seed(0)
+    score = torch.randint(6, (60,), generator=generator).double()
+    positive = torch.rand(60, generator=generator) < 0.3
+    pairs = [(one > other) + 0.5 * (one == other) for one in score[positive] for other in score[~positive]]
+    assert readout.auc(score, positive) == pytest.approx(float(sum(pairs)) / len(pairs))
+    other = torch.randint(5, (60, 2), generator=generator).double()
+    expected = standard.mean(stats.spearmanr(score, other[:, k]).statistic for k in range(2))
+    assert readout.rank_correlation(torch.stack([score, score], 1), other) == pytest.approx(expected)
+
+
+def test_the_readout_finds_what_the_features_say_and_nothing_else(generated):
+    """Features that hold the labels, and features of noise."""
+    order = {clip.numpy().tobytes(): place for place, clip in enumerate(generated.video)}
+
+    def labels(video):
+        here = [order[clip.numpy().tobytes()] for clip in video]
+        moving, still = generated.moving[here].float(), generated.still[here].float()
+        velocity = generated.velocity[here].repeat_interleave(clips.GRID[1] * clips.GRID[2], 1)
+        return torch.cat([moving[..., None], (moving - still)[..., None], velocity], 2)
+
+    found = readout.read_out(labels, generated, generated)
+    assert found.moving == [1.0] * 6
+    assert found.moving_object == [1.0] * 6
+    assert min(found.velocity) > 0.99
+    assert min(found.direction) > 0.4  # chance is 0.125
+    noise = torch.Generator().manual_seed(0)
+    found = readout.read_out(lambda video: torch.randn(len(video), 256, 4, generator=noise), generated, generated)
+    assert found.moving[0] == pytest.approx(0.5, abs=0.05)
+
+
+def test_ridge_is_least_squares_for_a_small_penalty(monkeypatch):
+    monkeypatch.setattr(readout, "_RIDGE", 0.0)
+    generator = torch.Generator().manual_seed(0)
+    inputs, targets = torch.randn(50, 3, generator=generator).double(), torch.randn(50, 2, generator=generator).double()
+    fit = readout._Ridge()
+    fit.add(inputs[:20], targets[:20])
+    fit.add(inputs[20:], targets[20:])
+    with_one = torch.cat([inputs, torch.ones(50, 1)], 1)
+    torch.testing.assert_close(fit.solve(), torch.linalg.lstsq(with_one, targets).solution)
+
+
+def test_a_seed_fixes_encoder_and_decoder_whatever_the_arm():
+    setting = arms.SETTINGS["smoke"]
+    states = []
+    for name in ("random", "exact", "motion", "fast"):
+        state = train.build(setting, 5, dict(arms.ARMS[name].model)).state_dict()
+        states.append({key: value for key, value in state.items() if not key.startswith("sampler.")})
+    for other in states[1:]:
+        assert other.keys() == states[0].keys()
+        assert all(torch.equal(other[key], states[0][key]) for key in other)
+
+
+def test_the_table_of_places_tells_time_row_and_column_apart():
+    table = train.place_table((4, 8, 8), 96)[0].view(4, 8, 8, 96)
+    alike = (table @ table[1, 3, 5]).flatten()
+    assert alike.argmax() == 1 * 64 + 3 * 8 + 5
+    near = [table[t, 3, 5] @ table[1, 3, 5] for t in (0, 2)]
+    assert min(near) > max(table[1, 2, 5] @ table[1, 3, 5], table[1, 3, 4] @ table[1, 3, 5])
+
+
+def test_training_is_deterministic_and_has_the_rate_of_its_schedule():
+    setting = dataclasses.replace(arms.SETTINGS["smoke"], steps=6)
+    rates = [train.learning_rate(dataclasses.replace(setting, steps=100), done) for done in range(100)]
+    assert rates[9] == max(rates) == setting.lr
+    assert rates[0] == pytest.approx(setting.lr / 10)
+    assert rates[99] < setting.lr / 1000
+    weights = []
+    for _ in range(2):
+        model = train.build(setting, 0, {"masking": "adaptive"})
+        before = model.encoder.patch_embed.proj.weight.clone()
+        assert list(train.pretrain(model, run.clips(8, 1, CPU), setting, 0, {})) == [1, 2, 3, 4, 5, 6]
+        weights.append(model.encoder.patch_embed.proj.weight)
+    assert torch.equal(*weights)
+    assert not torch.equal(before, weights[0])
+
+
+def test_measured_shares_and_errors_are_of_the_masks(generated):
+    """A sampler that shows the mover alone, and errors against a loop."""
+    setting = arms.SETTINGS["smoke"]
+    model = train.build(setting, 0, {"masking": "random"})
+    found = run.measure(model, generated, normalize=True)
+    assert found["visible_moving"][0] == pytest.approx(generated.moving.float().mean().item(), abs=0.03)
+    shown = generated.moving.int().argsort(1, descending=True)[:, :5].sort(1)[0]
+
+    def draw_mask(video):
+        mask = torch.ones(len(video), 256, dtype=torch.bool).scatter(1, shown[: len(video)], False)
+        return MaskSample.from_mask(mask, 5)
+
+    model.draw_mask = draw_mask
+    again = run.measure(model, generated, normalize=True)
+    assert again["visible_moving"][0] > 0.95
+    assert again["error_moving"] == found["error_moving"]  # of the same random masks, whatever the arm shows
+    assert len(found["error_still"]) == 6
+
+
+def test_the_paired_interval_is_that_of_the_t_test():
+    values = [0.3, 0.1, 0.25, 0.18, -0.02]
+    effect = statistics.paired(values)
+    expected = stats.ttest_1samp(values, 0)
+    low, high = expected.confidence_interval(0.95)
+    assert (effect.low, effect.high, effect.p) == pytest.approx((low, high, expected.pvalue))
+    with pytest.raises(ValueError, match="two or more"):
+        statistics.paired([0.1])
+    with pytest.raises(ValueError, match="finite"):
+        statistics.paired([0.1, float("nan")])
+
+
+def test_holm_is_its_definition():
+    assert statistics.holm({"a": 0.01, "b": 0.04, "c": 0.03}) == pytest.approx({"a": 0.03, "b": 0.06, "c": 0.06})
+    assert statistics.holm({"a": 0.6, "b": 0.9}) == {"a": 1.0, "b": 1.0}
+
+
+def test_equivalence_agrees_with_two_one_sided_tests():
+    values = [0.003, -0.001, 0.002, 0.0005, 0.001]
+    expected = max(
+        stats.ttest_1samp(values, -0.005, alternative="greater").pvalue,
+        stats.ttest_1samp(values, 0.005, alternative="less").pvalue,
+    )
+    assert statistics.equivalence(values, 0.005) == pytest.approx(expected)
+    assert statistics.equivalence([0.02, 0.03, 0.025], 0.005) > 0.9
+    with pytest.raises(ValueError, match="positive"):
+        statistics.equivalence(values, 0)
+
+
+def test_the_smallest_effect_is_found_as_often_as_it_says():
+    effect, draw = statistics.smallest_effect(1.0, 5, alpha=0.025), random.Random(0)
+    found = [statistics.paired([draw.gauss(effect, 1) for _ in range(5)]).p < 0.025 for _ in range(1500)]
+    assert standard.mean(found) == pytest.approx(statistics.POWER, abs=0.03)
+
+
+def rows_of(arm, seed, score, by_size=0.0):
+    """The rows of a run whose AUC is `score`, and more at larger sizes."""
+    common = {"size": "cpu", "steps": 9, "lr": 1e-3, "mask_ratio": 0.9, "normalize": True, "finished": "now"}
+    scores = dict.fromkeys(("moving_object", "velocity", "direction", "position", "shape"), 0.5)
+    facts = {"seconds": 1.0, "device": "some CPU", "torch": "2", "commit": "abc"}
+    return [
+        run.Row(arm=arm, seed=seed, **common, **scores, **facts, mover=mover, moving=score + by_size * place)
+        for place, mover in enumerate((0, *clips.SIZES))
+    ]
+
+
+@pytest.fixture
+def made_rows():
+    draw = random.Random(1)
+    rows = []
+    for seed in range(5):
+        base = 0.8 + draw.gauss(0, 0.005)
+        for arm, gain in {"untrained": -0.1, "supervised": 0.15, "random": 0, "exact": 0.001, "motion": 0.02}.items():
+            rows += rows_of(arm, seed, base + gain + draw.gauss(0, 0.002))
+    return rows
+
+
+def test_verdicts_say_what_the_intervals_say(made_rows, tmp_path):
+    (group,) = comparison.groups(made_rows)
+    gate = comparison.gate(group)
+    assert gate.passed
+    assert gate.closed == pytest.approx(0.4, abs=0.02)
+    assert comparison.adjusted(group)["motion"] < 0.05 < comparison.adjusted(group)["exact"]
+    with RowWriter(tmp_path / "strategies_cpu.csv", run.Row, made_rows):
+        pass
+    page = strategies_page(tmp_path)
+    assert "motion - random: +0.0" in page
+    assert "better than random masking" in page
+    assert "exact - random" in page
+    assert "unresolved" in page
+    assert strategies_page(tmp_path) == page  # the same rows, the same page
+    assert set(strategies_figures(tmp_path)) == {"strategies_cpu"}
+
+
+def test_seeds_that_one_arm_lacks_are_not_compared(made_rows):
+    rows = [row for row in made_rows if (row.arm, row.seed) not in {("motion", 0), ("motion", 3)}]
+    rows.remove(next(row for row in rows if (row.arm, row.seed) == ("motion", 1)))  # cut short while it was written
+    (group,) = comparison.groups(rows)
+    assert len(group.differences("motion")) == 2
+    assert len(group.differences("exact")) == 5
+
+
+def test_a_killed_run_goes_on_and_loses_nothing(tmp_path, capsys):
+    """The file is cut in the middle of a run, as a kill leaves it; what was whole is not run again."""
+    rows, command = tmp_path / "rows.csv", ["--size", "smoke", "--jobs", "1", "--commit", "abc"]
+    command += ["--arms", "untrained", "random", "motion", "--seeds", "0", "1", "--rows", str(tmp_path / "rows.csv")]
+    strategies.main(strategies.parse(command))
+    table, whole = capsys.readouterr().out, read_rows(rows, run.Row)
+    assert len(whole) == 6 * (1 + len(clips.SIZES))
+    rows.write_text(rows.read_text()[: int(len(rows.read_text()) * 0.6)].replace(",abc", ",kept"))
+    strategies.main(strategies.parse(command))
+    again = read_rows(rows, run.Row)
+
+    def scores(found):
+        return {(row.arm, row.seed, row.mover): (row.moving, row.visible_moving, row.error_moving) for row in found}
+
+    assert scores(again) == scores(whole)
+    assert len(again) == len(whole)
+    assert [row.commit for row in again] == ["kept"] * 18 + ["abc"] * 18
+    assert capsys.readouterr().out.replace("kept, ", "") == table
+    strategies.main(strategies.parse([*command, "--table"]))
+    assert capsys.readouterr().out.replace("kept, ", "") == table
+
+
+@pytest.mark.slow
+def test_runs_side_by_side_give_the_rows_of_runs_one_by_one(tmp_path):
+    task = run.Task("motion", 0, "smoke", 2, 1e-3, 0.9, True)
+    (beside,) = strategies.run_all([task], "abc", CPU, jobs=2)
+    alone = run.run(task, "abc", CPU)
+    assert [dataclasses.replace(row, seconds=0, finished="") for row in beside] == [
+        dataclasses.replace(row, seconds=0, finished="") for row in alone
+    ]
+
+
+@pytest.mark.parametrize("name", [name for name in arms.ARMS if name not in ("untrained", "supervised")])
+def test_every_arm_trains(name):
+    task = run.Task(name, 0, "smoke", 2, 1e-3, 0.9, True)
+    rows = run.run(task, "abc", CPU)
+    assert [row.mover for row in rows] == [run.ALL, *clips.SIZES]
+    assert all(math.isfinite(value) for row in rows for value in (row.moving, row.error_moving, row.error_ground))
+
+
+def test_tasks_are_every_run_that_is_asked_for():
+    given = strategies.parse(["--arms", "random", "tube", "--seeds", "3", "--lr", "1e-3", "2e-3", "--raw"])
+    found = strategies.tasks(given)
+    assert [(task.arm, task.seed, task.lr) for task in found] == [
+        ("random", 3, 1e-3),
+        ("tube", 3, 1e-3),
+        ("random", 3, 2e-3),
+        ("tube", 3, 2e-3),
+    ]
+    assert not any(task.normalize for task in found)
