@@ -104,7 +104,24 @@ def stages(options: Options) -> list[Stage]:
         Stage("finetune", 90, module("suite", "finetune")),
         Stage("ncu", 120, module("tools", "ncu"), tool="ncu"),
         Stage("sweep", 300, module("suite", "sweep")),
+        Stage("strategies", 420, strategies_command(options)),
     ]
+
+
+def strategies_command(options: Options) -> tuple[str, ...]:
+    """Compares masking strategies; a run that has its rows is passed over, so the stage goes on where it ended."""
+    size = "smoke" if options.quick else "gpu"
+    rows = str(options.output / "strategies_gpu.csv")
+    return (
+        str(ROOT / "benchmarks" / "strategies.py"),
+        "--size",
+        size,
+        "--rows",
+        rows,
+        "--commit",
+        options.commit,
+        "--rows-only",
+    )
 
 
 def told(options: Options) -> list[str]:

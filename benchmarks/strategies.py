@@ -45,6 +45,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--rows", type=Path, help="CSV file (benchmarks/results/strategies_SIZE.csv)")
     add("--jobs", type=int, default=0, help="runs at a time, if several each in one thread (a CPU's cores; 1 on a GPU)")
     add("--table", action="store_true", help="print the tables of the rows, and run nothing")
+    add("--rows-only", action="store_true", help="print no table, which needs scipy and matplotlib")
     add("--commit", default="", help="what the rows name as the commit; git is asked if it is empty")
     given = parser.parse_args(arguments)
     given.rows = given.rows or RESULTS / f"strategies_{given.size}.csv"
@@ -78,7 +79,8 @@ def main(given: argparse.Namespace) -> None:
         for rows in tqdm(run_all(wanted, commit, device, jobs), total=len(wanted), unit="run"):
             for row in rows:
                 writer.add(row)
-    print(table(given.rows))
+    if not given.rows_only:
+        print(table(given.rows))
 
 
 def run_all(wanted: Sequence[Task], commit: str, device: torch.device, jobs: int) -> Iterator[list[Row]]:

@@ -67,7 +67,7 @@ _TINY = {
 }
 SETTINGS: Mapping[str, Setting] = {
     "cpu": Setting(steps=2000, batch=16, lr=2e-3, mask_ratio=0.9, clips=8192, probe_clips=2000, model=_TINY),
-    "gpu": Setting(steps=6000, batch=128, lr=2e-3, mask_ratio=0.9, clips=32768, probe_clips=2000, model=_TINY),
+    "gpu": Setting(steps=4000, batch=64, lr=2e-3, mask_ratio=0.9, clips=16384, probe_clips=2000, model=_TINY),
     "smoke": Setting(
         steps=3,
         batch=4,

@@ -5,13 +5,14 @@ import itertools
 import math
 import random
 import statistics as standard
+from pathlib import Path
 
 import pytest
 import torch
 from scipy import stats
 
 from adamae_sampler import MaskSample
-from benchmarks import strategies
+from benchmarks import gpu, strategies
 from benchmarks.core.rows import RowWriter, read_rows
 from benchmarks.masking import arms, clips, comparison, readout, run, statistics, train
 from benchmarks.pages.strategies import strategies_figures, strategies_page
@@ -301,6 +302,17 @@ def test_runs_side_by_side_give_the_rows_of_runs_one_by_one(tmp_path):
     assert [dataclasses.replace(row, seconds=0, finished="") for row in beside] == [
         dataclasses.replace(row, seconds=0, finished="") for row in alone
     ]
+
+
+@pytest.mark.slow
+def test_the_stage_of_the_gpu_command_writes_its_rows(tmp_path):
+    options = gpu.Options(minutes=1, output=tmp_path, only=(), quick=True, commit="abc")
+    (stage,) = (stage for stage in gpu.stages(options) if stage.name == "strategies")
+    program, *arguments = stage.command
+    assert Path(program) == Path(strategies.__file__)
+    strategies.main(strategies.parse(arguments))
+    rows = read_rows(tmp_path / "strategies_gpu.csv", run.Row)
+    assert {(row.arm, row.seed) for row in rows} == set(itertools.product(arms.PRIMARY, arms.SEEDS))
 
 
 @pytest.mark.parametrize("name", [name for name in arms.ARMS if name not in ("untrained", "supervised")])
