@@ -16,6 +16,8 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor, nn
 
+from adamae_sampler import ops
+from adamae_sampler.losses import ranking_loss
 from adamae_sampler.mask import MaskSample
 from adamae_sampler.sampler import GridSize, TokenSampler
 
@@ -44,8 +46,8 @@ class LastStep(NamedTuple):
     Attributes:
         sample: the mask.
         reconstruction: scalar, the host's own loss; None if the training engine computes the loss.
-        sampling: scalar, L_S before its weight; None in evaluation, for masks without a distribution, and if the
-            training engine computes the loss.
+        sampling: scalar, L_S or the ranking loss before its weight; None in evaluation, for samplers that learn
+            nothing, and if the training engine computes the loss.
     """
 
     sample: MaskSample
@@ -185,7 +187,18 @@ class AdaptiveHost(Patched):
 
     def draw_mask(self, video: Tensor, generator: torch.Generator | None = None) -> MaskSample:
         """A mask for the host's input. For evaluation draw it once, then pass it to every forward."""
-        return self.sampler(self.scored(self.tokenize(video)), generator=generator)
+        return self.sampled(video, self.tokenize(video), generator=generator)
+
+    def as_video(self, inputs: Tensor) -> Tensor:
+        """The host's input -> its pixels [B, C, T, H, W], for samplers that look at them. Images have T = 1."""
+        return inputs[:, :, None] if inputs.dim() == 4 else inputs
+
+    def sampled(self, inputs: Tensor, tokens: Tensor, **how: Any) -> MaskSample:
+        """The sampler's result for the host's input and the tokens of its tokenizer, in training and in evaluation."""
+        if self.sampler.uses_video:
+            how["video"] = self.as_video(inputs)
+        sample: MaskSample = self.sampler(self.scored(tokens), **how)
+        return sample
 
     def install(self, sampler: TokenSampler, sampling_weight: float, settings: Mapping[str, Any] | None = None) -> None:
         """Adds the sampler and patches the submodules. The class of the model is exchanged already.
@@ -247,8 +260,7 @@ class AdaptiveHost(Patched):
             tokens = self.tokenize(video)
             for each in tokenizers:
                 each._keep = False
-            sample: MaskSample = self.sampler(self.scored(tokens), mask=mask)
-            self._sample = sample
+            sample = self._sample = self.sampled(video, tokens, mask=mask)
             for module in submodules:
                 module._sample = sample
             self.remember(sample)
@@ -303,18 +315,38 @@ class AdaptiveHost(Patched):
                 f"Leave the ratio out of the call, or patch(model, mask_ratio={mask_ratio}) before training."
             )
 
-    def total(self, reconstruction: Tensor, sampling: Callable[[Tensor], Tensor]) -> Tensor:
-        """The host's loss. In training the sampling loss is added, unless the mask has no distribution.
+    def total(
+        self,
+        reconstruction: Tensor,
+        sampling: Callable[[Tensor], Tensor] | None = None,
+        *,
+        token_error: Callable[[], Tensor] | None = None,
+    ) -> Tensor:
+        """The host's loss. In training the loss of the sampler is added, if the sampler learns.
+
+        That is the sampling loss for a mask with log-probabilities, and `ranking_loss` for one with difficulties.
 
         Args:
             reconstruction: scalar, the host's own loss.
-            sampling: log-probabilities [B, N] -> L_S.
+            sampling: log-probabilities [B, N] -> L_S, for hosts that give no errors of single tokens.
+            token_error: () -> the errors of the masked tokens [B, M], without a gradient; instead of `sampling`.
+
+        Raises:
+            TypeError: neither `sampling` nor `token_error` is given, or both are.
         """
+        if (sampling is None) == (token_error is None):
+            raise TypeError("total takes either sampling or token_error, and got neither or both.")
         sample = self.current
-        if sample.log_probs is None or not self.training:
+        if not self.training or (sample.log_probs is None and sample.difficulty is None):
             self.remember(sample, reconstruction)
             return reconstruction
-        loss = sampling(sample.log_probs)
+        if sample.difficulty is not None:
+            error = token_error() if sampling is None else errors_by_gradient(sampling, sample)  # type: ignore[misc]
+            loss = ranking_loss(sample, error)
+        elif sampling is None:
+            loss = ops.sampling_loss(sample.log_probs, sample.masked_idx, token_error())  # type: ignore[arg-type, misc]
+        else:
+            loss = sampling(sample.log_probs)  # type: ignore[arg-type]
         self.remember(sample, reconstruction, loss)
         return reconstruction + self.sampling_weight * loss
 
@@ -325,6 +357,24 @@ class AdaptiveHost(Patched):
         plain = MaskSample(*(None if each is None else each.detach() for each in sample))  # type: ignore[arg-type]
         losses = (None if each is None else each.detach() for each in (reconstruction, sampling))
         self.last_step = LastStep(plain, *losses)
+
+
+def errors_by_gradient(sampling: Callable[[Tensor], Tensor], sample: MaskSample) -> Tensor:
+    """The errors of the masked tokens [B, M], up to a factor that the ranking loss does not need.
+
+    L_S is minus the mean of log p_i e_i, so e_i is minus its derivative by log p_i.
+
+    Args:
+        sampling: log-probabilities [B, N] -> L_S.
+        sample: the mask.
+    """
+    log_probs = torch.full(sample.mask.shape, -1.0, device=sample.mask.device)
+    if torch.compiler.is_compiling():  # torch.func.grad compiles; in eager mode it does not take the package's kernels
+        gradient = torch.func.grad(sampling)(log_probs)
+    else:
+        with torch.enable_grad():
+            (gradient,) = torch.autograd.grad(sampling(log_probs.requires_grad_()), log_probs)
+    return -gradient.gather(1, sample.masked_idx)
 
 
 def default_ratio(model: nn.Module) -> float | None:

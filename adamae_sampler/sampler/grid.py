@@ -53,11 +53,14 @@ class GridTokenSampler(TokenSampler):
 
 
 def lattice_cell(grid_size: GridSize, num_visible: int) -> GridSize:
-    """The cell of the smallest lattice that has `num_visible` tokens at every offset; of several, the most cubic."""
+    """The cell of the smallest lattice that has `num_visible` tokens at every offset.
+
+    The size of a lattice is that at its worst offset. Of several the cell is the most cubic, and of these the largest.
+    """
     cells = itertools.product(*(range(1, side + 1) for side in grid_size))
     smallest = {  # tokens of a lattice at the worst offset, by cell
         (t, h, w): math.prod(side // length for side, length in zip(grid_size, (t, h, w), strict=True))
         for t, h, w in cells
     }
     enough = [cell for cell, count in smallest.items() if count >= num_visible]
-    return min(enough, key=lambda cell: (smallest[cell], max(cell) - min(cell), cell))
+    return min(enough, key=lambda cell: (smallest[cell], max(cell) - min(cell), -math.prod(cell), cell))

@@ -12,6 +12,7 @@ from torch.nn.functional import avg_pool3d
 from adamae_sampler import (
     AdaMAELoss,
     AdaptiveTokenSampler,
+    HardTokenSampler,
     MaskSample,
     RandomTokenSampler,
     ops,
@@ -268,6 +269,9 @@ def test_temperature_and_exploration():
     ("options", "message"),
     [
         ({"masking": "random", "exploration": 0.1}, "exploration=0.1: only masking='adaptive' takes it"),
+        ({"masking": "hard", "temperature": 2.0}, "temperature=2.0: only masking='adaptive' takes it"),
+        ({"masking": "blocks"}, "masking='blocks', expected 'adaptive', .*'hard' or a TokenSampler"),
+        ({"masking": HardTokenSampler(16, GRID, network="mlp")}, "the sampler's embed_dim is 16, expected 32"),
         (
             {"masking": "tube", "score_network": "pooled"},
             "score_network='pooled': only masking='adaptive' or 'hard' takes it",
@@ -309,12 +313,46 @@ def test_the_defaults_are_the_exact_method():
     assert MaskSample._fields[:4] == ("visible_idx", "masked_idx", "mask", "log_probs")
 
 
+@pytest.mark.parametrize("sample_from", ["tokens", "pixels"])
+@pytest.mark.parametrize("masking", MASKINGS)
+def test_every_masking_trains(masking, sample_from):
+    model = tiny_model(masking=masking, sample_from=sample_from, num_masks=2).train()
+    assert type(model.sampler) is MASKINGS[masking]
+    out, sample, gradients = step(model, (255 * torch.rand(2, 3, 8, 32, 32)).to(torch.uint8))
+    assert sample.mask.shape == (4, 64)
+    assert len(gradients) == len(list(model.parameters()))
+    assert bool(out.sampling) == (masking in ("adaptive", "hard"))
+    if masking == "motion":
+        assert model.sampler.source == "pixels"
+
+
+def test_motion_masks_follow_the_video():
+    model = tiny_model(masking="motion", sample_from="pixels").eval()
+    video = torch.full((200, 3, 8, 32, 32), 128, dtype=torch.uint8)
+    video[:, :, 4:, 8:16, 16:24] = 255  # the token at (1, 2) of 4 x 4 changes at the third time step
+    sample = model.draw_mask(video)
+    assert not sample.mask[:, 2 * 16 + 4 + 2].any()
+    sizes = model.sampler_tokens(video[:1]).shape
+    assert sizes == (1, 64, 96)
+    p = model.sampler.log_probs(model.sampler_tokens(video), video).exp()
+    torch.testing.assert_close(p[0, 2 * 16 + 4 + 2], torch.tensor(0.8 + 0.2 / 64))
+
+
 @needs_torch_2_11
 @pytest.mark.parametrize(
     ("options", "estimator"),
     [
         ({**FAST, "temperature": 2.0, "exploration": 0.1}, "categorical"),
         ({"num_masks": 2, "fused_head": True}, "plackett_luce"),
+        *(
+            pytest.param({"masking": name, "num_masks": 2, "score_network": network}, "categorical", marks=marks)
+            for name, network, marks in (
+                ("block", "mha", pytest.mark.slow),
+                ("grid", "mha", pytest.mark.slow),
+                ("motion", "mha", pytest.mark.slow),
+                ("hard", "pooled", ()),
+            )
+        ),
     ],
 )
 def test_a_step_compiles_as_one_graph(options, estimator):
@@ -361,6 +399,8 @@ def test_presets_are_their_settings():
     fast = create(preset="fast")
     assert isinstance(fast.sampler.network, PooledScoreNetwork)
     assert (fast.sample_from, fast.decode_ratio) == ("pixels", 0.5)
+    hard = create(preset="fast", masking="hard")
+    assert isinstance(hard.sampler.network, PooledScoreNetwork)
     for options in ({}, {"preset": "exact"}, {"preset": "exact", "masking": "random"}):
         exact = create(**options)
         assert (exact.sample_from, exact.decode_ratio) == ("tokens", 1.0)
