@@ -143,6 +143,8 @@ def test_no_noise_bridges_the_gap_between_classes():
         ((1, 14, 14), 0.3, (1, 1, 1)),
         ((3, 3, 3), 0.95, (3, 3, 3)),
         ((4, 1, 1), 0.5, (2, 1, 1)),
+        ((4, 4, 4), 0.875, (2, 2, 2)),  # not (1, 2, 4)
+        ((1, 5, 5), 0.8, (1, 1, 3)),  # (1, 2, 2) leaves 4 of 5 tokens at its worst offset
     ],
 )
 def test_the_cell_of_a_lattice(grid, ratio, cell):
