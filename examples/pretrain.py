@@ -73,8 +73,9 @@ def train(job: PretrainJob) -> None:
     flops = forward_flops(model, 1, 3, recipe.num_frames, *recipe.img_size)
     loop = TrainingLoop(job, optimizer, better=("reconstruction", -1))
     if isinstance(model.sampler, HardTokenSampler):  # its ramp lasts the whole run, also on another number of devices
-        done, batches = job.resumed.state["step"] if job.resumed else 0, job.schedule.accumulation
-        model.sampler.share.set(done * batches, job.schedule.steps * batches)
+        done = job.resumed.state["step"] if job.resumed else 0
+        calls = job.schedule.accumulation  # of each step
+        model.sampler.share.set(done * calls, job.schedule.steps * calls)
     metrics = PretrainMetrics(model.sampler.num_tokens, accelerator.device)
 
     # The path of a clip: VideoClips.clips -> ClipStream -> clip_loader (video_data/clips.py) -> TrainingLoop.run ->

@@ -10,6 +10,7 @@ import inspect
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, ClassVar, NamedTuple, cast
 from weakref import WeakValueDictionary
 
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from adamae_sampler import ops
+from adamae_sampler.integrations.token_errors import errors_by_gradient
 from adamae_sampler.losses import ranking_loss
 from adamae_sampler.mask import MaskSample
 from adamae_sampler.sampler import GridSize, TokenSampler
@@ -334,19 +336,23 @@ class AdaptiveHost(Patched):
         Raises:
             TypeError: neither `sampling` nor `token_error` is given, or both are.
         """
-        if (sampling is None) == (token_error is None):
-            raise TypeError("total takes either sampling or token_error, and got neither or both.")
         sample = self.current
-        if not self.training or (sample.log_probs is None and sample.difficulty is None):
+        by_log_probs: Callable[[Tensor], Tensor]
+        errors: Callable[[], Tensor]
+        if sampling is not None and token_error is None:
+            by_log_probs, errors = sampling, partial(errors_by_gradient, sampling, sample)
+        elif token_error is not None and sampling is None:
+            by_log_probs = lambda log_probs: ops.sampling_loss(log_probs, sample.masked_idx, token_error())  # noqa: E731
+            errors = token_error
+        else:
+            raise TypeError("total takes either sampling or token_error, and got neither or both.")
+        if self.training and sample.difficulty is not None:
+            loss = ranking_loss(sample, errors())
+        elif self.training and sample.log_probs is not None:
+            loss = by_log_probs(sample.log_probs)
+        else:
             self.remember(sample, reconstruction)
             return reconstruction
-        if sample.difficulty is not None:
-            error = token_error() if sampling is None else errors_by_gradient(sampling, sample)  # type: ignore[misc]
-            loss = ranking_loss(sample, error)
-        elif sampling is None:
-            loss = ops.sampling_loss(sample.log_probs, sample.masked_idx, token_error())  # type: ignore[arg-type, misc]
-        else:
-            loss = sampling(sample.log_probs)  # type: ignore[arg-type]
         self.remember(sample, reconstruction, loss)
         return reconstruction + self.sampling_weight * loss
 
@@ -357,24 +363,6 @@ class AdaptiveHost(Patched):
         plain = MaskSample(*(None if each is None else each.detach() for each in sample))  # type: ignore[arg-type]
         losses = (None if each is None else each.detach() for each in (reconstruction, sampling))
         self.last_step = LastStep(plain, *losses)
-
-
-def errors_by_gradient(sampling: Callable[[Tensor], Tensor], sample: MaskSample) -> Tensor:
-    """The errors of the masked tokens [B, M], up to a factor that the ranking loss does not need.
-
-    L_S is minus the mean of log p_i e_i, so e_i is minus its derivative by log p_i.
-
-    Args:
-        sampling: log-probabilities [B, N] -> L_S.
-        sample: the mask.
-    """
-    log_probs = torch.full(sample.mask.shape, -1.0, device=sample.mask.device)
-    if torch.compiler.is_compiling():  # torch.func.grad compiles; in eager mode it does not take the package's kernels
-        gradient = torch.func.grad(sampling)(log_probs)
-    else:
-        with torch.enable_grad():
-            (gradient,) = torch.autograd.grad(sampling(log_probs.requires_grad_()), log_probs)
-    return -gradient.gather(1, sample.masked_idx)
 
 
 def default_ratio(model: nn.Module) -> float | None:

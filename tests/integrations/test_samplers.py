@@ -13,9 +13,9 @@ from adamae_sampler import (
     patch,
     ranking_loss,
 )
-from adamae_sampler.integrations.host import errors_by_gradient
 from adamae_sampler.integrations.indexed_mask import SUPPORTED
 from adamae_sampler.integrations.patching import find_host
+from adamae_sampler.integrations.token_errors import errors_by_gradient
 
 # The short form takes the Hugging Face host and the one whose loss is a weighted mean; -m "" takes all.
 SHORT = ("hf_videomae", "mae", "mae_st")
@@ -45,7 +45,7 @@ def samplers(model):
 @each_host
 def test_a_step_with_each_sampler(case):
     for sampler in samplers(case.make()):
-        model = patch(case.make().train(), sampler=sampler, sampling_weight=None)
+        model = patch(case.make().train(), sampler=sampler)
         x = case.inputs()
         loss = case.loss(model(x), x)
         loss.backward()
@@ -128,5 +128,8 @@ def test_errors_are_minus_the_gradient_of_the_sampling_loss():
 def test_total_takes_errors_or_a_sampling_loss():
     model = patch(CASES[0].make().train())
     for given in ({}, {"sampling": torch.sum, "token_error": torch.zeros}):
-        with pytest.raises(TypeError, match="either sampling or token_error, and got neither or both"):
+        with (
+            pytest.raises(TypeError, match="either sampling or token_error, and got neither or both"),
+            model.masking(CASES[0].inputs(), None),
+        ):
             model.total(torch.zeros(()), **given)
