@@ -102,6 +102,8 @@ def test_several_masks_share_the_hard_tokens():
     assert sample.mask.gather(1, hardest).all()
     assert not torch.equal(sample.mask[0], sample.mask[1])
     assert torch.equal(sampler(tokens, mask=sample).difficulty, sample.difficulty)
+    other = AdaptiveTokenSampler(4, GRID, 0.5, network=FirstFeature(), num_masks=3)
+    assert other(tokens, mask=sample).difficulty is None  # another sampler's mask leaves no loss to rank
 
 
 def test_predictions_that_are_not_finite_are_counted():

@@ -39,7 +39,7 @@ class GridTokenSampler(TokenSampler):
     def draw(self, tokens: Tensor, generator: torch.Generator | None) -> MaskSample:
         """Draws an offset for each mask, then K tokens of its lattice."""
         rows, device = tokens.shape[0] * self.num_masks, tokens.device
-        uniform = torch.rand(rows, 3, device=device, generator=generator)
+        uniform = torch.rand(rows, 3, dtype=torch.float32, device=device, generator=generator)
         on_lattice = torch.ones(rows, 1, 1, 1, dtype=torch.bool, device=device)  # grows to [rows, T, H, W]
         for axis, (side, cell) in enumerate(zip(self.grid_size, self.cell, strict=True)):
             offset = (uniform[:, axis, None] * cell).long()  # [rows, 1]
