@@ -133,10 +133,10 @@ def ranking_loss(sample: MaskSample, error: Tensor) -> Tensor:
         return (predicted * 0).sum()  # no pair
     shift = torch.randint(1, count, (_SHIFTS, 1), device=error.device)
     other = (torch.arange(count, device=error.device) + shift) % count  # [shifts, M]
-    sign = torch.sign(error[:, None] - error[:, other])  # [B, shifts, M]
-    loss = F.softplus(-sign * (predicted[:, None] - predicted[:, other]))
-    known = ~sign.isnan()
-    return torch.where(known & (sign != 0), loss, 0).sum() / known.sum()
+    harder = error[:, None] - error[:, other]  # [B, shifts, M]
+    loss = F.softplus(-harder.sign() * (predicted[:, None] - predicted[:, other]))
+    unequal, known = harder.abs() > 0, ~harder.isnan()  # a NaN is neither
+    return torch.where(unequal, loss, 0).sum() / known.sum()
 
 
 _SHIFTS = 16

@@ -1,4 +1,4 @@
-"""Pre-trains a video masked autoencoder with adaptive, random, tube or frame masking.
+"""Pre-trains a video masked autoencoder with adaptive masking, or with another of `--masking`.
 
     python examples/pretrain.py                                       a small model on the bundled video
     python examples/pretrain.py --data sprites --masking random       generated clips, another masking
@@ -21,7 +21,7 @@ import torch
 from timm.optim import param_groups_weight_decay
 from torch import Tensor
 
-from adamae_sampler import AdaMAELoss
+from adamae_sampler import AdaMAELoss, HardTokenSampler
 from adamae_sampler.models import AdaMAE
 from adamae_sampler.visualize import overview
 from common.devices import make_accelerator
@@ -72,6 +72,10 @@ def train(job: PretrainJob) -> None:
     criterion = AdaMAELoss(**recipe.loss_args())
     flops = forward_flops(model, 1, 3, recipe.num_frames, *recipe.img_size)
     loop = TrainingLoop(job, optimizer, better=("reconstruction", -1))
+    if isinstance(model.sampler, HardTokenSampler):  # its ramp lasts the whole run, also on another number of devices
+        done = job.resumed.state["step"] if job.resumed else 0
+        calls = job.schedule.accumulation  # of each step
+        model.sampler.share.set(done * calls, job.schedule.steps * calls)
     metrics = PretrainMetrics(model.sampler.num_tokens, accelerator.device)
 
     # The path of a clip: VideoClips.clips -> ClipStream -> clip_loader (video_data/clips.py) -> TrainingLoop.run ->

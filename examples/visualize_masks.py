@@ -22,6 +22,7 @@ from torch import Tensor
 from adamae_sampler import AdaMAELoss, MaskSample
 from adamae_sampler.mask import check_mask_ratio
 from adamae_sampler.models import AdaMAE, load_checkpoint
+from adamae_sampler.sampler import MASKINGS, Masking, MotionTokenSampler, ScoredTokenSampler, settings_of
 from adamae_sampler.visualize import animation, mask_overview, overview, save_animation
 from common.command_line import checkpoint_of, parse_settings
 from common.devices import autocast, make_accelerator
@@ -53,7 +54,7 @@ class Options(EncoderSettings):
     """Number of blocks of the decoder; None keeps the model's own."""
     decoder_num_heads: int | None = None
     """Number of attention heads of the decoder; None keeps the model's own."""
-    masking: Literal["adaptive", "random", "tube", "frame"] = "adaptive"
+    masking: Masking = "adaptive"
     """Rule that chooses the visible tokens."""
     score_network: Literal["mha", "mlp", "pooled"] = "mha"
     """The sampler's network. Needed for weights whose file does not state it."""
@@ -119,6 +120,8 @@ def run(options: Options) -> None:
         with autocast(accelerator):
             prediction, sample = model(video, generator=generator)
         out = criterion(prediction, video, sample)
+        if isinstance(model.sampler, MotionTokenSampler):  # its p is shown, and trained by no loss
+            sample = sample._replace(log_probs=model.sampler.log_probs(model.sampler_tokens(video), video))
         name = f"{100 * ratio:g}"
         samples[f"{name}% masked"] = sample
         figure = overview(video, prediction, sample, out.token_error, **shown)
@@ -147,14 +150,16 @@ def read_clip(options: Options) -> Tensor:
 def build(options: Options, ratio: float, report: bool) -> AdaMAE:
     """The model at a mask ratio, with its weights."""
     decoder = {name: getattr(options, name) for name in DECODER_SIZES}
-    settings = SAMPLER_SETTINGS if options.masking == "adaptive" else ("sample_from",)
+    settings = ("sample_from", *settings_of(options.masking))
     sampler = {name: getattr(options, name) for name in settings}
     masking: dict[str, Any] = {"masking": options.masking, "mask_ratio": ratio, **sampler}
     model: AdaMAE = create_model(options.model, AUTOENCODERS, **options.sizes(), **decoder, **masking)
     found = load_checkpoint(model, options.checkpoint)
     if any(name.startswith("sampler.") for name in found.missing):
+        fixed = [name for name, kind in MASKINGS.items() if not issubclass(kind, ScoredTokenSampler)]
         raise ValueError(
-            f"{options.checkpoint} has no sampler, so there is no p to show; choose --masking random, tube or frame."
+            f"{options.checkpoint} has no sampler for --masking {options.masking}; choose --masking "
+            f"{', '.join(fixed[:-1])} or {fixed[-1]}."
         )
     if report:
         print(f"{options.checkpoint}: {found}")

@@ -3,6 +3,7 @@
     patching.py       patch, unpatch, and the table of hosts
     checks.py         checks of a model before it is patched
     host.py           the base of all hosts
+    token_errors.py   the errors of single tokens, for hosts that compute their mean alone
     indexed_mask.py   boolean masks that index without waiting for the device
     huggingface.py    the base of the Hugging Face hosts
     other files       one host each

@@ -12,7 +12,6 @@ from adamae_sampler.integrations.huggingface import HuggingFaceHost, image_grid,
 from adamae_sampler.integrations.indexed_mask import indexed_mask
 from adamae_sampler.losses import reconstruction_error
 from adamae_sampler.mask import MaskSample
-from adamae_sampler.ops import sampling_loss
 
 
 class AdaptiveHFVideoMAE(HuggingFaceHost):
@@ -54,20 +53,22 @@ class AdaptiveHFVideoMAE(HuggingFaceHost):
         with self.masking(pixel_values, one_of(bool_masked_pos, mask)) as sample:
             output = super().forward(pixel_values, indexed_mask(sample), return_dict=True, **kwargs)
 
-            def sampling(log_probs: Tensor) -> Tensor:
-                return sampling_loss(
-                    log_probs, sample.masked_idx, self.token_error(output.logits, pixel_values, sample)
-                )
+            def token_error() -> Tensor:
+                return self.token_error(output.logits, pixel_values, sample)
 
-            output.loss = self.total(output.loss, sampling)
+            output.loss = self.total(output.loss, token_error=token_error)
         return self.finish(output, return_dict)
+
+    def as_video(self, inputs: Tensor) -> Tensor:
+        """[B, T, C, H, W] -> [B, C, T, H, W]."""
+        return inputs.transpose(1, 2)
 
     def token_error(self, prediction: Tensor, pixel_values: Tensor, sample: MaskSample) -> Tensor:
         """The errors [B, M] against the host's target, which undoes ImageNet's normalisation of RGB video."""
         rgb = self.config.num_channels == 3
         return reconstruction_error(
             prediction.detach(),
-            pixel_values.transpose(1, 2),
+            self.as_video(pixel_values),
             sample,
             normalize=self.config.norm_pix_loss,
             patch_size=self.config.patch_size,

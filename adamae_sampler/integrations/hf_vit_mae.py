@@ -10,7 +10,6 @@ from adamae_sampler.integrations.host import CachedTokenizer, HostInterfaceError
 from adamae_sampler.integrations.huggingface import HuggingFaceHost, image_grid, one_of
 from adamae_sampler.integrations.mae import visible_first
 from adamae_sampler.mask import MaskSample
-from adamae_sampler.ops import sampling_loss
 
 
 class GivenMask(PatchedSubmodule):
@@ -78,11 +77,11 @@ class AdaptiveHFViTMAE(HuggingFaceHost):
         with self.masking(pixel_values, one_of(mask, bool_masked_pos)) as sample:
             output = super().forward(pixel_values, return_dict=True, **kwargs)
 
-            def sampling(log_probs: Tensor) -> Tensor:
+            def token_error() -> Tensor:
                 error = self.token_error(output.logits.detach(), pixel_values, interpolate_pos_encoding)
-                return sampling_loss(log_probs, sample.masked_idx, error.gather(1, sample.masked_idx))
+                return error.gather(1, sample.masked_idx)
 
-            output.loss = self.total(output.loss, sampling)
+            output.loss = self.total(output.loss, token_error=token_error)
         return self.finish(output, return_dict)
 
     def token_error(self, prediction: Tensor, pixel_values: Tensor, interpolate_pos_encoding: bool) -> Tensor:

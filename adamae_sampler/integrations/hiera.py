@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from adamae_sampler.integrations.host import AdaptiveHost, HostShape, PatchedSubmodule, default_ratio
 from adamae_sampler.mask import MaskSample
-from adamae_sampler.ops import sampling_loss
 
 
 class AdaptiveHiera(AdaptiveHost):
@@ -56,11 +55,10 @@ class AdaptiveHiera(AdaptiveHost):
         with self.masking(x, self._hidden(mask) if isinstance(mask, Tensor) else mask) as sample:
             loss, pred, label, kept = super().forward(x, self.sampler.mask_ratio, ~sample.mask, **more)
 
-            def sampling(log_probs: Tensor) -> Tensor:
-                error = (pred.detach() - label).square().mean(dim=-1)
-                return sampling_loss(log_probs, sample.masked_idx, self.unit_error(error, sample))
+            def token_error() -> Tensor:
+                return self.unit_error((pred.detach() - label).square().mean(dim=-1), sample)
 
-            return self.total(loss, sampling), pred, label, kept
+            return self.total(loss, token_error=token_error), pred, label, kept
 
     def _hidden(self, kept: Tensor) -> MaskSample:
         try:

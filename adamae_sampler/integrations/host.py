@@ -10,12 +10,16 @@ import inspect
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, ClassVar, NamedTuple, cast
 from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
 
+from adamae_sampler import ops
+from adamae_sampler.integrations.token_errors import errors_by_gradient
+from adamae_sampler.losses import ranking_loss
 from adamae_sampler.mask import MaskSample
 from adamae_sampler.sampler import GridSize, TokenSampler
 
@@ -44,8 +48,8 @@ class LastStep(NamedTuple):
     Attributes:
         sample: the mask.
         reconstruction: scalar, the host's own loss; None if the training engine computes the loss.
-        sampling: scalar, L_S before its weight; None in evaluation, for masks without a distribution, and if the
-            training engine computes the loss.
+        sampling: scalar, L_S or the ranking loss before its weight; None in evaluation, for samplers that learn
+            nothing, and if the training engine computes the loss.
     """
 
     sample: MaskSample
@@ -185,7 +189,18 @@ class AdaptiveHost(Patched):
 
     def draw_mask(self, video: Tensor, generator: torch.Generator | None = None) -> MaskSample:
         """A mask for the host's input. For evaluation draw it once, then pass it to every forward."""
-        return self.sampler(self.scored(self.tokenize(video)), generator=generator)
+        return self.sampled(video, self.tokenize(video), generator=generator)
+
+    def as_video(self, inputs: Tensor) -> Tensor:
+        """The host's input -> its pixels [B, C, T, H, W], for samplers that look at them. Images have T = 1."""
+        return inputs[:, :, None] if inputs.dim() == 4 else inputs
+
+    def sampled(self, inputs: Tensor, tokens: Tensor, **how: Any) -> MaskSample:
+        """The sampler's result for the host's input and the tokens of its tokenizer, in training and in evaluation."""
+        if self.sampler.uses_video:
+            how["video"] = self.as_video(inputs)
+        sample: MaskSample = self.sampler(self.scored(tokens), **how)
+        return sample
 
     def install(self, sampler: TokenSampler, sampling_weight: float, settings: Mapping[str, Any] | None = None) -> None:
         """Adds the sampler and patches the submodules. The class of the model is exchanged already.
@@ -247,8 +262,7 @@ class AdaptiveHost(Patched):
             tokens = self.tokenize(video)
             for each in tokenizers:
                 each._keep = False
-            sample: MaskSample = self.sampler(self.scored(tokens), mask=mask)
-            self._sample = sample
+            sample = self._sample = self.sampled(video, tokens, mask=mask)
             for module in submodules:
                 module._sample = sample
             self.remember(sample)
@@ -303,18 +317,42 @@ class AdaptiveHost(Patched):
                 f"Leave the ratio out of the call, or patch(model, mask_ratio={mask_ratio}) before training."
             )
 
-    def total(self, reconstruction: Tensor, sampling: Callable[[Tensor], Tensor]) -> Tensor:
-        """The host's loss. In training the sampling loss is added, unless the mask has no distribution.
+    def total(
+        self,
+        reconstruction: Tensor,
+        sampling: Callable[[Tensor], Tensor] | None = None,
+        *,
+        token_error: Callable[[], Tensor] | None = None,
+    ) -> Tensor:
+        """The host's loss. In training the loss of the sampler is added, if the sampler learns.
+
+        That is the sampling loss for a mask with log-probabilities, and `ranking_loss` for one with difficulties.
 
         Args:
             reconstruction: scalar, the host's own loss.
-            sampling: log-probabilities [B, N] -> L_S.
+            sampling: log-probabilities [B, N] -> L_S, for hosts that give no errors of single tokens.
+            token_error: () -> the errors of the masked tokens [B, M], without a gradient; instead of `sampling`.
+
+        Raises:
+            TypeError: neither `sampling` nor `token_error` is given, or both are.
         """
         sample = self.current
-        if sample.log_probs is None or not self.training:
+        by_log_probs: Callable[[Tensor], Tensor]
+        errors: Callable[[], Tensor]
+        if sampling is not None and token_error is None:
+            by_log_probs, errors = sampling, partial(errors_by_gradient, sampling, sample)
+        elif token_error is not None and sampling is None:
+            by_log_probs = lambda log_probs: ops.sampling_loss(log_probs, sample.masked_idx, token_error())  # noqa: E731
+            errors = token_error
+        else:
+            raise TypeError("total takes either sampling or token_error, and got neither or both.")
+        if self.training and sample.difficulty is not None:
+            loss = ranking_loss(sample, errors())
+        elif self.training and sample.log_probs is not None:
+            loss = by_log_probs(sample.log_probs)
+        else:
             self.remember(sample, reconstruction)
             return reconstruction
-        loss = sampling(sample.log_probs)
         self.remember(sample, reconstruction, loss)
         return reconstruction + self.sampling_weight * loss
 

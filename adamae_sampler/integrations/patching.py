@@ -53,8 +53,7 @@ def patch(
         model: one of the hosts in adamae_sampler/integrations/README.md, or a subclass of one.
         mask_ratio: share of tokens to mask; if None the host's own, or 0.95 if it has none.
         network: the score network, see `AdaptiveTokenSampler`; "mha" if None.
-        sampler: a sampler of your own (random, tube, frame, or adaptive with other settings), instead of `mask_ratio`
-            and `network`.
+        sampler: any sampler of the package, or one of your own, instead of `mask_ratio` and `network`.
         sampling_weight: weight of the sampling loss, 1e-4 if None.
         host: a key of `adamae_sampler.integrations.HOSTS`, for a fork that renamed the host's class.
 

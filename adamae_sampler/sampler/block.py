@@ -14,6 +14,7 @@ from adamae_sampler.sampler.draws import draw_classes
 
 _SIMULATIONS = 200
 _MOST_BLOCKS = 1000
+_ROUNDING = 1e-9  # above the floating-point error of a share of a side
 
 
 class BlockTokenSampler(TokenSampler):
@@ -61,15 +62,18 @@ class BlockTokenSampler(TokenSampler):
         self.scale = scale
         self.aspect_ratio = (aspect_ratio[0], aspect_ratio[1])
         self.temporal_scale = temporal_scale
-        self.duration = max(1, int(self.grid_size[0] * temporal_scale))  # time steps of a block
-        self.area = max(1, int(self.grid_size[1] * self.grid_size[2] * scale))  # positions in a frame, about
+        self.duration = max(1, int(self.grid_size[0] * temporal_scale + _ROUNDING))  # time steps of a block
+        self.area = max(
+            1, int(self.grid_size[1] * self.grid_size[2] * scale + _ROUNDING)
+        )  # positions in a frame, about
         self.num_blocks = self._enough_blocks()
 
     def draw(self, tokens: Tensor, generator: torch.Generator | None) -> MaskSample:
         """Numbers each token by the first block that covers it, and masks the M smallest numbers."""
         rows, device = tokens.shape[0] * self.num_masks, tokens.device
         time, height, width = self.grid_size
-        aspect, *places = torch.rand(4, rows, self.num_blocks, device=device, generator=generator).unbind()
+        uniform = torch.rand(4, rows, self.num_blocks, dtype=torch.float32, device=device, generator=generator)
+        aspect, *places = uniform.unbind()
         low, high = self.aspect_ratio
         aspect = low + (high - low) * aspect
         lengths = (

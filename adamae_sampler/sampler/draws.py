@@ -11,7 +11,6 @@ from adamae_sampler.ops import draw_mask
 # Scores this far apart are classes: every token of a higher class is shown before any token of a lower one. The noise
 # of `draw_mask` lies within [-2.9, 16.7]. With 2^12 classes all scores stay in the range where fp32 resolves the noise.
 CLASS_GAP = 32.0
-MOST_CLASSES = 2**12
 
 
 def draw_decoded(sample: MaskSample, num_decoded: int, generator: torch.Generator | None = None) -> MaskSample:
@@ -37,15 +36,14 @@ def draw_classes(number: Tensor, num_visible: int, generator: torch.Generator | 
     """Shows the K tokens of the highest numbers; tokens of equal numbers are equally likely.
 
     Args:
-        number: [B, N], whole numbers from 0 to below `MOST_CLASSES`.
+        number: [B, N], whole numbers from 0 to below 2^12.
         num_visible: K.
         generator: source of randomness.
 
     Returns:
         A sample without log-probabilities, since there is no p to learn.
     """
-    drawn = draw_mask(number * CLASS_GAP, num_visible, generator=generator)
-    return MaskSample(drawn.visible_idx, drawn.masked_idx, drawn.mask)
+    return _drawn(number * CLASS_GAP, num_visible, generator)
 
 
 def draw_uniform(
@@ -60,8 +58,13 @@ def draw_uniform(
         num_visible: K, units to show.
         generator: source of randomness.
     """
-    zeros = torch.zeros(tokens.shape[0] * num_masks, num_units, device=tokens.device)
-    return draw_classes(zeros, num_visible, generator)
+    even = torch.zeros(tokens.shape[0] * num_masks, num_units, device=tokens.device)
+    return _drawn(even, num_visible, generator)
+
+
+def _drawn(scores: Tensor, num_visible: int, generator: torch.Generator | None) -> MaskSample:
+    drawn = draw_mask(scores, num_visible, generator=generator)
+    return MaskSample(drawn.visible_idx, drawn.masked_idx, drawn.mask)
 
 
 def repeat_rows(x: Tensor, times: int) -> Tensor:

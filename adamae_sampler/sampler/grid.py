@@ -39,7 +39,7 @@ class GridTokenSampler(TokenSampler):
     def draw(self, tokens: Tensor, generator: torch.Generator | None) -> MaskSample:
         """Draws an offset for each mask, then K tokens of its lattice."""
         rows, device = tokens.shape[0] * self.num_masks, tokens.device
-        uniform = torch.rand(rows, 3, device=device, generator=generator)
+        uniform = torch.rand(rows, 3, dtype=torch.float32, device=device, generator=generator)
         on_lattice = torch.ones(rows, 1, 1, 1, dtype=torch.bool, device=device)  # grows to [rows, T, H, W]
         for axis, (side, cell) in enumerate(zip(self.grid_size, self.cell, strict=True)):
             offset = (uniform[:, axis, None] * cell).long()  # [rows, 1]
@@ -53,11 +53,14 @@ class GridTokenSampler(TokenSampler):
 
 
 def lattice_cell(grid_size: GridSize, num_visible: int) -> GridSize:
-    """The cell of the smallest lattice that has `num_visible` tokens at every offset; of several, the most cubic."""
+    """The cell of the smallest lattice that has `num_visible` tokens at every offset.
+
+    The size of a lattice is that at its worst offset. Of several the cell is the most cubic, and of these the largest.
+    """
     cells = itertools.product(*(range(1, side + 1) for side in grid_size))
     smallest = {  # tokens of a lattice at the worst offset, by cell
         (t, h, w): math.prod(side // length for side, length in zip(grid_size, (t, h, w), strict=True))
         for t, h, w in cells
     }
     enough = [cell for cell, count in smallest.items() if count >= num_visible]
-    return min(enough, key=lambda cell: (smallest[cell], max(cell) - min(cell), cell))
+    return min(enough, key=lambda cell: (smallest[cell], max(cell) - min(cell), -math.prod(cell), cell))

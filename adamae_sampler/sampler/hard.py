@@ -17,8 +17,8 @@ class HardTokenSampler(ScoredTokenSampler):
     """Hides the tokens with the largest predicted error, and random others. The hard share grows over training.
 
     The idea is that of Hard Patches Mining (Wang et al., CVPR 2023; github.com/Haochen-Wang409/HPM). There a decoder
-    predicts the errors, and a momentum teacher chooses the mask. Here a score network predicts them from the tokens,
-    without a teacher. `ranking_loss` trains the network, and the tokens get no gradient from it.
+    predicts the errors, and a momentum teacher chooses the mask. Here a score network predicts the errors from the
+    tokens, without a teacher. `ranking_loss` trains the network, and the tokens get no gradient from it.
 
     share(t) rises in a straight line from 0 to `hard_share`. The floor(share M) tokens with the largest predictions are
     masked for certain. The rest of the M masked tokens is drawn uniformly from the other tokens.

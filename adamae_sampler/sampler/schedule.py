@@ -46,6 +46,11 @@ class Ramp(nn.Module):
             self.step.add_(1)
         return self.start + (self.end - self.start) * done
 
+    def set(self, step: int, num_steps: int) -> None:
+        """Sets how many calls are done, and how many there are from start to end."""
+        self.step.fill_(step)
+        self.num_steps.fill_(num_steps)
+
     def extra_repr(self) -> str:
         """For print(model)."""
         return f"start={self.start}, end={self.end}"

@@ -33,7 +33,8 @@ def step_groups(quick: bool) -> list[list[StepCase]]:
     pair = [replace(step, implementation=OFFICIAL), step]
     if quick:
         return [pair]
-    others = [replace(step, masking="random"), replace(step, masking="tube", mask_ratio=0.9)]
+    others = [replace(step, masking=name) for name in ("random", "block", "grid", "motion", "hard")]
+    others.append(replace(step, masking="tube", mask_ratio=0.9))
     bf16 = [replace(case, dtype=torch.bfloat16) for case in pair]
     return [[replace(step, implementation=PRODUCTS), *pair, *others], bf16]
 

@@ -98,8 +98,9 @@ class DeviceMetrics:
 class PretrainMetrics(DeviceMetrics):
     """Metrics of pre-training: both losses, entropy and coverage.
 
-    `entropy` is that of p in nats; a uniform p has log N. `coverage` is the share of the N token positions that were
-    visible at least once.
+    `sampling` is the loss of the sampler: the sampling loss, or the ranking loss of hard masking. `entropy` is that of
+    a learned p in nats; a uniform p has log N. `coverage` is the share of the N token positions that were visible at
+    least once.
 
     Args:
         num_tokens: N.
@@ -109,7 +110,7 @@ class PretrainMetrics(DeviceMetrics):
     def __init__(self, num_tokens: int, device: torch.device) -> None:
         super().__init__(device)
         self.seen = torch.zeros(num_tokens, device=device)
-        self.adaptive = True
+        self.learned = self.has_p = True
 
     @torch.no_grad()
     def add_forward(self, out: LossOutput, sample: MaskSample) -> None:
@@ -117,19 +118,21 @@ class PretrainMetrics(DeviceMetrics):
         self.mean("loss", out.loss)
         self.add_loss("reconstruction", out.reconstruction)
         self.add_loss("sampling", out.sampling)
-        if sample.log_probs is not None and sample.num_nonfinite is not None:
-            self.mean("entropy", torch.special.entr(sample.log_probs.exp()).sum(1).mean())
+        if sample.num_nonfinite is not None:
             self.count("nonfinite_scores", sample.num_nonfinite.sum())
-        else:
-            self.adaptive = False
+        self.has_p = sample.log_probs is not None
+        self.learned = self.has_p or sample.difficulty is not None
+        if sample.log_probs is not None:
+            self.mean("entropy", torch.special.entr(sample.log_probs.exp()).sum(1).mean())
         self.seen += (~sample.mask).sum(0)
 
     def read(self, accelerator: Accelerator) -> dict[str, float | None]:
-        """As `DeviceMetrics.read`, with `coverage`. Without adaptive masking `sampling` and `entropy` are None."""
+        """As `DeviceMetrics.read`, with `coverage`. `sampling` is None if nothing is learned, `entropy` if no p is."""
         seen: Tensor = accelerator.reduce(self.seen, "sum")
         values = super().read(accelerator)
-        if not self.adaptive:
-            values |= {"sampling": None, "entropy": None, "nonfinite_scores": 0}
+        values.setdefault("nonfinite_scores", 0)
+        values |= {} if self.learned else {"sampling": None}
+        values |= {} if self.has_p else {"entropy": None}
         values["coverage"] = float((seen > 0).float().mean())
         self.seen.zero_()
         return values

@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Literal
 
 from adamae_sampler.losses import Estimator
 from adamae_sampler.models import PRESETS
+from adamae_sampler.sampler import Masking, settings_of
 from common.settings import DECODER_SIZES
 from training.recipe import Recipe
 
@@ -30,12 +31,13 @@ class PretrainRecipe(Recipe):
 
     model: str = "pretrain_adamae_vit_base_patch16_224"
     """Name of the model in timm's registry."""
-    masking: Literal["adaptive", "random", "tube", "frame"] = "adaptive"
+    masking: Masking = "adaptive"
     """Rule that chooses the visible tokens."""
     mask_ratio: float = 0.95
     """Share of the tokens that is masked."""
     score_network: Literal["mha", "mlp", "pooled"] = "mha"
-    """The sampler's network. 'mha' is the paper's. 'pooled' attends to cells of tokens, which costs far less."""
+    """The network of adaptive and hard masking. 'mha' is the paper's. 'pooled' attends to cells of tokens, which costs
+    far less."""
     sample_from: Literal["tokens", "pixels"] = "tokens"
     """Input of the sampler. 'tokens': the embedded tokens. 'pixels': patches shrunk to 4 x 4 pixels; the model then
     embeds only the visible tokens."""
@@ -69,7 +71,7 @@ class PretrainRecipe(Recipe):
     loss: Literal["mse", "l1"] = "mse"
     """Reconstruction error."""
     sampling_weight: float = 1e-4
-    """Weight of the sampling loss."""
+    """Weight of the sampling loss; with hard masking, of the ranking loss."""
 
     epochs: float = 800
     """Epochs of training."""
@@ -97,7 +99,7 @@ class PretrainRecipe(Recipe):
     def check_shortcuts(self) -> None:
         """Raises ValueError if --fast is on and a setting contradicts it, or the masking has no score network."""
         super().check_shortcuts()
-        if self.fast and self.masking != "adaptive":
+        if self.fast and "score_network" not in settings_of(self.masking):
             raise ValueError(
                 f"--fast sets a score network, and --masking {self.masking} has none; leave one of them out."
             )

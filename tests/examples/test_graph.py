@@ -65,7 +65,15 @@ def recorded(monkeypatch):
     monkeypatch.setattr(Schedule, "lr_at", lambda self, step: float(torch.tensor(rate(self, step))))
 
 
-@pytest.mark.parametrize("options", [[], ["--effective-batch", 8, "--score-network", "pooled", "--num-masks", 2]])
+@pytest.mark.parametrize(
+    "options",
+    [
+        [],
+        ["--effective-batch", 8, "--score-network", "pooled", "--num-masks", 2],
+        ["--masking", "hard", "--score-network", "pooled"],
+        ["--masking", "motion"],
+    ],
+)
 def test_replayed_steps_train_as_usual_ones(recorded, tmp_path, options):
     """Bit for bit, in weights and metrics. Each step has its own mask, dropout and learning rate."""
     for name, graph in (("usual", []), ("graph", ["--graph"])):

@@ -28,6 +28,7 @@ from scripts import (
 )
 
 from common.devices import make_accelerator
+from training.checkpoints import Checkpoints
 
 LAUNCH = EXAMPLES / "launch"
 # Accelerate shards on GPUs only. With its distributed type set by hand, CPU processes shard over gloo.
@@ -133,6 +134,24 @@ COUNTED = """
 import atexit
 atexit.register(lambda: print("compiled graphs:", torch._dynamo.utils.counters["stats"]["unique_graphs"]))
 """
+
+
+@pytest.mark.slow
+def test_the_ramp_of_hard_masking_goes_on_with_another_number_of_processes(tmp_path):
+    """The ramp counts batches, so a resumed run with fewer batches a step counts in its own."""
+    in_parts("fsdp2", tmp_path, "--masking", "hard", "--score-network", "pooled", patch="patched = forward")
+    folder = tmp_path / "run"
+    assert ramp_of(newest_checkpoint(folder)) == {"step": 16, "num_steps": 16}
+    Checkpoints(folder / "checkpoints").begin(4)
+    assert ramp_of(newest_checkpoint(folder)) == {"step": 8, "num_steps": 16}
+    run_here(pretrain.main, "--resume", "auto", "--batch-size", 8, "--output", folder)
+    assert ramp_of(newest_checkpoint(folder)) == ramp_of(folder / "model.safetensors") == {"step": 8, "num_steps": 8}
+    assert all(line["sampling"] > 0 for line in metrics(folder))
+
+
+def ramp_of(file):
+    state = safetensors.torch.load_file(file)
+    return {name.rpartition(".")[2]: int(each) for name, each in state.items() if "sampler.share." in name}
 
 
 @pytest.mark.parametrize(("config", "compiled"), [("fsdp2", "blocks"), ("deepspeed_zero2", None)])

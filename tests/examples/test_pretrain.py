@@ -13,6 +13,7 @@ from scripts import EXAMPLES, TINY_PRETRAIN, metrics, refused, run_here, run_scr
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from adamae_sampler.models import load_checkpoint
+from training.checkpoints import Checkpoints
 
 pretrain = partial(run_script, "pretrain.py")
 pretrain_here = partial(run_here, pretrain_script.main)
@@ -69,12 +70,33 @@ def test_weights_of_a_run_load(run_of_three):
     assert all(torch.equal(state[f"/model/{name}"], each) for name, each in model.state_dict().items())
 
 
-@pytest.mark.parametrize("masking", ["random", "tube", "frame"])
+@pytest.mark.parametrize("masking", ["random", "tube", "frame", "block", "grid", "motion"])
 def test_fixed_maskings_run_by_the_same_recipe(masking, tmp_path):
     pretrain_here(*TINY_PRETRAIN, "--steps", 2, "--data", "sprites", "--masking", masking, "--output", tmp_path)
     for line in metrics(tmp_path):
         assert line["sampling"] is line["entropy"] is None
         assert line["loss"] == line["reconstruction"]
+
+
+def test_the_ramp_of_hard_masking_lasts_the_whole_run(tmp_path):
+    """Also in a run that goes on, and with several batches a step."""
+    common = [*TINY_PRETRAIN, "--data", "sprites", "--masking", "hard", "--score-network", "pooled", "--save-every", 2]
+    pretrain_here(*common, "--steps", 4, "--effective-batch", 8, "--output", tmp_path)
+    for line in metrics(tmp_path):
+        assert line["entropy"] is None
+        assert line["nonfinite_scores"] == 0
+        assert line["loss"] == pytest.approx(line["reconstruction"] + 1e-4 * line["sampling"], rel=1e-4)
+        assert line["sampling"] > 0
+    for file, done in ("checkpoints/step_00000002.safetensors", 4), ("model.safetensors", 8):
+        state = safetensors.torch.load_file(tmp_path / file)
+        ramp = {name.rpartition(".")[2]: int(each) for name, each in state.items() if "sampler.share." in name}
+        assert ramp == {"step": done, "num_steps": 8}
+    last = metrics(tmp_path)[-2:]
+    Checkpoints(tmp_path / "checkpoints").begin(2)
+    pretrain_here("--resume", "auto", "--output", tmp_path)
+    assert [line["sampling"] for line in metrics(tmp_path)[-2:]] == [line["sampling"] for line in last]
+    again = safetensors.torch.load_file(tmp_path / "model.safetensors")
+    assert all(torch.equal(each, again[name]) for name, each in state.items())
 
 
 def test_a_trace_of_three_steps(tmp_path):
@@ -127,7 +149,7 @@ def test_dry_run_prints_the_recipe_and_writes_nothing(tmp_path):
         (["--num-frames", "7"], "tubelet_size=2 does not divide"),
         (["--effective-batch", "7"], "not a multiple of batch_size x devices"),
         (["--resume", "/nowhere/step_00000001.safetensors"], "no such file"),
-        (["--masking", "block"], "block"),
+        (["--masking", "blocks"], "blocks"),
         (["--model", "vit_tiny_patch16_224"], "no model 'vit_tiny_patch16_224'; there are pretrain_adamae_vit_base"),
         (["--clip-grad", "-1"], "clip_grad=-1.0, expected 0 or more"),
         (["--epochs", "3"], "epochs has no effect while steps is 400; add --steps None"),

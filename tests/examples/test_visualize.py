@@ -169,11 +169,24 @@ def test_the_script_knows_model_masking_and_target_from_the_file(video_file, tmp
     assert (tmp_path / "mp4" / "animation_90.mp4").stat().st_size > 1000
 
 
+@pytest.mark.parametrize("masking", ["block", "grid", "motion", "hard"])
+def test_every_masking_has_pictures(masking, tmp_path, monkeypatch):
+    """The row of p is there for motion masks, whose p no loss trains."""
+    save_weights(tiny_model(masking=masking), tmp_path / "model.safetensors", PretrainRecipe(masking=masking))
+    rows = []
+    draw = visualize_masks.overview
+    monkeypatch.setattr(visualize_masks, "overview", lambda *args, **how: rows.append(draw(*args, **how)) or rows[-1])
+    common = ["--checkpoint", str(tmp_path / "model.safetensors"), "--video", "sprites:3:1"]
+    visualize_masks.main([*common, "--mask-ratios", "0.75", "--animate", "none", "--output", str(tmp_path / "a")])
+    assert {path.name for path in Path(tmp_path / "a").iterdir()} == {"overview_75.png", "masks.png"}
+    assert any(row.startswith("p\n") for row in labels_of(rows[0])) == (masking == "motion")
+
+
 def test_sprites_and_a_file_without_a_sampler(tmp_path):
     torch.save(as_videomae(tiny_model().state_dict()), tmp_path / "videomae.pth")
     sizes = [*ENCODER, *DECODER, "--mask-ratios", "0.75"]
     common = ["--checkpoint", str(tmp_path / "videomae.pth"), "--video", "sprites:3:1", *sizes, "--animate", "none"]
-    with pytest.raises(SystemExit, match="has no sampler, so there is no p to show; choose --masking random"):
+    with pytest.raises(SystemExit, match="has no sampler for --masking adaptive; choose --masking random, tube"):
         visualize_masks.main([*common, "--output", str(tmp_path / "a")])
     visualize_masks.main([*common, "--masking", "tube", "--leak-free", "--output", str(tmp_path / "b")])
     assert {path.name for path in Path(tmp_path / "b").iterdir()} == {"overview_75.png", "masks.png"}

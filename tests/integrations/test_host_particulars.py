@@ -185,7 +185,7 @@ def test_the_readmes_new_host_works(monkeypatch):
             return error.mean(), prediction, error
 
     readme = (Path(__file__).parents[2] / "adamae_sampler" / "integrations" / "README.md").read_text()
-    start = readme.index("from adamae_sampler import ops\nfrom adamae_sampler.integrations.host import")
+    start = readme.index("from adamae_sampler.integrations.host import AdaptiveHost, CachedTokenizer")
     space = {"nn": nn}
     exec(readme[start : readme.index("```", start)], space)
     monkeypatch.setitem(HOSTS, "your_mae", space["AdaptiveYourMAE"])

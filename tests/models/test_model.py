@@ -296,7 +296,7 @@ def test_bad_input():
         (ValueError, "7 frames, which tubelet_size=2 does not divide", lambda: tiny_model(num_frames=7)),
         (ValueError, "frames are 30x32, which patches of 8x8 do not divide", lambda: tiny_model(img_size=(30, 32))),
         (ValueError, "3 heads do not divide the width 32", lambda: tiny_model(num_heads=3)),
-        (ValueError, "masking='block', expected 'adaptive'", lambda: tiny_model(masking="block")),
+        (ValueError, "masking='blocks', expected 'adaptive'", lambda: tiny_model(masking="blocks")),
         (ValueError, "strictly between 0 and 1", lambda: tiny_model(mask_ratio=95)),
         (ValueError, "has no weights to download", lambda: timm.create_model("pretrain_adamae_vit_small_patch16_224", pretrained=True)),
     ]  # fmt: skip

@@ -12,6 +12,7 @@ from torch.nn.functional import avg_pool3d
 from adamae_sampler import (
     AdaMAELoss,
     AdaptiveTokenSampler,
+    HardTokenSampler,
     MaskSample,
     RandomTokenSampler,
     ops,
@@ -20,7 +21,6 @@ from adamae_sampler.losses import HeadInputs
 from adamae_sampler.models import PRESETS, AdaMAE
 from adamae_sampler.networks import MHAScoreNetwork, PooledScoreNetwork
 from adamae_sampler.ops import head, patchify
-from adamae_sampler.sampler import MASKINGS, ScoredTokenSampler
 
 GRID = (4, 4, 4)
 FAST = PRESETS["fast"]
@@ -62,25 +62,6 @@ def test_several_masks_of_a_clip_train_as_copies_of_the_clip_do(options):
         torch.testing.assert_close(getattr(out, name), getattr(again, name))
     for name, gradient in gradients.items():
         torch.testing.assert_close(gradient, wanted[name], rtol=1e-4, atol=1e-7, msg=name)
-
-
-@pytest.mark.parametrize("kind", MASKINGS.values())
-def test_every_sampler_draws_several_masks(kind):
-    first = (8,) if issubclass(kind, ScoredTokenSampler) else ()
-    sampler = kind(*first, GRID, 0.75, num_masks=4)
-    sample = sampler(torch.randn(3, 64, 8))
-    assert sample.visible_idx.shape == (12, sampler.num_visible)
-    assert len({tuple(row.tolist()) for row in sample.visible_idx}) >= 3
-    assert "num_masks=4" in repr(sampler)
-    given = sampler(torch.randn(3, 64, 8), mask=sample.mask)
-    assert torch.equal(given.visible_idx, sample.visible_idx)
-    assert (given.log_probs is None) == (kind is not AdaptiveTokenSampler)
-    with pytest.raises(
-        ValueError, match=r"mask has shape \(4, 64\), expected \(3, 64\).*num_masks=4 rows for each clip"
-    ):
-        sampler(torch.randn(3, 64, 8), mask=sample.mask[:4])
-    with pytest.raises(ValueError, match="num_masks=0, expected a whole number"):
-        kind(*first, GRID, 0.75, num_masks=0)
 
 
 def test_embedding_the_visible_tokens_alone_changes_nothing():
@@ -268,6 +249,9 @@ def test_temperature_and_exploration():
     ("options", "message"),
     [
         ({"masking": "random", "exploration": 0.1}, "exploration=0.1: only masking='adaptive' takes it"),
+        ({"masking": "hard", "temperature": 2.0}, "temperature=2.0: only masking='adaptive' takes it"),
+        ({"masking": "blocks"}, "masking='blocks', expected 'adaptive', .*'hard' or a TokenSampler"),
+        ({"masking": HardTokenSampler(16, GRID, network="mlp")}, "the sampler's embed_dim is 16, expected 32"),
         (
             {"masking": "tube", "score_network": "pooled"},
             "score_network='pooled': only masking='adaptive' or 'hard' takes it",
@@ -315,6 +299,15 @@ def test_the_defaults_are_the_exact_method():
     [
         ({**FAST, "temperature": 2.0, "exploration": 0.1}, "categorical"),
         ({"num_masks": 2, "fused_head": True}, "plackett_luce"),
+        *(
+            pytest.param({"masking": name, "num_masks": 2, "score_network": network}, "categorical", marks=marks)
+            for name, network, marks in (
+                ("block", "mha", pytest.mark.slow),
+                ("grid", "mha", pytest.mark.slow),
+                ("motion", "mha", pytest.mark.slow),
+                ("hard", "pooled", ()),
+            )
+        ),
     ],
 )
 def test_a_step_compiles_as_one_graph(options, estimator):
@@ -361,6 +354,8 @@ def test_presets_are_their_settings():
     fast = create(preset="fast")
     assert isinstance(fast.sampler.network, PooledScoreNetwork)
     assert (fast.sample_from, fast.decode_ratio) == ("pixels", 0.5)
+    hard = create(preset="fast", masking="hard")
+    assert isinstance(hard.sampler.network, PooledScoreNetwork)
     for options in ({}, {"preset": "exact"}, {"preset": "exact", "masking": "random"}):
         exact = create(**options)
         assert (exact.sample_from, exact.decode_ratio) == ("tokens", 1.0)
