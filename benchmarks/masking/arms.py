@@ -66,8 +66,8 @@ _TINY = {
     "decoder_num_heads": 2,
 }
 SETTINGS: Mapping[str, Setting] = {
-    "cpu": Setting(steps=2000, batch=16, lr=2e-3, mask_ratio=0.9, clips=8192, probe_clips=2000, model=_TINY),
-    "gpu": Setting(steps=4000, batch=64, lr=2e-3, mask_ratio=0.9, clips=16384, probe_clips=2000, model=_TINY),
+    "cpu": Setting(steps=2000, batch=16, lr=1e-3, mask_ratio=0.9, clips=8192, probe_clips=2000, model=_TINY),
+    "gpu": Setting(steps=4000, batch=64, lr=1e-3, mask_ratio=0.9, clips=16384, probe_clips=2000, model=_TINY),
     "smoke": Setting(
         steps=3,
         batch=4,
