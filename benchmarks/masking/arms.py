@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
+from adamae_sampler import MotionTokenSampler
 from adamae_sampler.models import PRESETS
 from benchmarks.masking.train import Setting
 
@@ -25,6 +27,7 @@ class Arm:
     loss: Mapping[str, Any] = field(default_factory=dict)
 
 
+_MOTION = partial(MotionTokenSampler, source="pixels")
 REFERENCE = "random"
 UNTRAINED, SUPERVISED = "untrained", "supervised"
 ARMS: Mapping[str, Arm] = {
@@ -33,6 +36,8 @@ ARMS: Mapping[str, Arm] = {
     REFERENCE: Arm("every token equally likely", {"masking": "random"}),
     "exact": Arm("the paper's learned sampler", {"masking": "adaptive"}),
     "motion": Arm("p in proportion to the change of the pixels, floor 0.2; not learned", {"masking": "motion"}),
+    "motion_half": Arm("the same, floor 0.5", {"masking": partial(_MOTION, floor=0.5)}),
+    "motion_low": Arm("the same, floor 0.8", {"masking": partial(_MOTION, floor=0.8)}),
     "fast": Arm("preset fast", {"masking": "adaptive", **PRESETS["fast"]}),
     "tube": Arm("the same places at every time step", {"masking": "tube"}),
     "frame": Arm("whole time steps", {"masking": "frame"}),

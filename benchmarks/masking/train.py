@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from adamae_sampler import AdaMAELoss
+from adamae_sampler import AdaMAELoss, HardTokenSampler
 from adamae_sampler.models import AdaMAE
-from benchmarks.masking.clips import FRAMES, PATCH, SIDE, TUBELET, Clips
+from benchmarks.masking.clips import FRAMES, GRID, PATCH, SIDE, TUBELET, Clips
 
 _BETAS, _DECAY = (0.9, 0.95), 0.05
 _WARM_UP = 0.1  # share of the steps
@@ -45,11 +45,21 @@ class Setting:
 
 
 def build(setting: Setting, seed: int, arguments: dict[str, Any]) -> AdaMAE:
-    """The model of an arm. A seed fixes encoder and decoder, whatever the sampler: that is initialised last."""
+    """The model of an arm. A seed fixes encoder and decoder, whatever the sampler: that is initialised last.
+
+    Args:
+        setting: sizes, and the masking ratio.
+        seed: of the initial weights.
+        arguments: of `AdaMAE`; `masking` may also be a function of the grid and `mask_ratio` that makes a sampler.
+    """
+    if not isinstance(masking := arguments["masking"], str):
+        arguments = {**arguments, "masking": masking(GRID, mask_ratio=setting.mask_ratio)}
     torch.manual_seed(seed)
     video = {"img_size": SIDE, "num_frames": FRAMES, "patch_size": PATCH, "tubelet_size": TUBELET, "in_chans": 1}
     look = {"mean": (0.5,), "std": (0.25,)}
     model = AdaMAE(**{**video, **look, **setting.model, "mask_ratio": setting.mask_ratio, **arguments})
+    if isinstance(model.sampler, HardTokenSampler):
+        model.sampler.share.set(0, setting.steps)  # the ramp lasts the whole run
     model.encoder.pos_embed.copy_(place_table(model.size.grid, model.encoder.pos_embed.shape[-1]))
     model.decoder_pos_embed.copy_(place_table(model.size.grid, model.decoder_pos_embed.shape[-1]))
     return model
