@@ -1,0 +1,1 @@
+"""Masking strategies against each other: data, training, readout, statistics."""
