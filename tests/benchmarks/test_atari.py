@@ -16,7 +16,7 @@ pytest.importorskip("ale_py", reason="the games come with ale-py")
 from benchmarks.masking import atari
 from benchmarks.masking.atari import ABSENT, LABELS, Sizes, Splits, load, moved
 
-SIZES = Sizes(train=150, probe_train=10, probe_test=12)
+SIZES = Sizes(train=100, probe_train=10, probe_test=12)
 EPISODE_FRAMES = 400
 
 # The colour of each object, the colour behind it, and the rows and columns of the kept frames to search.
@@ -144,17 +144,18 @@ def test_the_clips_are_made_once_for_each_setting_and_version(tmp_path, monkeypa
     sizes, plays, play = Sizes(2, 1, 1), [], atari._play
     monkeypatch.setattr(atari, "_play", lambda *call: plays.append(call) or play(*call))
 
-    def files_and_plays(*call, **more):
+    def files_and_plays(*call, episode_frames=16):
         plays.clear()
-        load(*call, tmp_path, episode_frames=16, **more)
+        load(*call, tmp_path, episode_frames=episode_frames)
         return len(list(tmp_path.iterdir())), len(plays)
 
     assert files_and_plays("pong", 0, sizes) == (1, 3)
     assert files_and_plays("pong", 0, sizes) == (1, 0)
     assert files_and_plays("pong", 1, sizes) == (2, 3)
     assert files_and_plays("pong", 0, Sizes(1, 1, 1)) == (3, 3)
+    assert files_and_plays("pong", 0, sizes, episode_frames=8) == (4, 4)
     monkeypatch.setattr(sys.modules["ale_py"], "__version__", "99")
-    assert files_and_plays("pong", 0, sizes) == (4, 3)
+    assert files_and_plays("pong", 0, sizes) == (5, 3)
     settings = [json.loads(str(np.load(path)["settings"])) for path in tmp_path.iterdir()]
     assert sum(each["ale_py"] == "99" for each in settings) == 1
     assert {each["game"] for each in settings} == {"pong"}
