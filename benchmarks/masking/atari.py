@@ -3,6 +3,9 @@
 An agent plays random actions. Every fourth frame is kept, without the margins above and below, at half the resolution.
 Clips are eight kept frames and do not overlap. Clips of one episode all belong to one split.
 
+Different episodes can still have equal clips, since the games start and serve in few ways. This is rare in Pong. In
+Breakout one test clip in ten equals a clip that its probe was trained on.
+
 The RAM addresses are those of the Atari Annotated RAM Interface (Anand et al., "Unsupervised State Representation
 Learning in Atari", NeurIPS 2019). The tests compare each with the pixels.
 """
