@@ -8,16 +8,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-FOLDERS = [
-    "core",
-    "ops",
-    "steps",
-    "suites",
-    "stages",
-    "studies",
-    "masking",
-    "pages",
-]  # each imports only those before it
+# Each folder imports only those before it.
+FOLDERS = ["core", "ops", "steps", "suites", "stages", "studies", "masking", "pages"]
 FILES = sorted((ROOT / "benchmarks").rglob("*.py"))
 
 
