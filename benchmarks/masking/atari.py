@@ -15,6 +15,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,6 +25,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+sys.path.insert(0, str(Path(__file__).parent.parent.parent / "examples"))
 from common.atomic_files import replacing
 
 CLIP_FRAMES = 8
