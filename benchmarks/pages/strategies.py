@@ -31,8 +31,10 @@ def strategies_page(results: Path) -> str:
     parts = []
     for path in _files(results):
         rows = read_rows(path, Row)
-        for group in groups(rows):
-            parts.append(section(group, path))
+        found = groups(rows)
+        parts += [section(group, path) for group in found]
+        if any(_compared(group, arm) for group in found for arm in group.arms):
+            parts.append(f"![AUC less random masking's over the size of what moves]({path.stem}.png)")
     if not parts:
         return ""
     about = (
