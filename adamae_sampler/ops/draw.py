@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -68,9 +69,14 @@ def _ranking_keys(scores: Tensor, noise: Tensor, finite: Tensor | None) -> Tenso
     return (scores - highest).clamp_min(_LOWEST_FINITE).where(finite, outlier) + noise
 
 
+def uniform_noise(shape: Sequence[int], device: torch.device, generator: torch.Generator | None) -> Tensor:
+    """Uniform numbers from 0 to below 1, fp32. `torch.rand(generator=None)` takes no symbolic size in torch.compile."""
+    return torch.empty(shape, dtype=torch.float32, device=device).uniform_(generator=generator)
+
+
 def gumbel_noise(like: Tensor, generator: torch.Generator | None = None) -> Tensor:
     """Standard Gumbel noise, fp32, of the shape and on the device of `like`."""
-    uniform = torch.rand(like.shape, device=like.device, generator=generator)  # multiples of 2^-24 below 1
+    uniform = uniform_noise(like.shape, like.device, generator)  # multiples of 2^-24 below 1
     return uniform.clamp_min_(2.0**-25).log_().neg_().log_().neg_()  # three times as fast as `exponential_` on a CPU
 
 

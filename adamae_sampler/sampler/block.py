@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from adamae_sampler.mask import MaskSample, num_visible_tokens
+from adamae_sampler.ops.draw import uniform_noise
 from adamae_sampler.sampler.base import GridSize, TokenSampler
 from adamae_sampler.sampler.draws import draw_classes
 
@@ -72,7 +73,7 @@ class BlockTokenSampler(TokenSampler):
         """Numbers each token by the first block that covers it, and masks the M smallest numbers."""
         rows, device = tokens.shape[0] * self.num_masks, tokens.device
         time, height, width = self.grid_size
-        uniform = torch.rand(4, rows, self.num_blocks, dtype=torch.float32, device=device, generator=generator)
+        uniform = uniform_noise((4, rows, self.num_blocks), device, generator)
         aspect, *places = uniform.unbind()
         low, high = self.aspect_ratio
         aspect = low + (high - low) * aspect

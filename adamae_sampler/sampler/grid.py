@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from adamae_sampler.mask import MaskSample, num_visible_tokens
+from adamae_sampler.ops.draw import uniform_noise
 from adamae_sampler.sampler.base import GridSize, TokenSampler
 from adamae_sampler.sampler.draws import draw_classes
 
@@ -39,7 +40,7 @@ class GridTokenSampler(TokenSampler):
     def draw(self, tokens: Tensor, generator: torch.Generator | None) -> MaskSample:
         """Draws an offset for each mask, then K tokens of its lattice."""
         rows, device = tokens.shape[0] * self.num_masks, tokens.device
-        uniform = torch.rand(rows, 3, dtype=torch.float32, device=device, generator=generator)
+        uniform = uniform_noise((rows, 3), device, generator)
         on_lattice = torch.ones(rows, 1, 1, 1, dtype=torch.bool, device=device)  # grows to [rows, T, H, W]
         for axis, (side, cell) in enumerate(zip(self.grid_size, self.cell, strict=True)):
             offset = (uniform[:, axis, None] * cell).long()  # [rows, 1]

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import tiny_model
+from conftest import needs_torch_2_11, tiny_model
 from test_options import GRID, step
 
 from adamae_sampler import AdaptiveTokenSampler
@@ -51,3 +51,16 @@ def test_every_sampler_draws_several_masks(kind):
         sampler(torch.randn(3, 64, 8), mask=sample.mask[:4])
     with pytest.raises(ValueError, match="num_masks=0, expected a whole number"):
         kind(*first, GRID, 0.75, num_masks=0)
+
+
+@needs_torch_2_11
+@pytest.mark.parametrize("kind", MASKINGS.values())
+def test_one_compilation_draws_for_batches_of_any_size(kind):
+    """As the last, smaller batch of an epoch: torch.compile then makes the batch size symbolic."""
+    sampler = kind(*((8,) if issubclass(kind, ScoredTokenSampler) else ()), GRID, 0.75).eval()
+    compiled = torch.compile(sampler, backend="aot_eager", fullgraph=True, dynamic=True)
+    for clips in (3, 2, 5):
+        torch.manual_seed(clips)
+        drawn = compiled(torch.randn(clips, 64, 8))
+        torch.manual_seed(clips)
+        assert torch.equal(drawn.mask, sampler(torch.randn(clips, 64, 8)).mask)
