@@ -27,7 +27,7 @@ class Scores:
         moving: AUC of "this token belongs to what moves", over all tokens.
         moving_object: the same among tokens of objects, moving and still.
         velocity: rank correlation of the velocity, at the tokens of what moves; mean over both axes.
-        direction: balanced accuracy of 8 directions, from tokens averaged over each time step.
+        direction: accuracy of 8 directions, from tokens averaged over each time step.
         position: rank correlation of the mover's place, from the same averages; mean over both axes and all steps.
         shape: accuracy of four shapes, from the same averages.
     """

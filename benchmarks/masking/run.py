@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import functools
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -99,14 +99,13 @@ def clips(number: int, seed: int, device: torch.device) -> Clips:
     return make_clips(number, seed).to(device)
 
 
-def run(task: Task, commit: str, device: torch.device, progress: Callable[[int], None] = lambda _: None) -> list[Row]:
+def run(task: Task, commit: str, device: torch.device) -> list[Row]:
     """Trains and scores; a row for all clips, and one for each size of what moves.
 
     Args:
         task: what to run.
         commit: of the code, for the rows.
         device: where to run it.
-        progress: called with the number of steps done.
     """
     began = time.perf_counter()
     arm = ARMS[task.arm]
@@ -118,8 +117,8 @@ def run(task: Task, commit: str, device: torch.device, progress: Callable[[int],
             steps = supervise(model, data, setting, task.seed)
         else:
             steps = pretrain(model, data, setting, task.seed, {"normalize": task.normalize, **arm.loss})
-        for done in steps:
-            progress(done)
+        for _ in steps:
+            pass
     model.eval()
     fit, test = (clips(setting.probe_clips, seed, device) for seed in (_FIT_SEED, _TEST_SEED))
     scores = read_out(functools.partial(features, model), fit, test)

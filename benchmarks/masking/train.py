@@ -68,8 +68,7 @@ def build(setting: Setting, seed: int, arguments: dict[str, Any]) -> AdaMAE:
 def place_table(grid: tuple[int, int, int], width: int) -> Tensor:
     """[1, N, D] sinusoids of time, row and column apart, so that the same place at another time looks alike.
 
-    The reference model's table is of the token's number alone, and with it this small model learns to copy a place from
-    another time after thousands of steps, not hundreds.
+    The reference model's table is of the token's number alone.
     """
     across = 3 * width // 16 * 2  # of rows, and of columns; time has the rest
     tables = []
