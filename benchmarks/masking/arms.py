@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
-from adamae_sampler import MotionTokenSampler
+from torch import Tensor
+
 from adamae_sampler.models import PRESETS
+from benchmarks.masking import objectives, samplers
+from benchmarks.masking.objectives import Objective, rewarded
 from benchmarks.masking.train import Setting
 
 
@@ -20,14 +22,19 @@ class Arm:
         about: for the table.
         model: arguments of `AdaMAE`.
         loss: arguments of `AdaMAELoss`.
+        objective: what is minimised.
     """
 
     about: str
     model: Mapping[str, Any] = field(default_factory=dict)
     loss: Mapping[str, Any] = field(default_factory=dict)
+    objective: Objective = objectives.plain
 
 
-_MOTION = partial(MotionTokenSampler, source="pixels")
+def _rewarded(about: str, reward: Callable[[Tensor], Tensor], **sampler: Any) -> Arm:
+    return Arm(f"learned; reward: {about}", {"masking": samplers.learned(**sampler)}, objective=rewarded(reward))
+
+
 REFERENCE = "random"
 UNTRAINED, SUPERVISED = "untrained", "supervised"
 ARMS: Mapping[str, Arm] = {
@@ -36,14 +43,15 @@ ARMS: Mapping[str, Arm] = {
     REFERENCE: Arm("every token equally likely", {"masking": "random"}),
     "exact": Arm("the paper's learned sampler", {"masking": "adaptive"}),
     "motion": Arm("p in proportion to the change of the pixels, floor 0.2; not learned", {"masking": "motion"}),
-    "motion_half": Arm("the same, floor 0.5", {"masking": partial(_MOTION, floor=0.5)}),
-    "motion_low": Arm("the same, floor 0.8", {"masking": partial(_MOTION, floor=0.8)}),
+    "motion_half": Arm("the same, floor 0.5", {"masking": samplers.motion(0.5)}),
+    "motion_low": Arm("the same, floor 0.8", {"masking": samplers.motion(0.8)}),
+    "hiding": Arm("p in inverse proportion to that of motion_low; not learned", {"masking": samplers.hiding(0.8)}),
     "fast": Arm("preset fast", {"masking": "adaptive", **PRESETS["fast"]}),
     "tube": Arm("the same places at every time step", {"masking": "tube"}),
     "frame": Arm("whole time steps", {"masking": "frame"}),
     "block": Arm("space-time blocks", {"masking": "block"}),
     "grid": Arm("a regular lattice", {"masking": "grid"}),
-    "hard": Arm("hides what is predicted to be hard", {"masking": "hard"}),
+    "hard": Arm("hides what is predicted to be hard", {"masking": samplers.hard}),
     "plackett_luce": Arm(
         "the policy gradient of the expected error",
         {"masking": "adaptive"},
@@ -53,6 +61,26 @@ ARMS: Mapping[str, Arm] = {
         "the same with the other sign",
         {"masking": "adaptive"},
         {"estimator": "plackett_luce_max", "sampling_weight": 1.0},
+    ),
+    "standardised": _rewarded("errors standardised within a clip", objectives.standardised, exploration=0.2),
+    "ranked": _rewarded("ranks of the errors within a clip", objectives.ranked),
+    "sharpened": _rewarded("errors to the fourth power", objectives.sharpened),
+    "inverted": _rewarded("one over the error", objectives.inverted),
+    "reducible": Arm(
+        "learned; reward: error of a slow copy of the model, less the model's",
+        {"masking": samplers.learned()},
+        objective=objectives.reducible,
+    ),
+    "target_set": Arm(
+        "policy gradient of the error of random tokens that are never shown",
+        {"masking": samplers.learned(samplers.TargetSetSampler)},
+        objective=objectives.of_targets,
+    ),
+    "even_start": Arm("learned; all scores start at 0", {"masking": samplers.even_start()}),
+    "ramp": Arm("learned; from random masks to its own in half of the run", {"masking": samplers.ramped}),
+    "cold": Arm("learned; temperature 0.25", {"masking": samplers.learned(temperature=0.25)}),
+    "motion_prior": Arm(
+        "learned; starts as motion_low, and refines it", {"masking": samplers.even_start(samplers.MotionPriorSampler)}
     ),
 }
 
@@ -80,6 +108,7 @@ SETTINGS: Mapping[str, Setting] = {
         mask_ratio=0.9,
         clips=8,
         probe_clips=64,
+        few_steps=2,
         model={**_TINY, "embed_dim": 24, "depth": 1, "decoder_embed_dim": 16},
     ),
 }

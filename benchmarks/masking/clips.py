@@ -54,6 +54,15 @@ class Clips:
     def __len__(self) -> int:
         return len(self.video)
 
+    def first(self, number: int) -> Clips:
+        """The first of them."""
+        return Clips(*(each[:number] for each in vars(self).values()))
+
+    def by_size(self) -> list[Tensor]:
+        """Which clips [n]: all, then those with a mover of each size. Sizes that no clip has are left out."""
+        chosen = [torch.ones_like(self.turns), *(self.size == k for k in range(len(SIZES)))]
+        return [each for each in chosen if each.any()]
+
     def to(self, device: torch.device) -> Clips:
         """The same clips on a device."""
         return Clips(*(each.to(device) for each in vars(self).values()))

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from benchmarks.masking.clips import SHAPES, SIZES, Clips
+from benchmarks.masking.clips import SHAPES, Clips
 
 Features = Callable[[Tensor], Tensor]
 _BATCH = 64  # clips of a forward pass
@@ -88,20 +88,23 @@ def _scores(outputs: dict[str, Tensor], test: Clips) -> Scores:
     places = outputs["clip"][:, _DIRECTIONS + len(SHAPES) :]
     of_direction = outputs["clip"][:, :_DIRECTIONS].argmax(1) == direction(test)
     of_shape = outputs["clip"][:, _DIRECTIONS:].narrow(1, 0, len(SHAPES)).argmax(1) == test.shape
-    tokens = outputs["moving"].view(test.moving.shape)
-    everything = [torch.ones(len(test), dtype=torch.bool), *(test.size == k for k in range(len(SIZES)))]
 
     def each(score: Callable[[Tensor], float]) -> list[float]:
-        return [score(chosen) for chosen in everything if chosen.any()]
+        return [score(chosen) for chosen in test.by_size()]
 
     return Scores(
-        moving=each(lambda chosen: auc(tokens[chosen].flatten(), test.moving[chosen].flatten())),
+        moving=moving_auc(outputs["moving"].view(test.moving.shape), test),
         moving_object=each(lambda chosen: auc(*rows.objects(outputs["moving_object"][:, 0], chosen))),
         velocity=each(lambda chosen: rank_correlation(*rows.velocity(outputs["velocity"], chosen))),
         direction=each(lambda chosen: of_direction[chosen].double().mean().item()),
         position=each(lambda chosen: rank_correlation(places[chosen], test.position[chosen].flatten(1))),
         shape=each(lambda chosen: of_shape[chosen].double().mean().item()),
     )
+
+
+def moving_auc(tokens: Tensor, test: Clips) -> list[float]:
+    """AUC of "this token belongs to what moves" from [n, N], over all clips and by size of the mover."""
+    return [auc(tokens[chosen].flatten(), test.moving[chosen].flatten()) for chosen in test.by_size()]
 
 
 class _Rows:

@@ -10,15 +10,15 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from adamae_sampler import MaskSample, RandomTokenSampler, reconstruction_error
+from adamae_sampler import AdaMAELoss, MaskSample, RandomTokenSampler, reconstruction_error
 from adamae_sampler.models import AdaMAE
 from benchmarks.core.rows import device_name
 from benchmarks.masking.arms import ARMS, SETTINGS, SUPERVISED, UNTRAINED
 from benchmarks.masking.clips import PATCH, SIZES, TUBELET, Clips, make_clips
-from benchmarks.masking.readout import read_out
-from benchmarks.masking.train import build, features, pretrain, supervise
+from benchmarks.masking.readout import moving_auc, read_out
+from benchmarks.masking.train import Setting, build, features, fine_tune, pretrain, supervise
 
 _FIT_SEED, _TEST_SEED, _TRAIN_SEED, _MASK_SEED = 7, 8, 100, 9  # a run's clips are of _TRAIN_SEED + its seed
 _BATCH = 64
@@ -61,6 +61,7 @@ class Row(Task):
         error_moving: error of masked tokens that move, on the same random masks for all arms.
         error_still: that of objects which do not move.
         error_ground: that of the background.
+        few_labels: as `moving`, of the encoder fine-tuned on few labelled clips.
         seconds: of the run.
         finished: time of day, UTC.
     """
@@ -77,6 +78,7 @@ class Row(Task):
     error_moving: float | None = None
     error_still: float | None = None
     error_ground: float | None = None
+    few_labels: float | None = None
     seconds: float
     finished: str
     device: str
@@ -114,15 +116,19 @@ def run(task: Task, commit: str, device: torch.device) -> list[Row]:
     if task.arm != UNTRAINED:
         data = clips(setting.clips, _TRAIN_SEED + task.seed, device)
         if task.arm == SUPERVISED:
-            steps = supervise(model, data, setting, task.seed)
+            head = nn.Linear(model.encoder.pos_embed.shape[-1], 1).to(device)
+            steps = supervise(model, head, data, setting, task.seed)
         else:
-            steps = pretrain(model, data, setting, task.seed, {"normalize": task.normalize, **arm.loss})
+            criterion = AdaMAELoss(patch_size=PATCH, tubelet_size=TUBELET, normalize=task.normalize, **arm.loss)
+            steps = pretrain(model, arm.objective(model, criterion), data, setting, task.seed)
         for _ in steps:
             pass
     model.eval()
     fit, test = (clips(setting.probe_clips, seed, device) for seed in (_FIT_SEED, _TEST_SEED))
     scores = read_out(functools.partial(features, model), fit, test)
     masks = {} if task.arm in (UNTRAINED, SUPERVISED) else measure(model, test, task.normalize)
+    if task.arm != SUPERVISED:
+        masks["few_labels"] = few_labels(model, fit, test, setting, task.seed)
     known: dict[str, Any] = {
         "seconds": time.perf_counter() - began,
         "finished": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
@@ -135,6 +141,15 @@ def run(task: Task, commit: str, device: torch.device) -> list[Row]:
         Row(**vars(task), **known, mover=mover, **{name: values[place] for name, values in measured.items()})
         for place, mover in enumerate((ALL, *SIZES))
     ]
+
+
+def few_labels(model: AdaMAE, fit: Clips, test: Clips, setting: Setting, seed: int) -> list[float]:
+    """AUC of "this token belongs to what moves" after fine-tuning on few labelled clips; over all clips and by size."""
+    few = fit.first(setting.few)
+    tuned = fine_tune(model, few, replace(setting, steps=setting.few_steps, lr=setting.few_lr), seed)
+    with torch.no_grad():
+        scores = torch.cat([tuned(video) for video in test.video.split(_BATCH)])
+    return moving_auc(scores, test)
 
 
 @torch.no_grad()
@@ -152,7 +167,7 @@ def measure(model: AdaMAE, test: Clips, normalize: bool) -> dict[str, list[float
         errors.append(unknown.scatter(1, sample.masked_idx, error))
     visible, error = ~torch.cat(drawn), torch.cat(errors)
     groups = {"moving": test.moving, "still": test.still, "ground": ~(test.moving | test.still)}
-    chosen = [torch.ones_like(test.size, dtype=torch.bool), *(test.size == k for k in range(len(SIZES)))]
+    chosen = test.by_size()
     found = {f"visible_{name}": [_share(groups[name][each], visible[each]) for each in chosen] for name in _SHOWN}
     for name, of in groups.items():
         found[f"error_{name}"] = [error[each][of[each]].nanmean().item() for each in chosen]

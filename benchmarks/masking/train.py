@@ -1,7 +1,8 @@
-"""One pre-training of a tiny masked autoencoder: no data loader, and on a GPU the step is one CUDA graph."""
+"""Training of a tiny masked autoencoder: no data loader, and on a GPU the step is one CUDA graph."""
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -11,10 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from adamae_sampler import AdaMAELoss, HardTokenSampler
 from adamae_sampler.models import AdaMAE
-from benchmarks.masking.clips import FRAMES, GRID, PATCH, SIDE, TUBELET, Clips
+from benchmarks.masking.clips import FRAMES, PATCH, SIDE, TUBELET, Clips
 
+Loss = Callable[[Tensor], Tensor]  # of a batch of video
 _BETAS, _DECAY = (0.9, 0.95), 0.05
 _WARM_UP = 0.1  # share of the steps
 _LONGEST = 100.0  # wavelength of a position, over 2 pi tokens
@@ -33,6 +34,9 @@ class Setting:
         clips: generated for pre-training.
         probe_clips: generated for the fit of the readout, and as many for its test.
         model: sizes of the model.
+        few: clips with labels that the encoder is fine-tuned on.
+        few_steps: optimiser steps of that.
+        few_lr: its largest learning rate.
     """
 
     steps: int
@@ -42,24 +46,26 @@ class Setting:
     clips: int
     probe_clips: int
     model: dict[str, int]
+    few: int = 64
+    few_steps: int = 100
+    few_lr: float = 1e-3
 
 
 def build(setting: Setting, seed: int, arguments: dict[str, Any]) -> AdaMAE:
-    """The model of an arm. A seed fixes encoder and decoder, whatever the sampler: that is initialised last.
+    """The model of an arm. A seed fixes encoder and decoder, whatever the sampler.
 
     Args:
         setting: sizes, and the masking ratio.
         seed: of the initial weights.
-        arguments: of `AdaMAE`; `masking` may also be a function of the grid and `mask_ratio` that makes a sampler.
+        arguments: of `AdaMAE`; `masking` may also be a function of the setting that makes a sampler.
     """
     if not isinstance(masking := arguments["masking"], str):
-        arguments = {**arguments, "masking": masking(GRID, mask_ratio=setting.mask_ratio)}
-    torch.manual_seed(seed)
+        torch.manual_seed(seed)
+        arguments = {**arguments, "masking": masking(setting)}
+    torch.manual_seed(seed)  # again; the model initialises a sampler of its own last
     video = {"img_size": SIDE, "num_frames": FRAMES, "patch_size": PATCH, "tubelet_size": TUBELET, "in_chans": 1}
     look = {"mean": (0.5,), "std": (0.25,)}
     model = AdaMAE(**{**video, **look, **setting.model, "mask_ratio": setting.mask_ratio, **arguments})
-    if isinstance(model.sampler, HardTokenSampler):
-        model.sampler.share.set(0, setting.steps)  # the ramp lasts the whole run
     model.encoder.pos_embed.copy_(place_table(model.size.grid, model.encoder.pos_embed.shape[-1]))
     model.decoder_pos_embed.copy_(place_table(model.size.grid, model.decoder_pos_embed.shape[-1]))
     return model
@@ -81,34 +87,40 @@ def place_table(grid: tuple[int, int, int], width: int) -> Tensor:
     return torch.cat(tables, 1)[None]
 
 
-def pretrain(model: AdaMAE, data: Clips, setting: Setting, seed: int, loss: dict[str, Any]) -> Iterator[int]:
+def pretrain(model: AdaMAE, loss: Loss, data: Clips, setting: Setting, seed: int) -> Iterator[int]:
     """Trains the model in place; yields the number of steps done, after each.
 
     Args:
         model: on its device.
+        loss: of the model, for a batch of video.
         data: clips, on the same device.
         setting: of the run.
         seed: of the order of the clips, and of the masks.
-        loss: arguments of AdaMAELoss.
     """
-    criterion = AdaMAELoss(patch_size=PATCH, tubelet_size=TUBELET, **loss)
-
-    def forward(video: Tensor, _: Tensor) -> Tensor:
-        prediction, sample = model(video)
-        return criterion(prediction, video, sample).loss
-
-    return _train(model, forward, data, setting, seed)
+    return _train(model, lambda video, _: loss(video), data, setting, seed)
 
 
-def supervise(model: AdaMAE, data: Clips, setting: Setting, seed: int) -> Iterator[int]:
-    """Trains the encoder in place on the labels "this token belongs to what moves"; yields as `pretrain`."""
-    head = nn.Linear(model.encoder.pos_embed.shape[-1], 1).to(data.video.device)
-    both = nn.ModuleList([model.encoder, head])
+def supervise(model: AdaMAE, head: nn.Linear, data: Clips, setting: Setting, seed: int) -> Iterator[int]:
+    """Trains the encoder and a head in place on "this token belongs to what moves"; yields as `pretrain`."""
 
     def forward(video: Tensor, moving: Tensor) -> Tensor:
         return F.binary_cross_entropy_with_logits(head(features(model, video))[..., 0], moving.float())
 
-    return _train(both, forward, data, setting, seed)
+    return _train(nn.ModuleList([model.encoder, head]), forward, data, setting, seed)
+
+
+def fine_tune(model: AdaMAE, few: Clips, setting: Setting, seed: int) -> Callable[[Tensor], Tensor]:
+    """A copy of the encoder, trained on few labelled clips. The model stays as it is.
+
+    Returns:
+        A function [B, C, T, H, W] -> [B, N], larger where a token is likelier to belong to what moves.
+    """
+    torch.manual_seed(seed)
+    tuned = copy.deepcopy(model)
+    head = nn.Linear(model.encoder.pos_embed.shape[-1], 1).to(few.video.device)
+    for _ in supervise(tuned, head, few, setting, seed):
+        pass
+    return lambda video: head(features(tuned, video))[..., 0]
 
 
 def features(model: AdaMAE, video: Tensor) -> Tensor:

@@ -11,10 +11,10 @@ import pytest
 import torch
 from scipy import stats
 
-from adamae_sampler import MaskSample
+from adamae_sampler import AdaMAELoss, MaskSample
 from benchmarks import gpu, strategies
 from benchmarks.core.rows import RowWriter, read_rows
-from benchmarks.masking import arms, clips, comparison, readout, run, statistics, train
+from benchmarks.masking import arms, clips, comparison, objectives, readout, run, statistics, train
 from benchmarks.pages.strategies import strategies_figures, strategies_page
 
 CPU = torch.device("cpu")
@@ -161,14 +161,26 @@ def test_training_is_deterministic_and_has_the_rate_of_its_schedule():
     assert rates[9] == max(rates) == setting.lr
     assert rates[0] == pytest.approx(setting.lr / 10)
     assert rates[99] < setting.lr / 1000
-    weights = []
+    weights, criterion = [], AdaMAELoss(patch_size=clips.PATCH)
     for _ in range(2):
         model = train.build(setting, 0, {"masking": "adaptive"})
         before = model.encoder.patch_embed.proj.weight.clone()
-        assert list(train.pretrain(model, run.clips(8, 1, CPU), setting, 0, {})) == [1, 2, 3, 4, 5, 6]
+        steps = train.pretrain(model, objectives.plain(model, criterion), run.clips(8, 1, CPU), setting, 0)
+        assert list(steps) == [1, 2, 3, 4, 5, 6]
         weights.append(model.encoder.patch_embed.proj.weight)
     assert torch.equal(*weights)
     assert not torch.equal(before, weights[0])
+
+
+def test_fine_tuning_learns_from_few_labels_and_leaves_the_model_alone():
+    setting = dataclasses.replace(arms.SETTINGS["smoke"], few=16, few_steps=150, few_lr=5e-3)
+    model, made = train.build(setting, 0, {"masking": "random"}).eval(), run.clips(16, 1, CPU)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    found = run.few_labels(model, made, made, setting, 0)
+    assert found[0] > 0.75
+    assert run.few_labels(model, made, made, setting, 0) == found
+    after = model.state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)
 
 
 def test_measured_shares_and_errors_are_of_the_masks(generated):

@@ -1,0 +1,90 @@
+"""The samplers of arms that no name of the library makes, each from the setting of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from adamae_sampler import AdaptiveTokenSampler, HardTokenSampler, MaskSample, MotionTokenSampler, Ramp
+from adamae_sampler.networks import MHAScoreNetwork
+from adamae_sampler.ops import draw_mask
+from adamae_sampler.sampler import TokenSampler
+from benchmarks.masking.clips import GRID
+from benchmarks.masking.train import Setting
+
+Maker = Callable[[Setting], TokenSampler]
+_TARGETS = 0.25  # share of the tokens that `TargetSetSampler` never shows
+
+
+def motion(floor: float) -> Maker:
+    """Shows what moves; a larger floor shows less of it."""
+    return lambda setting: MotionTokenSampler(GRID, setting.mask_ratio, source="pixels", floor=floor)
+
+
+class HidingSampler(MotionTokenSampler):
+    """Hides what moves: p in inverse proportion to `MotionTokenSampler`'s."""
+
+    def log_probs(self, tokens: Tensor, video: Tensor | None = None) -> Tensor:
+        """log p, [B, N], without a gradient."""
+        return (-super().log_probs(tokens, video)).log_softmax(1)
+
+
+def hiding(floor: float) -> Maker:
+    """Hides what moves; a larger floor hides less of it."""
+    return lambda setting: HidingSampler(GRID, setting.mask_ratio, source="pixels", floor=floor)
+
+
+def hard(setting: Setting) -> TokenSampler:
+    """`HardTokenSampler` with a ramp that lasts the whole run."""
+    return HardTokenSampler(setting.model["embed_dim"], GRID, setting.mask_ratio, ramp_steps=setting.steps)
+
+
+def learned(kind: type[AdaptiveTokenSampler] = AdaptiveTokenSampler, **arguments: Any) -> Maker:
+    """A learned sampler with other arguments than the paper's."""
+    return lambda setting: kind(setting.model["embed_dim"], GRID, setting.mask_ratio, **arguments)
+
+
+def even_start(kind: type[AdaptiveTokenSampler] = AdaptiveTokenSampler) -> Maker:
+    """A learned sampler whose scores are all 0 at the start, so that it starts as random masking."""
+
+    def make(setting: Setting) -> TokenSampler:
+        network = MHAScoreNetwork(setting.model["embed_dim"], GRID[0] * GRID[1] * GRID[2])
+        nn.init.zeros_(network.head.weight)
+        return kind(setting.model["embed_dim"], GRID, setting.mask_ratio, network)
+
+    return make
+
+
+def ramped(setting: Setting) -> TokenSampler:
+    """A learned sampler that starts with random masks and follows its own p from the middle of the run on."""
+    ramp = Ramp(1.0, 0.1, max(1, setting.steps // 2))
+    return AdaptiveTokenSampler(setting.model["embed_dim"], GRID, setting.mask_ratio, exploration=ramp)
+
+
+class MotionPriorSampler(AdaptiveTokenSampler):
+    """A learned sampler that refines a prior from motion: its scores are added to the prior's log p."""
+
+    uses_video = True
+
+    def __init__(self, *args: Any, floor: float = 0.8, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._prior = MotionTokenSampler(self.grid_size, self.mask_ratio, source="pixels", floor=floor)
+
+    def draw(self, tokens: Tensor, generator: torch.Generator | None, video: Tensor | None = None) -> MaskSample:
+        """Draws K tokens of each clip from p, without replacement."""
+        logits = self.logits(tokens) + self._prior.log_probs(tokens, video)
+        return draw_mask(logits, self.num_visible, generator=generator)
+
+
+class TargetSetSampler(AdaptiveTokenSampler):
+    """A learned sampler that never shows a random quarter of a clip's tokens. Their log p is minus infinity."""
+
+    def draw(self, tokens: Tensor, generator: torch.Generator | None) -> MaskSample:
+        """Draws K of each clip's other tokens from p, without replacement."""
+        noise = torch.rand(tokens.shape[:2], device=tokens.device, generator=generator)
+        targets = noise.topk(round(_TARGETS * self.num_tokens), dim=1)[1]
+        logits = self.logits(tokens).scatter(1, targets, -torch.inf)
+        return draw_mask(logits, self.num_visible, generator=generator)
