@@ -67,8 +67,7 @@ class PooledScoreNetwork(nn.Module):
     """Attention over cells of the grid instead of tokens. In ViT-B it costs a few percent of `MHAScoreNetwork`.
 
     Tokens are projected to a narrower width and averaged over each cell. The blocks run on the cells. Their output is
-    added to each token's own projection, so tokens of one cell still differ. The paper does not have this network;
-    benchmarks/study.py measures it.
+    added to each token's own projection, so tokens of one cell still differ. The paper does not have this network.
 
     Args:
         embed_dim: D, width of the tokens.
@@ -109,7 +108,7 @@ class PooledScoreNetwork(nn.Module):
         self.norm = LayerNorm(width, eps=1e-5)
         self.head = nn.Linear(width, 1)
         init_linear_layers(self)
-        nn.init.zeros_(self.head.weight)  # equal first scores train faster than random ones: benchmarks/study.py
+        nn.init.zeros_(self.head.weight)  # starts as random masking
 
     def forward(self, tokens: Tensor) -> Tensor:
         """[B, N, D] -> [B, N] fp32."""

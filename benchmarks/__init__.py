@@ -7,7 +7,6 @@ The files at the top are commands. The folders are their parts, and each imports
     steps     one training step
     suites    the cases of the CPU and of a GPU, and how a case becomes rows
     stages    the processes that gpu.py starts
-    studies   small pre-training runs that compare maskings
     masking   masking strategies against each other
     pages     Markdown pages and plots of the rows
     results   the rows and the pages

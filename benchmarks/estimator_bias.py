@@ -26,7 +26,7 @@ from adamae_sampler import MaskSample, sampling_loss
 from adamae_sampler.losses import Estimator
 from benchmarks.core.commit import current_commit
 from benchmarks.core.rows import RESULTS, read_texts, write_rows
-from benchmarks.pages.study import estimators_table
+from benchmarks.pages.estimators import estimators_table
 
 _TOKENS, _VISIBLE = 6, 2
 _SETS = list(itertools.combinations(range(_TOKENS), _VISIBLE))

@@ -16,9 +16,9 @@ from benchmarks.core.rows import OURS, RESULTS, Row, find, read_rows
 from benchmarks.core.tables import Column, source, table
 from benchmarks.pages import plots
 from benchmarks.pages.cpu import counts_page, cpu_page, hosts_page, loader_page, options_page
+from benchmarks.pages.estimators import estimators_page
 from benchmarks.pages.gpu import gpu_page
 from benchmarks.pages.strategies import strategies_page
-from benchmarks.pages.study import study_page
 from benchmarks.stages.gpu_run import GpuRun, read_run
 from benchmarks.steps.options import FAST, option_groups
 from benchmarks.steps.step import StepCase
@@ -27,7 +27,7 @@ _PAGES = {
     "cpu": cpu_page,
     "hosts": hosts_page,
     "options": options_page,
-    "study": study_page,
+    "estimators": estimators_page,
     "strategies": strategies_page,
     "loader": loader_page,
     "counts": counts_page,
@@ -61,7 +61,7 @@ def pages(folder: Path) -> dict[str, str]:
     found["summary"] = summary_page(folder, runs)
     if not any(found.values()):
         raise ValueError(
-            f"{folder} has no rows of run.py, study.py, strategies.py, loader.py, step_bytes.py or gpu.py."
+            f"{folder} has no rows of run.py, strategies.py, estimator_bias.py, loader.py, step_bytes.py or gpu.py."
         )
     return {name: text for name, text in found.items() if text}
 

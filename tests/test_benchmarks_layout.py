@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 # Each folder imports only those before it.
-FOLDERS = ["core", "ops", "steps", "suites", "stages", "studies", "masking", "pages"]
+FOLDERS = ["core", "ops", "steps", "suites", "stages", "masking", "pages"]
 FILES = sorted((ROOT / "benchmarks").rglob("*.py"))
 
 

@@ -12,12 +12,18 @@ from benchmarks.masking.run import Row, Task, finished
 from benchmarks.masking.statistics import ALPHA, Effect, equivalence, holm, paired, smallest_effect
 
 Run = Mapping[int, Row]  # the rows of a run, by size of what moves
-Score = Callable[[Run], float]
+Score = Callable[[Run], float | None]
 
 
 def primary(run: Run) -> float:
     """The primary endpoint: AUC of "this token belongs to what moves", the mean over the sizes of what moves."""
     return statistics.mean(run[size].moving for size in SIZES)
+
+
+def few_labels(run: Run) -> float | None:
+    """The same AUC of the encoder fine-tuned on few labelled clips; None where that was not measured."""
+    found = [value for size in SIZES if (value := run[size].few_labels) is not None]
+    return statistics.mean(found) if found else None
 
 
 @dataclass(frozen=True)
@@ -38,13 +44,15 @@ class Group:
         return [name for name in ARMS if name in self.runs and name not in (UNTRAINED, SUPERVISED)]
 
     def scores(self, arm: str, score: Score = primary) -> list[float]:
-        """Of every seed."""
-        return [score(run) for _, run in sorted(self.runs.get(arm, {}).items())]
+        """Of every seed for which it was measured."""
+        found = (score(run) for _, run in sorted(self.runs.get(arm, {}).items()))
+        return [value for value in found if value is not None]
 
     def differences(self, arm: str, reference: str = REFERENCE, score: Score = primary) -> list[float]:
-        """Arm less reference, of every seed that both have."""
+        """Arm less reference, of every seed for which both were measured."""
         mine, theirs = self.runs.get(arm, {}), self.runs.get(reference, {})
-        return [score(mine[seed]) - score(theirs[seed]) for seed in sorted(set(mine) & set(theirs))]
+        pairs = [(score(mine[seed]), score(theirs[seed])) for seed in sorted(set(mine) & set(theirs))]
+        return [one - other for one, other in pairs if one is not None and other is not None]
 
     def effect(self, arm: str, reference: str = REFERENCE, score: Score = primary) -> Effect | None:
         """The paired effect; None without two seeds that both have."""
@@ -106,6 +114,12 @@ def seen(group: Group) -> dict[str, float]:
         for arm, effect in effects.items()
         if effect is not None
     }
+
+
+def explored(group: Group) -> dict[str, Effect]:
+    """The effect of every arm that the question does not name."""
+    effects = {arm: group.effect(arm) for arm in group.arms if arm not in (REFERENCE, *COMPARED)}
+    return {arm: effect for arm, effect in effects.items() if effect is not None}
 
 
 def fast_equals_exact(group: Group) -> float | None:

@@ -12,11 +12,22 @@ from benchmarks.core.rows import read_rows
 from benchmarks.core.tables import Column, source, spread, table
 from benchmarks.masking.arms import ARMS, COMPARED, MARGIN, REFERENCE
 from benchmarks.masking.clips import SIZES
-from benchmarks.masking.comparison import Group, Run, adjusted, fast_equals_exact, gate, groups, seen
+from benchmarks.masking.comparison import (
+    Group,
+    Run,
+    adjusted,
+    explored,
+    fast_equals_exact,
+    few_labels,
+    gate,
+    groups,
+    seen,
+)
 from benchmarks.masking.run import ALL, Row
 from benchmarks.masking.statistics import ALPHA, Effect
 
 _OTHERS = {"moving_object": "moving or still object, AUC", "velocity": "velocity, rank correlation"}
+_COLUMNS = 5  # panels of the figure side by side
 _MASKS = {
     "visible_moving": "visible that move",
     "visible_still": "of still objects",
@@ -76,7 +87,14 @@ def scores_table(group: Group) -> str:
     ]
     for name, header in _OTHERS.items():
         columns.append((header, partial(_other, group, name)))
+    if any(group.scores(name, few_labels) for name in names):
+        columns.append(("64 labelled clips, AUC", lambda name: spread(group.scores(name, few_labels), 4)))
+        columns.append(("less random's", partial(_few, group)))
     return table(columns, names)
+
+
+def _few(group: Group, arm: str) -> str:
+    return "" if arm == REFERENCE else interval(group.effect(arm, score=few_labels))
 
 
 def _other(group: Group, name: str, arm: str) -> str:
@@ -112,6 +130,14 @@ def verdict(group: Group) -> str:
         lines.append(
             f"- fast - exact: {interval(group.effect('fast', 'exact'))}; within ± {MARGIN:g}, p {p:.2g}: {said}."
         )
+    effects = explored(group)
+    for said, arms in (
+        ("better than random masking", [arm for arm, effect in effects.items() if effect.low > 0]),
+        ("worse", [arm for arm, effect in effects.items() if effect.high < 0]),
+        ("unresolved", [arm for arm, effect in effects.items() if not effect.excludes_zero]),
+    ):
+        if arms:
+            lines.append(f"- Exploration, by intervals that are not adjusted, {said}: {', '.join(arms)}.")
     return "\n".join(lines)
 
 
@@ -165,22 +191,31 @@ def _compared(group: Group, arm: str) -> bool:
 
 
 def _figure(group: Group) -> plt.Figure:
-    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    """A panel for each arm: its AUC less random masking's over the size of what moves."""
     arms = [arm for arm in group.arms if _compared(group, arm)]
-    for place, arm in enumerate(arms):
-        effects = [group.effect(arm, score=partial(auc_at, size)) for size in SIZES]
-        middle = [effect.mean for effect in effects if effect]
-        errors = [[e.mean - e.low for e in effects if e], [e.high - e.mean for e in effects if e]]
-        shift = (place - (len(arms) - 1) / 2) * 0.6 / len(arms)
-        axes.errorbar(
-            [k + shift for k in range(len(SIZES))], middle, errors, fmt="o-", ms=4, lw=1, capsize=2, label=arm
-        )
-    axes.axhline(0, color="#777777", lw=1)
-    axes.set_xticks(range(len(SIZES)), [str(size) for size in SIZES])
-    axes.set(xlabel="area of what moves, patches", ylabel="AUC less random masking's")
-    axes.legend(fontsize=8, ncols=2)
-    seeds = len(group.runs[REFERENCE])
-    axes.set_title(
-        f"{group.task.steps} steps, {group.task.mask_ratio:.0%} masked, {seeds} seeds, 95% intervals", fontsize=9
+    columns = min(_COLUMNS, len(arms))
+    rows = -(-len(arms) // columns)
+    figure, grid = plt.subplots(
+        rows,
+        columns,
+        figsize=(2.2 * columns, 1.6 * rows + 0.6),
+        sharex=True,
+        sharey=True,
+        squeeze=False,
+        layout="constrained",
     )
+    for axes, arm in zip(grid.flat, arms, strict=False):
+        effects = [effect for size in SIZES if (effect := group.effect(arm, score=partial(auc_at, size)))]
+        middle = [effect.mean for effect in effects]
+        errors = [[e.mean - e.low for e in effects], [e.high - e.mean for e in effects]]
+        axes.axhline(0, color="#777777", lw=0.8)
+        axes.errorbar(range(len(SIZES)), middle, errors, fmt="o-", ms=3, lw=1, capsize=2, color="#1f5fa8")
+        axes.set_xticks(range(len(SIZES)), [str(size) for size in SIZES])
+        axes.set_title(f"{arm}, {effects[0].number} seeds", fontsize=8)
+        axes.tick_params(labelsize=7)
+    for axes in grid.flat[len(arms) :]:
+        axes.remove()
+    figure.supxlabel("area of what moves, patches", fontsize=8)
+    figure.supylabel("AUC less random masking's", fontsize=8)
+    figure.suptitle(f"{group.task.steps} steps, {group.task.mask_ratio:.0%} masked, 95% intervals", fontsize=9)
     return figure

@@ -11,26 +11,20 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-import timm
 import torch
 
-from adamae_sampler import AdaMAELoss, ops
-from benchmarks import estimator_bias, report, run, study
-from benchmarks.core.rows import Facts, Row, make_row, read_rows, read_texts, write_rows
+from adamae_sampler import ops
+from benchmarks import estimator_bias, report, run
+from benchmarks.core.rows import Facts, Row, make_row, read_rows, write_rows
 from benchmarks.core.timing import Times
 from benchmarks.loader import check as check_readers
 from benchmarks.loader import read_pyav
 from benchmarks.ops.cases import DrawMask, GatherTokens, ReconstructionError
 from benchmarks.pages.cpu import options_page
-from benchmarks.pages.study import study_facts, study_table
 from benchmarks.steps import options as option_cases
 from benchmarks.steps.finetune import FinetuneStep
-from benchmarks.studies import runs
-from benchmarks.studies.variants import SIZES, VARIANTS
 from benchmarks.suites import cpu, measure
 from benchmarks.suites import gpu as gpu_cases
-from training.command_line import parse_arguments
-from training.pretrain_recipe import PretrainRecipe
 from video_data.video_lists import VideoEntry
 
 ROOT = Path(__file__).parents[2]
@@ -116,30 +110,6 @@ def test_bytes_are_the_fewest_that_must_move():
     assert DrawMask(256, 1568, 78).bytes == 256 * 1568 * (4 + 8 + 1 + 4) + 256 * 8
     fp16 = ReconstructionError(256, 1568, 78, dtype=torch.float16, video_dtype=torch.uint8)
     assert fp16.bytes == 256 * 1490 * (1536 * 3 + 8 + 4)
-
-
-@pytest.mark.slow
-def test_the_study_pre_trains_probes_and_fine_tunes_every_variant(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(study, "relative_step_times", lambda options: dict.fromkeys(options.variants, 1.0))
-    few = {"probe_labels": 40, "finetune_labels": 40, "test_clips": 30, "steps": 2, "finetune_steps": 2}
-    study.main(study.Options(("exact", "scratch"), seeds=(3,), jobs=1, output=tmp_path / "rows.csv", **few))
-    rows = read_rows(tmp_path / "rows.csv", runs.Row)
-    assert [(row.variant, row.seed, row.steps) for row in rows] == [("exact", 3, 2), ("scratch", 3, 0)]
-    assert all(0 <= row.finetune_top1 <= 100 and 0 <= row.probe_top1 <= 100 for row in rows)
-    assert all((row.finetune_steps, row.finetune_labels) == (2, 40) for row in rows)
-    assert "| scratch | 0 |" in capsys.readouterr().out
-
-
-def test_accuracies_of_class_direction_and_shape(tmp_path):
-    (tmp_path / "predictions.csv").write_text(
-        "video,label,rank,first five classes,their probabilities\n"
-        "a,6,1,6 5 0 1 2,\n"  # right
-        "b,6,2,2 6 0 1 3,\n"  # the direction (6 % 4)
-        "c,6,3,7 5 6 1 2,\n"  # the shape (6 // 4)
-        "d,6,9,0 5 1 2 3,\n"
-    )
-    found = runs.accuracies(tmp_path / "predictions.csv", "probe")
-    assert found == {"probe_top1": 25, "probe_direction": 50, "probe_shape": 50}
 
 
 def test_the_step_of_fine_tuning_is_a_step():
@@ -238,77 +208,3 @@ def test_the_page_of_options_is_of_rows(tmp_path):
     assert "| 256 | 5 s (2.5) |" in text
     assert "Medians of a CPU, torch 2, 2 threads, commit abc, " in text
     assert options_page(tmp_path / "nowhere") == ""
-
-
-def test_every_size_and_variant_of_the_study_is_a_recipe_and_a_model():
-    pairs = [(size, "exact") for size in SIZES] + [("small", variant) for variant in VARIANTS]
-    for size, variant in pairs:
-        arguments = runs.arguments(study.Options(size=size, probe=False), variant, 0)
-        recipe, _ = parse_arguments(PretrainRecipe, arguments, "sprites", None)
-        with torch.device("meta"):
-            model = timm.create_model(recipe.model, **recipe.model_args())
-        AdaMAELoss(**recipe.loss_args())
-        assert 0 < model.sampler.num_visible < model.sampler.num_tokens / 3
-
-
-@pytest.mark.slow
-def test_the_study_of_options_trains_measures_and_probes(tmp_path):
-    options = study.Options(variants=("fast", "plackett-luce"), steps=2, probe_labels=40, test_clips=30, jobs=2)
-    rows = [runs.run(options, name, 3, 1.25, str(tmp_path), "abc") for name in options.variants]
-    log = (tmp_path / "plackett-luce-3" / "log.txt").read_text()
-    assert "num_masks=4, estimator=plackett_luce" in log
-    assert "4 videos x 1 devices" in log
-    assert "0.064 x 4 / 256 = 0.001" in log
-    for row in rows:
-        assert row.p_ratio > 0.2
-        assert 0 < row.visible_moving < 1
-        assert row.reconstruction < 1
-        assert row.error_ratio > 1  # sprites are further from grey than their background
-        assert 0 <= row.probe_top1 <= 100
-    timed = runs.run(study.Options(budget="time", steps=4, probe=False), "half", 3, 2.0, str(tmp_path), "abc")
-    assert timed.steps == 2
-    assert timed.probe_top1 is None
-    text = study_table([{name: "" if each is None else str(each) for name, each in vars(row).items()} for row in rows])
-    assert text.count("| 1.25 |") == 2
-    settings = {"size": "small", "budget": "steps", "steps": "2", "normalize_target": "True", "probe_top1": ""}
-    settings |= {"device": "a CPU", "torch": "2", "commit": "abc", "mask_ratio": "0.953125", "finetune_steps": "8"}
-    facts = study_facts([{"variant": name, **settings} for name in ("random", "exact", "masks4")], Path("rows.csv"))
-    assert facts == (
-        "`rows.csv`: a CPU, torch 2, commit abc, `python -m benchmarks.study --variants random exact masks4 --size small "
-        "--steps 2 --mask-ratio 0.953 --normalize-target --finetune-steps 8 --no-probe`. Variants: masks4 `--num-masks 4`."
-    )
-    # A study that was cut short goes on, unless its settings have changed.
-    path = tmp_path / "rows.csv"
-    write_rows(path, runs.Row, rows)
-    same = dataclasses.replace(options, output=path, add=True)
-    assert [(row.variant, row.normalize_target) for row in study.rows_to_keep(same)] == [
-        ("fast", False), ("plackett-luce", False)
-    ]  # fmt: skip
-    again = dataclasses.replace(same, add=False, seeds=(3,))
-    assert study.rows_to_keep(again) == []
-    with pytest.raises(ValueError, match="runs that would be lost, since these do not repeat them: plackett-luce 3"):
-        study.rows_to_keep(dataclasses.replace(again, variants=("fast",)))
-    with pytest.raises(
-        ValueError, match=r"'small', 'steps', 2, False, True\), and these are \('small', 'steps', 2, True"
-    ):
-        study.rows_to_keep(dataclasses.replace(same, normalize_target=True))
-    # Columns that came later were not measured then; one that is needed is missed by its name.
-    earlier = [{name: text for name, text in row.items() if name != "error_ratio"} for row in read_texts(path)]
-    _write_texts(path, earlier)
-    assert [row.error_ratio for row in study.rows_to_keep(same)] == [None, None]
-    _write_texts(path, [{name: text for name, text in row.items() if name != "steps"} for row in earlier])
-    with pytest.raises(ValueError, match="other columns than Row, which differs in steps"):
-        study.rows_to_keep(same)
-    with pytest.raises(ValueError, match="no variant quick; there are random, tube"):
-        study.Options(variants=("quick",))
-    with pytest.raises(ValueError, match="seeds is empty"):
-        study.Options(seeds=())
-    with pytest.raises(ValueError, match="probe_labels=0, expected 1 or more; --no-probe"):
-        study.Options(probe_labels=0)
-
-
-def _write_texts(path, rows):
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)

@@ -1,1 +1,0 @@
-"""One run of `benchmarks.study`, and the variants that it compares."""
