@@ -10,6 +10,7 @@ from torch import Tensor
 
 from adamae_sampler.models import PRESETS
 from benchmarks.masking import objectives, samplers
+from benchmarks.masking.clips import COARSE
 from benchmarks.masking.objectives import Objective, rewarded
 from benchmarks.masking.train import Setting
 
@@ -100,6 +101,9 @@ _TINY = {
 }
 SETTINGS: Mapping[str, Setting] = {
     "cpu": Setting(steps=2000, batch=16, lr=1e-3, mask_ratio=0.9, clips=8192, probe_clips=2000, model=_TINY),
+    "coarse": Setting(
+        steps=3000, batch=32, lr=1e-3, mask_ratio=0.9, clips=8192, probe_clips=2000, model=_TINY, scene=COARSE
+    ),
     "gpu": Setting(steps=4000, batch=64, lr=1e-3, mask_ratio=0.9, clips=16384, probe_clips=2000, model=_TINY),
     "smoke": Setting(
         steps=3,

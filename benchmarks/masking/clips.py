@@ -1,30 +1,57 @@
 """Generated clips with known truth: one object moves over a smooth texture, and others of the same look stay still.
 
-A clip has 8 frames of 32 x 32 grey pixels, 256 tokens of 2 x 4 x 4. Textures are 1/f noise. Every object has a shape, a
-size of 1 to 16 patches, a texture of its own, and a brightness that differs from the background's by the same amount.
-So a single frame does not tell which object moves. Half of the movers change their direction in mid-clip.
+Pixels are grey. Textures are 1/f noise. Every object has a shape, a size, a texture of its own, and a brightness that
+differs from the background's by the same amount. So a single frame does not tell which object moves. Half of the movers
+change their direction in mid-clip.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-FRAMES, SIDE, TUBELET, PATCH = 8, 32, 2, 4  # frames, pixels; and the sizes of a token
-GRID = (FRAMES // TUBELET, SIDE // PATCH, SIDE // PATCH)
-SIZES = (1, 2, 4, 8, 16)  # area of an object in patches
 SHAPES = ("disc", "square", "diamond", "ring")
-NUM_STILL = 2
 _BANK, _TEXTURES = 128, 256  # pixels of a texture's side; number of textures
 _SLOPE = 2.0  # amplitude falls as 1 / frequency ** _SLOPE
 _CONTRAST, _OFFSET = 0.10, 0.20  # deviation of textures; brightness of objects, less that of the background
 _SPEED = (0.5, 1.5)  # pixels a frame
 _COVERED = 0.1  # share of a token's pixels that an object covers, from which the token is the object's
 _CHUNK = 256  # clips rendered at a time
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What clips show, and how they are cut into tokens.
+
+    Attributes:
+        side: height and width of a frame, in pixels.
+        patch: height and width of a token.
+        sizes: areas that movers have, in patches, each equally often in the mean; still objects have them too.
+        num_still: objects that stay still.
+        frames: of a clip.
+        tubelet: frames of a token.
+    """
+
+    side: int = 32
+    patch: int = 4
+    sizes: tuple[int, ...] = (1, 2, 4, 8, 16)
+    num_still: int = 2
+    frames: int = 8
+    tubelet: int = 2
+
+    @property
+    def grid(self) -> tuple[int, int, int]:
+        """(T, H, W), tokens in time, height and width."""
+        return self.frames // self.tubelet, self.side // self.patch, self.side // self.patch
+
+
+FINE = Scene()  # 256 tokens
+COARSE = Scene(side=48, patch=8, sizes=(2,), num_still=1)  # 144 tokens
 
 
 @dataclass(frozen=True)
@@ -35,11 +62,12 @@ class Clips:
         video: [n, 1, T, H, W] uint8.
         moving: [n, N] bool, tokens of the object that moves.
         still: [n, N] bool, tokens of objects that do not, without those of the mover.
-        size: [n], index into SIZES.
+        size: [n], index into the scene's sizes.
         shape: [n], index into SHAPES.
         position: [n, T', 2] fp32, centre of the mover (y, x) in pixels, mean over the frames of a time step.
         velocity: [n, T', 2] fp32, pixels a frame (y, x), mean over the frames of a time step.
         turns: [n] bool, whether the mover changes its direction.
+        scene: what they show.
     """
 
     video: Tensor
@@ -50,36 +78,43 @@ class Clips:
     position: Tensor
     velocity: Tensor
     turns: Tensor
+    scene: Scene
 
     def __len__(self) -> int:
         return len(self.video)
 
     def first(self, number: int) -> Clips:
         """The first of them."""
-        return Clips(*(each[:number] for each in vars(self).values()))
-
-    def by_size(self) -> list[Tensor]:
-        """Which clips [n]: all, then those with a mover of each size. Sizes that no clip has are left out."""
-        chosen = [torch.ones_like(self.turns), *(self.size == k for k in range(len(SIZES)))]
-        return [each for each in chosen if each.any()]
+        return self._each(lambda each: each[:number])
 
     def to(self, device: torch.device) -> Clips:
         """The same clips on a device."""
-        return Clips(*(each.to(device) for each in vars(self).values()))
+        return self._each(lambda each: each.to(device))
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Clips:
+        changed: dict[str, Any] = {name: change(each) for name, each in vars(self).items() if isinstance(each, Tensor)}
+        return replace(self, **changed)
+
+    def by_size(self) -> list[Tensor]:
+        """Which clips [n]: all, then those with a mover of each size. Sizes that no clip has are left out."""
+        chosen = [torch.ones_like(self.turns), *(self.size == k for k in range(len(self.scene.sizes)))]
+        return [each for each in chosen if each.any()]
 
 
-def make_clips(number: int, seed: int, sizes: tuple[int, ...] = SIZES) -> Clips:
+def make_clips(number: int, seed: int, scene: Scene = FINE) -> Clips:
     """Clips that depend on the arguments alone.
 
     Args:
         number: n.
         seed: of everything.
-        sizes: the sizes that movers have, each equally often in the mean; the still objects take any of SIZES.
+        scene: what they show.
     """
     generator = torch.Generator().manual_seed(seed)
     bank = textures(generator)
-    parts = [_render(min(_CHUNK, number - at), bank, sizes, generator) for at in range(0, number, _CHUNK)]
-    return Clips(*(torch.cat(each) for each in zip(*parts, strict=True)))
+    parts = [_render(min(_CHUNK, number - at), bank, scene, generator) for at in range(0, number, _CHUNK)]
+    names = [each.name for each in fields(Clips) if each.name != "scene"]
+    joined = {name: torch.cat(each) for name, each in zip(names, zip(*parts, strict=True), strict=True)}
+    return Clips(**joined, scene=scene)
 
 
 def textures(generator: torch.Generator) -> Tensor:
@@ -93,49 +128,50 @@ def textures(generator: torch.Generator) -> Tensor:
     return noise / noise.std(dim=(1, 2), keepdim=True)
 
 
-def _render(number: int, bank: Tensor, sizes: tuple[int, ...], generator: torch.Generator) -> tuple[Tensor, ...]:
+def _render(number: int, bank: Tensor, scene: Scene, generator: torch.Generator) -> tuple[Tensor, ...]:
     def uniform(*shape: int, low: float = 0.0, high: float = 1.0) -> Tensor:
         return torch.rand(*shape, generator=generator) * (high - low) + low
 
     def integers(high: int, *shape: int) -> Tensor:
         return torch.randint(high, shape, generator=generator)
 
-    choices = torch.tensor([SIZES.index(size) for size in sizes])
-    size = torch.cat([choices[integers(len(sizes), number, 1)], integers(len(SIZES), number, NUM_STILL)], 1)
-    side = torch.tensor(SIZES).sqrt()[size] * PATCH  # [n, 1 + still], the mover first
-    shape = integers(len(SHAPES), number, 1 + NUM_STILL)
-    offset = torch.where(uniform(number, 1 + NUM_STILL) < 0.5, -_OFFSET, _OFFSET)
+    size = torch.cat([integers(len(scene.sizes), number, 1), integers(len(scene.sizes), number, scene.num_still)], 1)
+    side = torch.tensor(scene.sizes).sqrt()[size] * scene.patch  # [n, 1 + still], the mover first
+    shape = integers(len(SHAPES), number, 1 + scene.num_still)
+    offset = torch.where(uniform(number, 1 + scene.num_still) < 0.5, -_OFFSET, _OFFSET)
 
-    position, velocity, turns = _paths(number, side[:, 0], uniform)
-    centre = uniform(number, NUM_STILL, 2) * (SIDE - side[:, 1:, None]) + side[:, 1:, None] / 2
+    position, velocity, turns = _paths(number, side[:, 0], scene, uniform)
+    centre = uniform(number, scene.num_still, 2) * (scene.side - side[:, 1:, None]) + side[:, 1:, None] / 2
 
-    pixel = torch.arange(SIDE) + 0.5
+    pixel = torch.arange(scene.side) + 0.5
 
     def crop(width: int) -> Tensor:  # [n, width, width], of random textures at random places
         rows, columns = (integers(_BANK, number, 1) + torch.arange(width) for _ in range(2))
         which = integers(_TEXTURES, number)
         return bank[which[:, None, None], rows[:, :, None] % _BANK, columns[:, None, :] % _BANK]
 
-    frame = 0.5 + _CONTRAST * crop(SIDE)
-    still_cover = torch.zeros(number, SIDE, SIDE)
-    for k in range(NUM_STILL):
+    frame = 0.5 + _CONTRAST * crop(scene.side)
+    still_cover = torch.zeros(number, scene.side, scene.side)
+    for k in range(scene.num_still):
         at = pixel - centre[:, k, :, None]  # [n, 2, side]
         cover = _cover(at[:, 0, :, None], at[:, 1, None, :], side[:, 1 + k, None, None], shape[:, 1 + k])
-        look = 0.5 + offset[:, 1 + k, None, None] + _CONTRAST * crop(SIDE)
+        look = 0.5 + offset[:, 1 + k, None, None] + _CONTRAST * crop(scene.side)
         frame = torch.lerp(frame, look, cover)
         still_cover = torch.maximum(still_cover, cover)
 
     at = pixel - position[..., None]  # [n, T, 2, side]
     cover = _cover(at[:, :, 0, :, None], at[:, :, 1, None, :], side[:, :1, None, None], shape[:, 0])
-    look = 0.5 + offset[:, :1, None, None] + _CONTRAST * _carried(crop(2 * SIDE), position)
+    look = 0.5 + offset[:, :1, None, None] + _CONTRAST * _carried(crop(2 * scene.side), position, scene)
     video = torch.lerp(frame[:, None], look, cover).clamp(0, 1).mul(255).round().to(torch.uint8)
 
     def of_tokens(x: Tensor) -> Tensor:  # [n, T, side, side] -> [n, N] share
-        return x.reshape(number, GRID[0], TUBELET, GRID[1], PATCH, GRID[2], PATCH).mean((2, 4, 6)).flatten(1)
+        steps, rows, columns = scene.grid
+        cells = x.reshape(number, steps, scene.tubelet, rows, scene.patch, columns, scene.patch)
+        return cells.mean((2, 4, 6)).flatten(1)
 
     moving = of_tokens(cover) > _COVERED
     still = (of_tokens(still_cover[:, None] * (1 - cover)) > _COVERED) & ~moving
-    by_step = (number, GRID[0], TUBELET, 2)
+    by_step = (number, scene.grid[0], scene.tubelet, 2)
     return (
         video[:, None],
         moving,
@@ -148,17 +184,17 @@ def _render(number: int, bank: Tensor, sizes: tuple[int, ...], generator: torch.
     )
 
 
-def _paths(number: int, side: Tensor, uniform: Callable[..., Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+def _paths(number: int, side: Tensor, scene: Scene, uniform: Callable[..., Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     """Centres [n, T, 2] and velocities [n, T, 2] of movers that stay within the frame, and who turns [n]."""
     turns = uniform(number) < 0.5
     angle = uniform(number, 1, high=2 * math.pi)
     turn = torch.where(turns, uniform(number, low=0.25 * math.pi, high=1.75 * math.pi), 0.0)[:, None]
-    angles = angle + turn * (torch.arange(FRAMES) >= FRAMES // 2)  # [n, T]
+    angles = angle + turn * (torch.arange(scene.frames) >= scene.frames // 2)  # [n, T]
     speed = uniform(number, 1, low=_SPEED[0], high=_SPEED[1])
     velocity = torch.stack([speed * angles.sin(), speed * angles.cos()], -1)  # [n, T, 2]
     path = velocity.cumsum(1) - velocity / 2
     low, high = path.amin(1), path.amax(1)  # [n, 2]
-    room = (SIDE - side[:, None] - (high - low)).clamp_min(0)
+    room = (scene.side - side[:, None] - (high - low)).clamp_min(0)
     start = side[:, None] / 2 - low + room * uniform(number, 2)
     return path + start[:, None], velocity, turns
 
@@ -177,15 +213,14 @@ def _cover(y: Tensor, x: Tensor, side: Tensor, shape: Tensor) -> Tensor:
     return (0.5 - chosen).clamp(0, 1)
 
 
-def _carried(texture: Tensor, position: Tensor) -> Tensor:
+def _carried(texture: Tensor, position: Tensor, scene: Scene) -> Tensor:
     """[n, 2 side, 2 side] textures, and the places [n, T, 2] of what carries them -> [n, T, side, side]."""
-    number = len(texture)
-    grid = torch.arange(SIDE) + 0.5
-    y, x = (grid - position[..., k, None] for k in range(2))  # [n, T, side] within about +- SIDE
+    number, side = len(texture), scene.side
+    grid = torch.arange(side) + 0.5
+    y, x = (grid - position[..., k, None] for k in range(2))  # [n, T, side] within about +- side
     places = torch.stack(
-        [x[:, :, None, :].expand(-1, -1, SIDE, -1) / SIDE, y[..., None].expand(-1, -1, -1, SIDE) / SIDE], -1
+        [x[:, :, None, :].expand(-1, -1, side, -1) / side, y[..., None].expand(-1, -1, -1, side) / side], -1
     )  # [n, T, side, side, 2] in -1 .. 1
-    sampled = torch.nn.functional.grid_sample(
-        texture[:, None], places.reshape(number, FRAMES * SIDE, SIDE, 2), align_corners=False, padding_mode="reflection"
-    )
-    return sampled.view(number, FRAMES, SIDE, SIDE)
+    places = places.reshape(number, scene.frames * side, side, 2)
+    sampled = torch.nn.functional.grid_sample(texture[:, None], places, align_corners=False, padding_mode="reflection")
+    return sampled.view(number, scene.frames, side, side)

@@ -7,8 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from benchmarks.masking.arms import ARMS, COMPARED, MARGIN, REFERENCE, SUPERVISED, UNTRAINED
-from benchmarks.masking.clips import SIZES
-from benchmarks.masking.run import Row, Task, finished
+from benchmarks.masking.run import ALL, Row, Task, finished, movers
 from benchmarks.masking.statistics import ALPHA, Effect, equivalence, holm, paired, smallest_effect
 
 Run = Mapping[int, Row]  # the rows of a run, by size of what moves
@@ -17,12 +16,12 @@ Score = Callable[[Run], float | None]
 
 def primary(run: Run) -> float:
     """The primary endpoint: AUC of "this token belongs to what moves", the mean over the sizes of what moves."""
-    return statistics.mean(run[size].moving for size in SIZES)
+    return statistics.mean(run[mover].moving for mover in movers(run[ALL]))
 
 
 def few_labels(run: Run) -> float | None:
     """The same AUC of the encoder fine-tuned on few labelled clips; None where that was not measured."""
-    found = [value for size in SIZES if (value := run[size].few_labels) is not None]
+    found = [value for mover in movers(run[ALL]) if (value := run[mover].few_labels) is not None]
     return statistics.mean(found) if found else None
 
 

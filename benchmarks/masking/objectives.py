@@ -14,7 +14,6 @@ from torch import Tensor
 
 from adamae_sampler import AdaMAELoss, reconstruction_error, sampling_loss
 from adamae_sampler.models import AdaMAE
-from benchmarks.masking.clips import PATCH, TUBELET
 from benchmarks.masking.train import Loss
 
 Objective = Callable[[AdaMAE, AdaMAELoss], Loss]
@@ -81,8 +80,8 @@ def reducible(model: AdaMAE, criterion: AdaMAELoss) -> Loss:
                 video,
                 sample,
                 normalize=criterion.patches.normalize,
-                patch_size=PATCH,
-                tubelet_size=TUBELET,
+                patch_size=criterion.patches.patch[1:],
+                tubelet_size=criterion.patches.patch[0],
             )
             reward = (before - out.token_error).clamp_min(0)
         return out.reconstruction + criterion.sampling_weight * sampling_loss(sample, reward)

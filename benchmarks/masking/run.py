@@ -16,7 +16,7 @@ from adamae_sampler import AdaMAELoss, MaskSample, RandomTokenSampler, reconstru
 from adamae_sampler.models import AdaMAE
 from benchmarks.core.rows import device_name
 from benchmarks.masking.arms import ARMS, SETTINGS, SUPERVISED, UNTRAINED
-from benchmarks.masking.clips import PATCH, SIZES, TUBELET, Clips, make_clips
+from benchmarks.masking.clips import Clips, Scene, make_clips
 from benchmarks.masking.readout import moving_auc, read_out
 from benchmarks.masking.train import Setting, build, features, fine_tune, pretrain, supervise
 
@@ -92,13 +92,23 @@ def finished(rows: Iterable[Row]) -> dict[Task, dict[int, Row]]:
     for row in rows:
         task = Task(**{each.name: getattr(row, each.name) for each in fields(Task)})
         runs.setdefault(task, {})[row.mover] = row
-    return {task: run for task, run in runs.items() if set(run) == {ALL, *SIZES}}
+    return {task: run for task, run in runs.items() if set(run) == {ALL, *movers(task)}}
 
 
 @functools.lru_cache(maxsize=3)
-def clips(number: int, seed: int, device: torch.device) -> Clips:
+def clips(number: int, seed: int, scene: Scene, device: torch.device) -> Clips:
     """Generated clips on a device; the runs of a process share those of a seed."""
-    return make_clips(number, seed).to(device)
+    return make_clips(number, seed, scene).to(device)
+
+
+def movers(task: Task) -> tuple[int, ...]:
+    """The areas of what moves, in patches."""
+    return SETTINGS[task.size].scene.sizes
+
+
+def patches(scene: Scene) -> dict[str, Any]:
+    """The arguments of the losses that say how a clip is cut."""
+    return {"patch_size": scene.patch, "tubelet_size": scene.tubelet}
 
 
 def run(task: Task, commit: str, device: torch.device) -> list[Row]:
@@ -114,17 +124,17 @@ def run(task: Task, commit: str, device: torch.device) -> list[Row]:
     setting = replace(SETTINGS[task.size], steps=task.steps, lr=task.lr, mask_ratio=task.mask_ratio)
     model = build(setting, task.seed, dict(arm.model)).to(device)
     if task.arm != UNTRAINED:
-        data = clips(setting.clips, _TRAIN_SEED + task.seed, device)
+        data = clips(setting.clips, _TRAIN_SEED + task.seed, setting.scene, device)
         if task.arm == SUPERVISED:
             head = nn.Linear(model.encoder.pos_embed.shape[-1], 1).to(device)
             steps = supervise(model, head, data, setting, task.seed)
         else:
-            criterion = AdaMAELoss(patch_size=PATCH, tubelet_size=TUBELET, normalize=task.normalize, **arm.loss)
+            criterion = AdaMAELoss(**patches(setting.scene), normalize=task.normalize, **arm.loss)
             steps = pretrain(model, arm.objective(model, criterion), data, setting, task.seed)
         for _ in steps:
             pass
     model.eval()
-    fit, test = (clips(setting.probe_clips, seed, device) for seed in (_FIT_SEED, _TEST_SEED))
+    fit, test = (clips(setting.probe_clips, seed, setting.scene, device) for seed in (_FIT_SEED, _TEST_SEED))
     scores = read_out(functools.partial(features, model), fit, test)
     masks = {} if task.arm in (UNTRAINED, SUPERVISED) else measure(model, test, task.normalize)
     if task.arm != SUPERVISED:
@@ -139,7 +149,7 @@ def run(task: Task, commit: str, device: torch.device) -> list[Row]:
     measured = {**vars(scores), **masks}
     return [
         Row(**vars(task), **known, mover=mover, **{name: values[place] for name, values in measured.items()})
-        for place, mover in enumerate((ALL, *SIZES))
+        for place, mover in enumerate((ALL, *movers(task)))
     ]
 
 
@@ -160,9 +170,7 @@ def measure(model: AdaMAE, test: Clips, normalize: bool) -> dict[str, list[float
     for video, random in _batches(model, test):
         drawn.append(model.draw_mask(video).mask)
         prediction, sample = model(video, mask=random)
-        error = reconstruction_error(
-            prediction, video, sample, normalize=normalize, patch_size=PATCH, tubelet_size=TUBELET
-        )
+        error = reconstruction_error(prediction, video, sample, normalize=normalize, **patches(test.scene))
         unknown = torch.full_like(random.mask, torch.nan, dtype=error.dtype)
         errors.append(unknown.scatter(1, sample.masked_idx, error))
     visible, error = ~torch.cat(drawn), torch.cat(errors)

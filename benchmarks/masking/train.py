@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from adamae_sampler.models import AdaMAE
-from benchmarks.masking.clips import FRAMES, PATCH, SIDE, TUBELET, Clips
+from benchmarks.masking.clips import FINE, Clips, Scene
 
 Loss = Callable[[Tensor], Tensor]  # of a batch of video
 _BETAS, _DECAY = (0.9, 0.95), 0.05
@@ -34,6 +34,7 @@ class Setting:
         clips: generated for pre-training.
         probe_clips: generated for the fit of the readout, and as many for its test.
         model: sizes of the model.
+        scene: what the clips show.
         few: clips with labels that the encoder is fine-tuned on.
         few_steps: optimiser steps of that.
         few_lr: its largest learning rate.
@@ -46,6 +47,7 @@ class Setting:
     clips: int
     probe_clips: int
     model: dict[str, int]
+    scene: Scene = FINE
     few: int = 64
     few_steps: int = 100
     few_lr: float = 1e-3
@@ -63,9 +65,11 @@ def build(setting: Setting, seed: int, arguments: dict[str, Any]) -> AdaMAE:
         torch.manual_seed(seed)
         arguments = {**arguments, "masking": masking(setting)}
     torch.manual_seed(seed)  # again; the model initialises a sampler of its own last
-    video = {"img_size": SIDE, "num_frames": FRAMES, "patch_size": PATCH, "tubelet_size": TUBELET, "in_chans": 1}
-    look = {"mean": (0.5,), "std": (0.25,)}
-    model = AdaMAE(**{**video, **look, **setting.model, "mask_ratio": setting.mask_ratio, **arguments})
+    scene = setting.scene
+    frames = {"img_size": scene.side, "num_frames": scene.frames}
+    tokens = {"patch_size": scene.patch, "tubelet_size": scene.tubelet}
+    pixels = {"in_chans": 1, "mean": (0.5,), "std": (0.25,)}
+    model = AdaMAE(**{**frames, **tokens, **pixels, **setting.model, "mask_ratio": setting.mask_ratio, **arguments})
     model.encoder.pos_embed.copy_(place_table(model.size.grid, model.encoder.pos_embed.shape[-1]))
     model.decoder_pos_embed.copy_(place_table(model.size.grid, model.decoder_pos_embed.shape[-1]))
     return model

@@ -11,7 +11,6 @@ import matplotlib.pyplot as plt
 from benchmarks.core.rows import read_rows
 from benchmarks.core.tables import Column, source, spread, table
 from benchmarks.masking.arms import ARMS, COMPARED, MARGIN, REFERENCE
-from benchmarks.masking.clips import SIZES
 from benchmarks.masking.comparison import (
     Group,
     Run,
@@ -23,7 +22,7 @@ from benchmarks.masking.comparison import (
     groups,
     seen,
 )
-from benchmarks.masking.run import ALL, Row
+from benchmarks.masking.run import ALL, Row, movers
 from benchmarks.masking.statistics import ALPHA, Effect
 
 _OTHERS = {"moving_object": "moving or still object, AUC", "velocity": "velocity, rank correlation"}
@@ -149,7 +148,7 @@ def by_size(group: Group) -> str:
     columns: list[Column[str]] = [
         ("AUC by patches of what moves", lambda arm: f"{arm} - random" if arm != REFERENCE else arm)
     ]
-    columns += [(str(size), partial(_at_size, group, size)) for size in SIZES]
+    columns += [(str(size), partial(_at_size, group, size)) for size in movers(group.task)]
     return table(columns, [REFERENCE, *arms])
 
 
@@ -193,6 +192,7 @@ def _compared(group: Group, arm: str) -> bool:
 def _figure(group: Group) -> plt.Figure:
     """A panel for each arm: its AUC less random masking's over the size of what moves."""
     arms = [arm for arm in group.arms if _compared(group, arm)]
+    sizes = movers(group.task)
     columns = min(_COLUMNS, len(arms))
     rows = -(-len(arms) // columns)
     figure, grid = plt.subplots(
@@ -205,12 +205,12 @@ def _figure(group: Group) -> plt.Figure:
         layout="constrained",
     )
     for axes, arm in zip(grid.flat, arms, strict=False):
-        effects = [effect for size in SIZES if (effect := group.effect(arm, score=partial(auc_at, size)))]
+        effects = [effect for size in sizes if (effect := group.effect(arm, score=partial(auc_at, size)))]
         middle = [effect.mean for effect in effects]
         errors = [[e.mean - e.low for e in effects], [e.high - e.mean for e in effects]]
         axes.axhline(0, color="#777777", lw=0.8)
-        axes.errorbar(range(len(SIZES)), middle, errors, fmt="o-", ms=3, lw=1, capsize=2, color="#1f5fa8")
-        axes.set_xticks(range(len(SIZES)), [str(size) for size in SIZES])
+        axes.errorbar(range(len(sizes)), middle, errors, fmt="o-", ms=3, lw=1, capsize=2, color="#1f5fa8")
+        axes.set_xticks(range(len(sizes)), list(map(str, sizes)))
         axes.set_title(f"{arm}, {effects[0].number} seeds", fontsize=8)
         axes.tick_params(labelsize=7)
     for axes in grid.flat[len(arms) :]:

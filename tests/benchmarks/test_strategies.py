@@ -28,19 +28,34 @@ def generated():
 def tokens_of(pixels):
     """[n, T, H, W] -> [n, N, pixels of a token], by slices."""
     found = []
-    for t, y, x in itertools.product(*map(range, clips.GRID)):
-        t, y, x = t * clips.TUBELET, y * clips.PATCH, x * clips.PATCH
-        found.append(pixels[:, t : t + clips.TUBELET, y : y + clips.PATCH, x : x + clips.PATCH].flatten(1))
+    for t, y, x in itertools.product(*map(range, clips.FINE.grid)):
+        t, y, x = t * clips.FINE.tubelet, y * clips.FINE.patch, x * clips.FINE.patch
+        found.append(
+            pixels[:, t : t + clips.FINE.tubelet, y : y + clips.FINE.patch, x : x + clips.FINE.patch].flatten(1)
+        )
     return torch.stack(found, 1)
 
 
 def test_clips_depend_on_the_arguments_alone(generated):
     again = clips.make_clips(64, seed=3)
-    assert all(
-        torch.equal(one, other) for one, other in zip(vars(generated).values(), vars(again).values(), strict=True)
-    )
+    for name, value in vars(generated).items():
+        same = getattr(again, name)
+        assert torch.equal(value, same) if isinstance(value, torch.Tensor) else value == same
     assert not torch.equal(clips.make_clips(64, seed=4).video, generated.video)
-    assert set(clips.make_clips(40, seed=3, sizes=(2,)).size.tolist()) == {clips.SIZES.index(2)}
+
+
+@pytest.mark.parametrize("scene", [clips.FINE, clips.COARSE])
+def test_a_scene_is_cut_into_its_tokens(scene):
+    made = clips.make_clips(200, seed=3, scene=scene)
+    assert made.video.shape == (200, 1, scene.frames, scene.side, scene.side)
+    assert made.moving.shape == (200, math.prod(scene.grid))
+    assert set(made.size.tolist()) == set(range(len(scene.sizes)))
+    change = (made.video[:, 0].int().diff(dim=1) != 0).any(1).float()  # [n, side, side]
+    places = torch.nn.functional.max_pool2d(change[:, None], scene.patch)[:, 0].bool()
+    moving = made.moving.view(200, *scene.grid).any(1)
+    assert (places & moving).sum() / moving.sum() > 0.98
+    assert len(made.first(7)) == len(made.first(7).size) == 7
+    assert [len(each) for each in made.by_size()] == [200] * (1 + len(scene.sizes))
 
 
 def test_only_what_moves_changes(generated):
@@ -52,7 +67,7 @@ def test_only_what_moves_changes(generated):
     share = tokens_of(change).float().mean(2)
     assert (share[generated.moving] > 0).float().mean() > 0.98
     near = torch.nn.functional.max_pool3d(
-        generated.moving.view(-1, 1, *clips.GRID).float(), 3, stride=1, padding=1
+        generated.moving.view(-1, 1, *clips.FINE.grid).float(), 3, stride=1, padding=1
     ).flatten(1)
     assert (share[near == 0] == 0).all()  # a still object, or the background
     assert not (generated.moving & generated.still).any()
@@ -60,22 +75,22 @@ def test_only_what_moves_changes(generated):
 
 
 def test_places_and_velocities_are_those_of_the_pixels():
-    made = clips.make_clips(64, seed=5, sizes=(4,))
+    made = clips.make_clips(64, seed=5, scene=clips.Scene(sizes=(4,)))
     video = made.video[:, 0].float()
     change = (video[:, 1:] - video[:, :-1]).abs()  # at the edges of the mover, on both of its sides
-    pixel = torch.arange(clips.SIDE) + 0.5
+    pixel = torch.arange(clips.FINE.side) + 0.5
     weight = change.sum((1, 2, 3))
     centre = (
         torch.stack([(change.sum((1, 3)) * pixel).sum(1), (change.sum((1, 2)) * pixel).sum(1)], 1) / weight[:, None]
     )
     path = made.position.mean(1)
     assert ((centre - path).norm(dim=1) < 2).float().mean() > 0.9
-    moved = made.position.diff(dim=1) / clips.TUBELET
+    moved = made.position.diff(dim=1) / clips.FINE.tubelet
     straight = ~made.turns
     torch.testing.assert_close(moved[straight], made.velocity[straight, 1:], atol=1e-4, rtol=0)
     assert (made.velocity[made.turns].diff(dim=1).abs().sum((1, 2)) > 0.1).all()
     assert made.position.amin() > 0
-    assert made.position.amax() < clips.SIDE
+    assert made.position.amax() < clips.FINE.side
 
 
 def test_still_objects_look_like_what_moves(generated):
@@ -112,7 +127,7 @@ def test_the_readout_finds_what_the_features_say_and_nothing_else(generated):
     def labels(video):
         here = [order[clip.numpy().tobytes()] for clip in video]
         moving, still = generated.moving[here].float(), generated.still[here].float()
-        velocity = generated.velocity[here].repeat_interleave(clips.GRID[1] * clips.GRID[2], 1)
+        velocity = generated.velocity[here].repeat_interleave(clips.FINE.grid[1] * clips.FINE.grid[2], 1)
         return torch.cat([moving[..., None], (moving - still)[..., None], velocity], 2)
 
     found = readout.read_out(labels, generated, generated)
@@ -161,11 +176,11 @@ def test_training_is_deterministic_and_has_the_rate_of_its_schedule():
     assert rates[9] == max(rates) == setting.lr
     assert rates[0] == pytest.approx(setting.lr / 10)
     assert rates[99] < setting.lr / 1000
-    weights, criterion = [], AdaMAELoss(patch_size=clips.PATCH)
+    weights, criterion = [], AdaMAELoss(patch_size=clips.FINE.patch)
     for _ in range(2):
         model = train.build(setting, 0, {"masking": "adaptive"})
         before = model.encoder.patch_embed.proj.weight.clone()
-        steps = train.pretrain(model, objectives.plain(model, criterion), run.clips(8, 1, CPU), setting, 0)
+        steps = train.pretrain(model, objectives.plain(model, criterion), run.clips(8, 1, clips.FINE, CPU), setting, 0)
         assert list(steps) == [1, 2, 3, 4, 5, 6]
         weights.append(model.encoder.patch_embed.proj.weight)
     assert torch.equal(*weights)
@@ -174,7 +189,7 @@ def test_training_is_deterministic_and_has_the_rate_of_its_schedule():
 
 def test_fine_tuning_learns_from_few_labels_and_leaves_the_model_alone():
     setting = dataclasses.replace(arms.SETTINGS["smoke"], few=16, few_steps=150, few_lr=5e-3)
-    model, made = train.build(setting, 0, {"masking": "random"}).eval(), run.clips(16, 1, CPU)
+    model, made = train.build(setting, 0, {"masking": "random"}).eval(), run.clips(16, 1, clips.FINE, CPU)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     found = run.few_labels(model, made, made, setting, 0)
     assert found[0] > 0.75
@@ -244,7 +259,7 @@ def rows_of(arm, seed, score, by_size=0.0):
     facts = {"seconds": 1.0, "device": "some CPU", "torch": "2", "commit": "abc"}
     return [
         run.Row(arm=arm, seed=seed, **common, **scores, **facts, mover=mover, moving=score + by_size * place)
-        for place, mover in enumerate((0, *clips.SIZES))
+        for place, mover in enumerate((0, *clips.FINE.sizes))
     ]
 
 
@@ -290,7 +305,7 @@ def test_a_killed_run_goes_on_and_loses_nothing(tmp_path, capsys):
     command += ["--arms", "untrained", "random", "motion", "--seeds", "0", "1", "--rows", str(tmp_path / "rows.csv")]
     strategies.main(strategies.parse(command))
     table, whole = capsys.readouterr().out, read_rows(rows, run.Row)
-    assert len(whole) == 6 * (1 + len(clips.SIZES))
+    assert len(whole) == 6 * (1 + len(clips.FINE.sizes))
     rows.write_text(rows.read_text()[: int(len(rows.read_text()) * 0.6)].replace(",abc", ",kept"))
     strategies.main(strategies.parse(command))
     again = read_rows(rows, run.Row)
@@ -327,11 +342,23 @@ def test_the_stage_of_the_gpu_command_writes_its_rows(tmp_path):
     assert {(row.arm, row.seed) for row in rows} == set(itertools.product(arms.PRIMARY, arms.SEEDS))
 
 
+def test_a_size_with_another_scene_has_its_own_rows(tmp_path, monkeypatch):
+    small = dataclasses.replace(arms.SETTINGS["smoke"], scene=clips.COARSE)
+    monkeypatch.setitem(arms.SETTINGS, "coarse", small)
+    rows = tmp_path / "strategies_coarse.csv"
+    command = ["--size", "coarse", "--jobs", "1", "--seeds", "0", "1", "--rows", str(rows)]
+    strategies.main(strategies.parse([*command, "--arms", "random", "motion", "hard", "even_start"]))
+    found = read_rows(rows, run.Row)
+    assert {row.mover for row in found} == {run.ALL, 2}
+    assert len(run.finished(found)) == 8
+    assert "| AUC by patches of what moves | 2 |" in strategies_page(tmp_path)
+
+
 @pytest.mark.parametrize("name", [name for name in arms.ARMS if name not in ("untrained", "supervised")])
 def test_every_arm_trains(name):
     task = run.Task(name, 0, "smoke", 2, 1e-3, 0.9, True)
     rows = run.run(task, "abc", CPU)
-    assert [row.mover for row in rows] == [run.ALL, *clips.SIZES]
+    assert [row.mover for row in rows] == [run.ALL, *clips.FINE.sizes]
     assert all(math.isfinite(value) for row in rows for value in (row.moving, row.error_moving, row.error_ground))
 
 

@@ -7,7 +7,7 @@ import torch
 
 from adamae_sampler import AdaMAELoss, MotionTokenSampler
 from adamae_sampler.estimators import set_log_prob
-from benchmarks.masking import arms, clips, objectives, samplers, train
+from benchmarks.masking import arms, clips, objectives, run, samplers, train
 
 SETTING = arms.SETTINGS["smoke"]
 
@@ -21,7 +21,7 @@ def of_arm(name):
     """A model of the smoke size in training, and the loss of an arm."""
     arm = arms.ARMS[name]
     model = train.build(SETTING, 0, dict(arm.model)).train()
-    criterion = AdaMAELoss(patch_size=clips.PATCH, tubelet_size=clips.TUBELET, **arm.loss)
+    criterion = AdaMAELoss(**run.patches(clips.FINE), **arm.loss)
     return model, arm.objective(model, criterion)
 
 
@@ -44,7 +44,7 @@ def test_a_reward_reaches_the_sampler_alone(video):
     for objective in (objectives.plain, objectives.rewarded(objectives.sharpened)):
         model, _ = of_arm("sharpened")
         torch.manual_seed(1)
-        objective(model, AdaMAELoss(patch_size=clips.PATCH))(video).backward()
+        objective(model, AdaMAELoss(**run.patches(clips.FINE)))(video).backward()
         gradients[objective] = {key: each.grad for key, each in model.named_parameters()}
     paper, sharpened = gradients.values()
     for key, mine in sharpened.items():
@@ -103,7 +103,7 @@ def test_the_gradient_of_a_target_set_is_the_policy_gradient_of_its_errors(video
     model.zero_grad()
     torch.manual_seed(1)
     prediction, sample = model(video)
-    error = AdaMAELoss(patch_size=clips.PATCH)(prediction, video, sample).token_error.detach()
+    error = AdaMAELoss(**run.patches(clips.FINE))(prediction, video, sample).token_error.detach()
     whole = torch.zeros(len(video), 256).scatter(1, sample.masked_idx, error)
     mean = torch.stack([row[out.isneginf()].mean() for row, out in zip(whole, sample.log_probs, strict=True)])
     baseline = (mean.sum() - mean) / (len(video) - 1)
@@ -116,7 +116,7 @@ def test_samplers_start_as_they_say(video):
     even, prior, ramp = (of_arm(name)[0] for name in ("even_start", "motion_prior", "ramp"))
     uniform = torch.full((len(video), 256), 1 / 256).log()
     torch.testing.assert_close(even.draw_mask(video).log_probs, uniform)
-    motion = MotionTokenSampler(clips.GRID, 0.9, source="pixels", floor=0.8)
+    motion = MotionTokenSampler(clips.FINE.grid, 0.9, source="pixels", floor=0.8)
     tokens = prior.sampler_tokens(video)
     torch.testing.assert_close(prior.draw_mask(video).log_probs, motion.log_probs(tokens, video))
     torch.testing.assert_close(ramp.draw_mask(video).log_probs, uniform)
