@@ -23,6 +23,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a bare checkout is not installed
 
 import torch
+from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from benchmarks.core.commit import current_commit
@@ -66,9 +67,19 @@ def tasks(given: argparse.Namespace) -> list[Task]:
 
 def main(given: argparse.Namespace) -> None:
     """Runs what has no rows yet, and prints the table."""
-    if given.table:
+    if not given.table:
+        given.rows.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with FileLock(f"{given.rows}.lock", timeout=0):  # released when its process ends, however it ends
+                complete(given)
+        except Timeout:
+            sys.exit(f"{given.rows} is being written by another strategies.py. Wait for it, or give another --rows.")
+    if not given.rows_only:
         print(table(given.rows))
-        return
+
+
+def complete(given: argparse.Namespace) -> None:
+    """Runs what has no rows yet."""
     known = finished(read_rows(given.rows, Row))
     kept = [row for run_rows in known.values() for row in run_rows.values()]
     wanted = [task for task in tasks(given) if task not in known]
@@ -79,8 +90,6 @@ def main(given: argparse.Namespace) -> None:
         for rows in tqdm(run_all(wanted, commit, device, jobs), total=len(wanted), unit="run"):
             for row in rows:
                 writer.add(row)
-    if not given.rows_only:
-        print(table(given.rows))
 
 
 def run_all(wanted: Sequence[Task], commit: str, device: torch.device, jobs: int) -> Iterator[list[Row]]:

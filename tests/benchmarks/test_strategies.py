@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 from scipy import stats
 
 from adamae_sampler import AdaMAELoss, MaskSample
@@ -319,6 +320,18 @@ def test_a_killed_run_goes_on_and_loses_nothing(tmp_path, capsys):
     assert capsys.readouterr().out.replace("kept, ", "") == table
     strategies.main(strategies.parse([*command, "--table"]))
     assert capsys.readouterr().out.replace("kept, ", "") == table
+
+
+def test_two_at_once_do_not_write_one_file(tmp_path):
+    rows = tmp_path / "rows.csv"
+    given = strategies.parse(
+        ["--size", "smoke", "--seeds", "0", "--arms", "random", "--rows", str(rows), "--jobs", "1"]
+    )
+    with FileLock(f"{rows}.lock"), pytest.raises(SystemExit, match="is being written by another"):
+        strategies.main(given)
+    assert not rows.exists()
+    strategies.main(given)
+    assert len(read_rows(rows, run.Row)) == 6
 
 
 @pytest.mark.slow
