@@ -10,6 +10,7 @@ from torch import Tensor
 
 from adamae_sampler.models import PRESETS
 from benchmarks.masking import objectives, samplers
+from benchmarks.masking.atari import LABELS, game
 from benchmarks.masking.clips import COARSE
 from benchmarks.masking.objectives import Objective, rewarded
 from benchmarks.masking.train import Setting
@@ -102,8 +103,14 @@ _TINY = {
 SETTINGS: Mapping[str, Setting] = {
     "cpu": Setting(steps=2000, batch=16, lr=1e-3, mask_ratio=0.9, clips=8192, probe_clips=2000, model=_TINY),
     "coarse": Setting(
-        steps=3000, batch=32, lr=1e-3, mask_ratio=0.9, clips=8192, probe_clips=2000, model=_TINY, scene=COARSE
+        steps=3000, batch=32, lr=1e-3, mask_ratio=0.9, clips=8192, probe_clips=2000, model=_TINY, cut=COARSE
     ),
+    **{
+        name: Setting(
+            steps=2000, batch=16, lr=1e-3, mask_ratio=0.9, clips=6000, probe_clips=1000, model=_TINY, cut=game(name)
+        )
+        for name in LABELS
+    },
     "gpu": Setting(steps=4000, batch=64, lr=1e-3, mask_ratio=0.9, clips=16384, probe_clips=2000, model=_TINY),
     "smoke": Setting(
         steps=3,

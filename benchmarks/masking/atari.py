@@ -1,10 +1,10 @@
 """Clips of three Atari games, with object positions from the game's RAM as labels.
 
 An agent plays random actions. Every fourth frame is kept, without the margins above and below, at half the resolution.
-Clips are eight kept frames and do not overlap. Clips of one episode all belong to one split.
+Clips are eight kept frames and do not overlap. Two seeds share no episode.
 
 Different episodes can still have equal clips, since the games start and serve in few ways. This is rare in Pong. In
-Breakout one test clip in ten equals a clip that its probe was trained on.
+Breakout one clip in ten equals a clip of another seed.
 
 The RAM addresses are those of the Atari Annotated RAM Interface (Anand et al., "Unsupervised State Representation
 Learning in Atari", NeurIPS 2019). The tests compare each with the pixels.
@@ -15,6 +15,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,7 @@ import torch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent.parent.parent / "examples"))
+from benchmarks.masking.clips import Cut, Labelled
 from common.atomic_files import replacing
 
 CLIP_FRAMES = 8
@@ -35,8 +37,7 @@ TOP, BOTTOM = 18, 210  # rows of the screen that are kept
 HEIGHT, WIDTH = (BOTTOM - TOP) // 2, 160 // 2
 ABSENT = -1  # the label of an object that the screen does not show
 
-_LAYOUT = 1  # part of the cache key: raise it when the code makes other clips from the same settings
-_EPISODES_OF_A_SPLIT = 2**20  # the first episode of split i has the number i * 2**20
+_LAYOUT = 2  # part of the cache key: raise it when the code makes other clips from the same settings
 
 
 class Label(NamedTuple):
@@ -73,113 +74,118 @@ LABELS = {
 }
 
 
-class Sizes(NamedTuple):
-    """Number of clips of each split."""
+@dataclass(frozen=True)
+class Target:
+    """The object whose tokens the readout looks for. Its centre, in kept pixels, is (label - origin) / 2.
 
-    train: int = 6000
-    probe_train: int = 2000
-    probe_test: int = 2000
+    Attributes:
+        name: its labels are name_x and name_y.
+        origin_x: of name_x.
+        origin_y: of name_y.
+    """
+
+    name: str
+    origin_x: float
+    origin_y: float
+
+
+TARGETS = {
+    "pong": Target("ball", 48, 30),
+    "boxing": Target("enemy", -10, -42.5),
+    "breakout": Target("ball", 48, 7),
+}
+
+
+@dataclass(frozen=True)
+class Game(Cut):
+    """Clips of a game, cut into 480 tokens.
+
+    Attributes:
+        name: "pong", "boxing" or "breakout".
+    """
+
+    name: str = "pong"
+
+    def make(self, number: int, seed: int) -> GameClips:
+        """Clips that depend on the arguments alone, made once and kept in torch's cache folder."""
+        return load(self, number, seed, Path(torch.hub.get_dir()) / "adamae_sampler")
+
+
+def game(name: str) -> Game:
+    """The clips of a game, as they are made here."""
+    return Game(HEIGHT, WIDTH, patch=8, channels=3, sizes=(), frames=CLIP_FRAMES, name=name)
 
 
 @dataclass(frozen=True, eq=False)
-class Clips:
+class GameClips(Labelled):
     """n clips in the order of play.
 
     Attributes:
-        video: RGB frames, uint8, [n, 3, 8, 96, 80].
-        labels: for each name in `LABELS[game]`, the RAM byte at each frame, or ABSENT, int16, [n, 8].
-        episode: number of the episode of each clip, int32, [n]. No number is in two splits.
+        labels: the RAM byte of each label in `LABELS[name]` at each frame, or ABSENT, int16, [n, labels, 8].
+        episode: number of the episode of each clip, int32, [n].
     """
 
-    video: Tensor
-    labels: dict[str, Tensor]
+    labels: Tensor
     episode: Tensor
 
 
-class Splits(NamedTuple):
-    """Clips for pre-training, for training a probe and for testing the probe."""
-
-    train: Clips
-    probe_train: Clips
-    probe_test: Clips
-
-
-def load(game: str, seed: int, sizes: Sizes, folder: Path, *, episode_frames: int = 320) -> Splits:
+def load(cut: Game, number: int, seed: int, folder: Path, *, episode_frames: int = 320) -> GameClips:
     """Reads the clips of a game from a file in the folder. The first call plays the game and writes the file.
 
-    Equal arguments give equal clips. A split's clips do not depend on the sizes of the other splits.
+    Equal arguments give equal clips. Two seeds share no episode, so each split of the data has a seed of its own.
 
     Args:
-        game: "pong", "boxing" or "breakout".
-        seed: at least 0. Another seed gives other episodes.
-        sizes: number of clips of each split.
+        cut: the game.
+        number: n.
+        seed: at least 0.
         folder: made if it does not exist. Each combination of settings and version of ale-py has its own file.
         episode_frames: kept frames after which an episode is cut off.
 
     Raises:
         ImportError: ale-py is not installed.
-        ValueError: unknown game, negative seed or size, or episodes shorter than a clip.
+        ValueError: unknown game, negative seed or number, or episodes shorter than a clip.
     """
-    if game not in LABELS:
-        raise ValueError(f"game is {game!r}, must be one of {', '.join(LABELS)}.")
-    if seed < 0 or min(sizes) < 0:
-        raise ValueError(f"seed is {seed} and sizes are {tuple(sizes)}, none may be negative.")
+    if cut.name not in LABELS:
+        raise ValueError(f"game is {cut.name!r}, must be one of {', '.join(LABELS)}.")
+    if seed < 0 or number < 0:
+        raise ValueError(f"seed is {seed} and number is {number}, none may be negative.")
     if episode_frames < CLIP_FRAMES:
         raise ValueError(f"episode_frames is {episode_frames}, must be at least {CLIP_FRAMES}.")
     settings = {
         "layout": _LAYOUT,
-        "game": game,
+        "game": cut.name,
         "seed": seed,
-        "sizes": sizes._asdict(),
+        "number": number,
         "episode_frames": episode_frames,
         "clip_frames": CLIP_FRAMES,
         "kept_every": KEPT_EVERY,
         "action_frames": ACTION_FRAMES,
         "rows": [TOP, BOTTOM],
-        "labels": {name: label._asdict() for name, label in LABELS[game].items()},
+        "labels": {name: label._asdict() for name, label in LABELS[cut.name].items()},
         "ale_py": _import_ale_py().__version__,
     }
     text = json.dumps(settings, sort_keys=True)
-    path = folder / f"{game}_{seed}_{hashlib.sha256(text.encode()).hexdigest()[:16]}.npz"
+    path = folder / f"{cut.name}_{seed}_{hashlib.sha256(text.encode()).hexdigest()[:16]}.npz"
     if not path.exists():
-        arrays: dict[str, Any] = {"settings": np.array(text)}
-        for index, (split, count) in enumerate(sizes._asdict().items()):
-            first = index * _EPISODES_OF_A_SPLIT
-            arrays |= {f"{split}/{key}": each for key, each in _make(game, seed, first, count, episode_frames).items()}
+        arrays: dict[str, Any] = {"settings": np.array(text), **_make(cut.name, seed, number, episode_frames)}
         with replacing(path) as aside, aside.open("wb") as file:
             np.savez_compressed(file, **arrays)
     with np.load(path) as stored:
-        return Splits(*(_read(stored, split, game) for split in Splits._fields))
+        video, labels, episode = (torch.from_numpy(stored[key]) for key in ("video", "labels", "episode"))
+    return GameClips(cut, video, target_tokens(cut, labels), labels, episode)
 
 
-def moved(video: Tensor, patch_size: tuple[int, int, int] = (2, 8, 8), *, threshold: int = 16) -> Tensor:
-    """Whether a token's pixels change.
-
-    A token has moved if a pixel of the token differs by more than the threshold, in any colour, from the frame before.
-    The first frame of a clip has no frame before, so it counts as unchanged.
-
-    Args:
-        video: uint8, [n, 3, T, H, W].
-        patch_size: frames, rows and columns of a token (t, h, w).
-        threshold: in steps of 0 to 255.
-
-    Returns:
-        bool, [n, T / t, H / h, W / w].
-
-    Raises:
-        ValueError: the patch size does not divide the video.
-    """
-    shape = video.shape[2:]
-    if any(length % patch for length, patch in zip(shape, patch_size, strict=True)):
-        raise ValueError(f"patch size {patch_size} does not divide the video's {tuple(shape)}.")
-    frames, rows, columns = (length // patch for length, patch in zip(shape, patch_size, strict=True))
-    changed = torch.zeros(len(video), *shape, dtype=torch.bool, device=video.device)
-    for clip, out in zip(video, changed, strict=True):  # one clip at a time needs little memory
-        before, after = clip[:, :-1], clip[:, 1:]
-        change = torch.maximum(before, after) - torch.minimum(before, after)  # uint8 holds it
-        out[1:] = change.amax(0) > threshold
-    tokens = changed.view(-1, frames, patch_size[0], rows, patch_size[1], columns, patch_size[2])
-    return tokens.any(6).any(4).any(2)
+def target_tokens(cut: Game, labels: Tensor) -> Tensor:
+    """[n, labels, T] -> [n, N] bool: the tokens that hold the centre of the game's target in one of their frames."""
+    target, names = TARGETS[cut.name], list(LABELS[cut.name])
+    x, y = (labels[:, names.index(f"{target.name}_{axis}")].double() for axis in "xy")  # [n, T]
+    shown = (x != ABSENT) & (y != ABSENT)
+    column = ((x - target.origin_x) / 2 / cut.patch).floor().long().clamp(0, cut.grid[2] - 1)
+    row = ((y - target.origin_y) / 2 / cut.patch).floor().long().clamp(0, cut.grid[1] - 1)
+    step = (torch.arange(cut.frames) // cut.tubelet).expand_as(row)
+    token = (step * cut.grid[1] + row) * cut.grid[2] + column
+    held = torch.zeros(len(labels), math.prod(cut.grid), dtype=torch.int64)
+    return held.scatter_add_(1, token, shown.long()) > 0
 
 
 def _import_ale_py() -> Any:
@@ -192,24 +198,24 @@ def _import_ale_py() -> Any:
     return ale_py
 
 
-def _make(game: str, seed: int, first: int, count: int, episode_frames: int) -> dict[str, npt.NDArray[Any]]:
-    """Plays episodes, numbered from `first`, until they give `count` clips. Returns the arrays of a split by name."""
+def _make(name: str, seed: int, count: int, episode_frames: int) -> dict[str, npt.NDArray[Any]]:
+    """Plays episodes until they give `count` clips. Returns the arrays by name."""
     video = np.empty((count, 3, CLIP_FRAMES, HEIGHT, WIDTH), np.uint8)
-    labels = {name: np.empty((count, CLIP_FRAMES), np.int16) for name in LABELS[game]}
+    labels = np.empty((count, len(LABELS[name]), CLIP_FRAMES), np.int16)
     episode = np.empty(count, np.int32)
     done = 0
-    for number in itertools.count(first):
+    for number in itertools.count():
         if done == count:
             break
-        frames, ram = _play(game, seed, number, min(episode_frames, (count - done) * CLIP_FRAMES))
+        frames, ram = _play(name, seed, number, min(episode_frames, (count - done) * CLIP_FRAMES))
         new = min(len(frames) // CLIP_FRAMES, count - done)
         place, used = slice(done, done + new), new * CLIP_FRAMES
         video[place] = frames[:used].reshape(new, CLIP_FRAMES, HEIGHT, WIDTH, 3).transpose(0, 4, 1, 2, 3)
-        for name, label in LABELS[game].items():
-            labels[name][place] = _values(label, ram[:used]).reshape(new, CLIP_FRAMES)
+        for index, label in enumerate(LABELS[name].values()):
+            labels[place, index] = _values(label, ram[:used]).reshape(new, CLIP_FRAMES)
         episode[place] = number
         done += new
-    return {"video": video, "episode": episode, **{f"labels/{name}": each for name, each in labels.items()}}
+    return {"video": video, "labels": labels, "episode": episode}
 
 
 def _play(game: str, seed: int, number: int, most: int) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]]:
@@ -254,12 +260,3 @@ def _values(label: Label, ram: npt.NDArray[np.uint8]) -> npt.NDArray[np.int16]:
         witness = ram[:, label.shown_by]
         values[(witness < label.first) | (witness > label.last)] = ABSENT
     return values
-
-
-def _read(stored: Any, split: str, game: str) -> Clips:
-    """The clips of a split of an opened file."""
-    return Clips(
-        video=torch.from_numpy(stored[f"{split}/video"]),
-        labels={name: torch.from_numpy(stored[f"{split}/labels/{name}"]) for name in LABELS[game]},
-        episode=torch.from_numpy(stored[f"{split}/episode"]),
-    )

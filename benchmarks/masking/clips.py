@@ -7,13 +7,15 @@ change their direction in mid-clip.
 
 from __future__ import annotations
 
+import abc
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import Self
 
 SHAPES = ("disc", "square", "diamond", "ring")
 _BANK, _TEXTURES = 128, 256  # pixels of a texture's side; number of textures
@@ -25,96 +27,127 @@ _CHUNK = 256  # clips rendered at a time
 
 
 @dataclass(frozen=True)
-class Scene:
-    """What clips show, and how they are cut into tokens.
+class Cut(abc.ABC):
+    """Where clips come from, and how they are cut into tokens.
 
     Attributes:
-        side: height and width of a frame, in pixels.
+        height: of a frame, in pixels.
+        width: of a frame.
         patch: height and width of a token.
-        sizes: areas that movers have, in patches, each equally often in the mean; still objects have them too.
-        num_still: objects that stay still.
+        channels: of a pixel.
+        sizes: areas that movers have, in patches; empty if they are not known.
         frames: of a clip.
         tubelet: frames of a token.
     """
 
-    side: int = 32
-    patch: int = 4
-    sizes: tuple[int, ...] = (1, 2, 4, 8, 16)
-    num_still: int = 2
+    height: int
+    width: int
+    patch: int
+    channels: int
+    sizes: tuple[int, ...]
     frames: int = 8
     tubelet: int = 2
 
     @property
     def grid(self) -> tuple[int, int, int]:
         """(T, H, W), tokens in time, height and width."""
-        return self.frames // self.tubelet, self.side // self.patch, self.side // self.patch
+        return self.frames // self.tubelet, self.height // self.patch, self.width // self.patch
+
+    @abc.abstractmethod
+    def make(self, number: int, seed: int) -> Labelled:
+        """Clips that depend on the arguments alone."""
 
 
-FINE = Scene()  # 256 tokens
-COARSE = Scene(side=48, patch=8, sizes=(2,), num_still=1)  # 144 tokens
+@dataclass(frozen=True, eq=False)
+class Labelled:
+    """Clips, and which of their tokens belong to what moves.
+
+    Attributes:
+        cut: of the clips.
+        video: [n, C, T, H, W] uint8.
+        moving: [n, N] bool, tokens of what moves.
+    """
+
+    cut: Cut
+    video: Tensor
+    moving: Tensor
+
+    def __len__(self) -> int:
+        return len(self.video)
+
+    @property
+    def groups(self) -> dict[str, Tensor]:
+        """Kinds of tokens, each [n, N] bool."""
+        return {"moving": self.moving, "ground": ~self.moving}
+
+    def by_size(self) -> list[Tensor]:
+        """Which clips [n]: all, then those with a mover of each size. Sizes that no clip has are left out."""
+        return [torch.ones(len(self), dtype=torch.bool, device=self.video.device)]
+
+    def first(self, number: int) -> Self:
+        """The first of them."""
+        return self._each(lambda each: each[:number])
+
+    def to(self, device: torch.device) -> Self:
+        """The same clips on a device."""
+        return self._each(lambda each: each.to(device))
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Self:
+        changed: dict[str, Any] = {name: change(each) for name, each in vars(self).items() if isinstance(each, Tensor)}
+        return replace(self, **changed)
 
 
 @dataclass(frozen=True)
-class Clips:
-    """Clips and their labels.
+class Scene(Cut):
+    """Generated clips of grey pixels. Movers have each size equally often in the mean; still objects have them too.
 
     Attributes:
-        video: [n, 1, T, H, W] uint8.
-        moving: [n, N] bool, tokens of the object that moves.
-        still: [n, N] bool, tokens of objects that do not, without those of the mover.
-        size: [n], index into the scene's sizes.
+        num_still: objects that stay still.
+    """
+
+    num_still: int = 2
+
+    def make(self, number: int, seed: int) -> Clips:
+        """Clips that depend on the arguments alone."""
+        generator = torch.Generator().manual_seed(seed)
+        bank = textures(generator)
+        parts = [_render(min(_CHUNK, number - at), bank, self, generator) for at in range(0, number, _CHUNK)]
+        return Clips(self, **{name: torch.cat([part[name] for part in parts]) for name in parts[0]})
+
+
+FINE = Scene(32, 32, patch=4, channels=1, sizes=(1, 2, 4, 8, 16))  # 256 tokens
+COARSE = Scene(48, 48, patch=8, channels=1, sizes=(2,), num_still=1)  # 144 tokens
+
+
+@dataclass(frozen=True, eq=False)
+class Clips(Labelled):
+    """Generated clips and their labels.
+
+    Attributes:
+        still: [n, N] bool, tokens of objects that do not move, without those of the mover.
+        size: [n], index into the sizes.
         shape: [n], index into SHAPES.
         position: [n, T', 2] fp32, centre of the mover (y, x) in pixels, mean over the frames of a time step.
         velocity: [n, T', 2] fp32, pixels a frame (y, x), mean over the frames of a time step.
         turns: [n] bool, whether the mover changes its direction.
-        scene: what they show.
     """
 
-    video: Tensor
-    moving: Tensor
     still: Tensor
     size: Tensor
     shape: Tensor
     position: Tensor
     velocity: Tensor
     turns: Tensor
-    scene: Scene
 
-    def __len__(self) -> int:
-        return len(self.video)
-
-    def first(self, number: int) -> Clips:
-        """The first of them."""
-        return self._each(lambda each: each[:number])
-
-    def to(self, device: torch.device) -> Clips:
-        """The same clips on a device."""
-        return self._each(lambda each: each.to(device))
-
-    def _each(self, change: Callable[[Tensor], Tensor]) -> Clips:
-        changed: dict[str, Any] = {name: change(each) for name, each in vars(self).items() if isinstance(each, Tensor)}
-        return replace(self, **changed)
+    @property
+    def groups(self) -> dict[str, Tensor]:
+        """Kinds of tokens, each [n, N] bool."""
+        return {"moving": self.moving, "still": self.still, "ground": ~(self.moving | self.still)}
 
     def by_size(self) -> list[Tensor]:
         """Which clips [n]: all, then those with a mover of each size. Sizes that no clip has are left out."""
-        chosen = [torch.ones_like(self.turns), *(self.size == k for k in range(len(self.scene.sizes)))]
-        return [each for each in chosen if each.any()]
-
-
-def make_clips(number: int, seed: int, scene: Scene = FINE) -> Clips:
-    """Clips that depend on the arguments alone.
-
-    Args:
-        number: n.
-        seed: of everything.
-        scene: what they show.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    bank = textures(generator)
-    parts = [_render(min(_CHUNK, number - at), bank, scene, generator) for at in range(0, number, _CHUNK)]
-    names = [each.name for each in fields(Clips) if each.name != "scene"]
-    joined = {name: torch.cat(each) for name, each in zip(names, zip(*parts, strict=True), strict=True)}
-    return Clips(**joined, scene=scene)
+        chosen = [self.size == k for k in range(len(self.cut.sizes))]
+        return [*super().by_size(), *(each for each in chosen if each.any())]
 
 
 def textures(generator: torch.Generator) -> Tensor:
@@ -128,7 +161,7 @@ def textures(generator: torch.Generator) -> Tensor:
     return noise / noise.std(dim=(1, 2), keepdim=True)
 
 
-def _render(number: int, bank: Tensor, scene: Scene, generator: torch.Generator) -> tuple[Tensor, ...]:
+def _render(number: int, bank: Tensor, scene: Scene, generator: torch.Generator) -> dict[str, Tensor]:
     def uniform(*shape: int, low: float = 0.0, high: float = 1.0) -> Tensor:
         return torch.rand(*shape, generator=generator) * (high - low) + low
 
@@ -141,27 +174,27 @@ def _render(number: int, bank: Tensor, scene: Scene, generator: torch.Generator)
     offset = torch.where(uniform(number, 1 + scene.num_still) < 0.5, -_OFFSET, _OFFSET)
 
     position, velocity, turns = _paths(number, side[:, 0], scene, uniform)
-    centre = uniform(number, scene.num_still, 2) * (scene.side - side[:, 1:, None]) + side[:, 1:, None] / 2
+    centre = uniform(number, scene.num_still, 2) * (scene.height - side[:, 1:, None]) + side[:, 1:, None] / 2
 
-    pixel = torch.arange(scene.side) + 0.5
+    pixel = torch.arange(scene.height) + 0.5
 
     def crop(width: int) -> Tensor:  # [n, width, width], of random textures at random places
         rows, columns = (integers(_BANK, number, 1) + torch.arange(width) for _ in range(2))
         which = integers(_TEXTURES, number)
         return bank[which[:, None, None], rows[:, :, None] % _BANK, columns[:, None, :] % _BANK]
 
-    frame = 0.5 + _CONTRAST * crop(scene.side)
-    still_cover = torch.zeros(number, scene.side, scene.side)
+    frame = 0.5 + _CONTRAST * crop(scene.height)
+    still_cover = torch.zeros(number, scene.height, scene.height)
     for k in range(scene.num_still):
         at = pixel - centre[:, k, :, None]  # [n, 2, side]
         cover = _cover(at[:, 0, :, None], at[:, 1, None, :], side[:, 1 + k, None, None], shape[:, 1 + k])
-        look = 0.5 + offset[:, 1 + k, None, None] + _CONTRAST * crop(scene.side)
+        look = 0.5 + offset[:, 1 + k, None, None] + _CONTRAST * crop(scene.height)
         frame = torch.lerp(frame, look, cover)
         still_cover = torch.maximum(still_cover, cover)
 
     at = pixel - position[..., None]  # [n, T, 2, side]
     cover = _cover(at[:, :, 0, :, None], at[:, :, 1, None, :], side[:, :1, None, None], shape[:, 0])
-    look = 0.5 + offset[:, :1, None, None] + _CONTRAST * _carried(crop(2 * scene.side), position, scene)
+    look = 0.5 + offset[:, :1, None, None] + _CONTRAST * _carried(crop(2 * scene.height), position, scene)
     video = torch.lerp(frame[:, None], look, cover).clamp(0, 1).mul(255).round().to(torch.uint8)
 
     def of_tokens(x: Tensor) -> Tensor:  # [n, T, side, side] -> [n, N] share
@@ -172,16 +205,16 @@ def _render(number: int, bank: Tensor, scene: Scene, generator: torch.Generator)
     moving = of_tokens(cover) > _COVERED
     still = (of_tokens(still_cover[:, None] * (1 - cover)) > _COVERED) & ~moving
     by_step = (number, scene.grid[0], scene.tubelet, 2)
-    return (
-        video[:, None],
-        moving,
-        still,
-        size[:, 0],
-        shape[:, 0],
-        position.view(by_step).mean(2),
-        velocity.view(by_step).mean(2),
-        turns,
-    )
+    return {
+        "video": video[:, None],
+        "moving": moving,
+        "still": still,
+        "size": size[:, 0],
+        "shape": shape[:, 0],
+        "position": position.view(by_step).mean(2),
+        "velocity": velocity.view(by_step).mean(2),
+        "turns": turns,
+    }
 
 
 def _paths(number: int, side: Tensor, scene: Scene, uniform: Callable[..., Tensor]) -> tuple[Tensor, Tensor, Tensor]:
@@ -194,7 +227,7 @@ def _paths(number: int, side: Tensor, scene: Scene, uniform: Callable[..., Tenso
     velocity = torch.stack([speed * angles.sin(), speed * angles.cos()], -1)  # [n, T, 2]
     path = velocity.cumsum(1) - velocity / 2
     low, high = path.amin(1), path.amax(1)  # [n, 2]
-    room = (scene.side - side[:, None] - (high - low)).clamp_min(0)
+    room = (scene.height - side[:, None] - (high - low)).clamp_min(0)
     start = side[:, None] / 2 - low + room * uniform(number, 2)
     return path + start[:, None], velocity, turns
 
@@ -215,7 +248,7 @@ def _cover(y: Tensor, x: Tensor, side: Tensor, shape: Tensor) -> Tensor:
 
 def _carried(texture: Tensor, position: Tensor, scene: Scene) -> Tensor:
     """[n, 2 side, 2 side] textures, and the places [n, T, 2] of what carries them -> [n, T, side, side]."""
-    number, side = len(texture), scene.side
+    number, side = len(texture), scene.height
     grid = torch.arange(side) + 0.5
     y, x = (grid - position[..., k, None] for k in range(2))  # [n, T, side] within about +- side
     places = torch.stack(

@@ -15,13 +15,16 @@ Score = Callable[[Run], float | None]
 
 
 def primary(run: Run) -> float:
-    """The primary endpoint: AUC of "this token belongs to what moves", the mean over the sizes of what moves."""
-    return statistics.mean(run[mover].moving for mover in movers(run[ALL]))
+    """The primary endpoint: AUC of "this token belongs to what moves", the mean over the sizes of what moves.
+
+    Where sizes are not known, it is that over all clips.
+    """
+    return statistics.mean(run[mover].moving for mover in movers(run[ALL]) or (ALL,))
 
 
 def few_labels(run: Run) -> float | None:
     """The same AUC of the encoder fine-tuned on few labelled clips; None where that was not measured."""
-    found = [value for mover in movers(run[ALL]) if (value := run[mover].few_labels) is not None]
+    found = [value for mover in movers(run[ALL]) or (ALL,) if (value := run[mover].few_labels) is not None]
     return statistics.mean(found) if found else None
 
 

@@ -5,13 +5,15 @@ Every fit is ridge regression, so a score depends on the features alone: there i
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from benchmarks.masking.clips import SHAPES, Clips
+from benchmarks.masking.atari import ABSENT, GameClips
+from benchmarks.masking.clips import SHAPES, Clips, Labelled
 
 Features = Callable[[Tensor], Tensor]
 _BATCH = 64  # clips of a forward pass
@@ -21,27 +23,28 @@ _DIRECTIONS = 8
 
 @dataclass(frozen=True)
 class Scores:
-    """Of one encoder on the clips of a test; each by size of the mover, and over all clips.
+    """Of one encoder on the clips of a test; each over all clips, and by size of the mover. Games have the first two.
 
     Attributes:
         moving: AUC of "this token belongs to what moves", over all tokens.
-        moving_object: the same among tokens of objects, moving and still.
+        position: rank correlation of the mover's place, from tokens averaged over each time step; mean over both axes
+            and all steps. Of a game, that of its labels in RAM.
+        moving_object: as `moving`, among tokens of objects, moving and still.
         velocity: rank correlation of the velocity, at the tokens of what moves; mean over both axes.
-        direction: accuracy of 8 directions, from tokens averaged over each time step.
-        position: rank correlation of the mover's place, from the same averages; mean over both axes and all steps.
-        shape: accuracy of four shapes, from the same averages.
+        direction: accuracy of 8 directions, from the same averages as the place.
+        shape: accuracy of four shapes, from these averages.
     """
 
     moving: list[float]
-    moving_object: list[float]
-    velocity: list[float]
-    direction: list[float]
     position: list[float]
-    shape: list[float]
+    moving_object: list[float] | None = None
+    velocity: list[float] | None = None
+    direction: list[float] | None = None
+    shape: list[float] | None = None
 
 
 @torch.no_grad()
-def read_out(features: Features, train: Clips, test: Clips) -> Scores:
+def read_out(features: Features, train: Labelled, test: Labelled) -> Scores:
     """Fits on the clips of `train`, and scores on `test`.
 
     Args:
@@ -57,24 +60,35 @@ def read_out(features: Features, train: Clips, test: Clips) -> Scores:
     for name, inputs, _ in _observations(features, test):
         found.setdefault(name, []).append(_with_one(inputs) @ solved[name])
     outputs = {name: torch.cat(each) for name, each in found.items()}
-    return _scores(outputs, test)
+    if isinstance(test, GameClips):
+        return _of_game(outputs, test)
+    if isinstance(test, Clips):
+        return _of_scene(outputs, test)
+    raise TypeError(f"clips are {type(test).__name__}, expected those of a scene or a game.")
 
 
-def _observations(features: Features, clips: Clips) -> Iterator[tuple[str, Tensor, Tensor]]:
+def _observations(features: Features, clips: Labelled) -> Iterator[tuple[str, Tensor, Tensor]]:
     """Inputs [rows, D] and targets [rows, values] of each fit, batch by batch."""
     for at in range(0, len(clips), _BATCH):
         part = slice(at, at + _BATCH)
         tokens = features(clips.video[part]).double()  # [B, N, D]
-        moving, still = clips.moving[part], clips.still[part]
+        moving = clips.moving[part]
         yield "moving", tokens.flatten(0, 1), moving.flatten()[:, None].double()
+        steps = clips.cut.grid[0]
+        pooled = tokens.unflatten(1, (steps, -1)).mean(2)  # [B, T', D]
+        if isinstance(clips, GameClips):
+            for index, places in enumerate(_places(clips)[part].unbind(1)):  # [B, T']
+                shown = places != ABSENT
+                yield f"label {index}", pooled[shown], places[shown][:, None].double()
+        if not isinstance(clips, Clips):
+            continue
+        still = clips.still[part]
         objects = moving | still
         yield "moving_object", tokens[objects], moving[objects][:, None].double()
-        steps = clips.velocity.shape[1]
         velocity = clips.velocity[part].repeat_interleave(tokens.shape[1] // steps, 1)  # [B, N, 2]
         yield "velocity", tokens[moving], velocity[moving].double()
-        pooled = tokens.unflatten(1, (steps, -1)).mean(2).flatten(1)  # [B, T' D]
         targets = [_one_hot(direction(clips)[part], _DIRECTIONS), _one_hot(clips.shape[part], len(SHAPES))]
-        yield "clip", pooled, torch.cat([*targets, clips.position[part].flatten(1).double()], 1)
+        yield "clip", pooled.flatten(1), torch.cat([*targets, clips.position[part].flatten(1).double()], 1)
 
 
 def direction(clips: Clips) -> Tensor:
@@ -83,7 +97,22 @@ def direction(clips: Clips) -> Tensor:
     return (torch.atan2(y, x) / (2 * torch.pi) * _DIRECTIONS).round().long() % _DIRECTIONS
 
 
-def _scores(outputs: dict[str, Tensor], test: Clips) -> Scores:
+def _places(clips: GameClips) -> Tensor:
+    """[n, labels, T'], in the last frame of each time step."""
+    tubelet = clips.cut.tubelet
+    return clips.labels[:, :, tubelet - 1 :: tubelet]
+
+
+def _of_game(outputs: dict[str, Tensor], test: GameClips) -> Scores:
+    labels = [
+        rank_correlation(outputs[f"label {index}"], places[places != ABSENT][:, None])
+        for index, places in enumerate(_places(test).unbind(1))
+    ]
+    tokens = outputs["moving"].view(test.moving.shape)
+    return Scores(moving=moving_auc(tokens, test), position=[statistics.mean(labels)])
+
+
+def _of_scene(outputs: dict[str, Tensor], test: Clips) -> Scores:
     rows = _Rows(test)
     places = outputs["clip"][:, _DIRECTIONS + len(SHAPES) :]
     of_direction = outputs["clip"][:, :_DIRECTIONS].argmax(1) == direction(test)
@@ -102,7 +131,7 @@ def _scores(outputs: dict[str, Tensor], test: Clips) -> Scores:
     )
 
 
-def moving_auc(tokens: Tensor, test: Clips) -> list[float]:
+def moving_auc(tokens: Tensor, test: Labelled) -> list[float]:
     """AUC of "this token belongs to what moves" from [n, N], over all clips and by size of the mover."""
     return [auc(tokens[chosen].flatten(), test.moving[chosen].flatten()) for chosen in test.by_size()]
 

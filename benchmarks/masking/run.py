@@ -16,13 +16,12 @@ from adamae_sampler import AdaMAELoss, MaskSample, RandomTokenSampler, reconstru
 from adamae_sampler.models import AdaMAE
 from benchmarks.core.rows import device_name
 from benchmarks.masking.arms import ARMS, SETTINGS, SUPERVISED, UNTRAINED
-from benchmarks.masking.clips import Clips, Scene, make_clips
+from benchmarks.masking.clips import Cut, Labelled
 from benchmarks.masking.readout import moving_auc, read_out
 from benchmarks.masking.train import Setting, build, features, fine_tune, pretrain, supervise
 
 _FIT_SEED, _TEST_SEED, _TRAIN_SEED, _MASK_SEED = 7, 8, 100, 9  # a run's clips are of _TRAIN_SEED + its seed
 _BATCH = 64
-_SHOWN = ("moving", "still")  # of what the share of the visible tokens is known
 ALL = 0  # the size of a row over all sizes
 
 
@@ -68,11 +67,11 @@ class Row(Task):
 
     mover: int
     moving: float
-    moving_object: float
-    velocity: float
-    direction: float
-    position: float
-    shape: float
+    moving_object: float | None = None
+    velocity: float | None = None
+    direction: float | None = None
+    position: float | None = None
+    shape: float | None = None
     visible_moving: float | None = None
     visible_still: float | None = None
     error_moving: float | None = None
@@ -96,19 +95,19 @@ def finished(rows: Iterable[Row]) -> dict[Task, dict[int, Row]]:
 
 
 @functools.lru_cache(maxsize=3)
-def clips(number: int, seed: int, scene: Scene, device: torch.device) -> Clips:
-    """Generated clips on a device; the runs of a process share those of a seed."""
-    return make_clips(number, seed, scene).to(device)
+def clips(number: int, seed: int, cut: Cut, device: torch.device) -> Labelled:
+    """Clips on a device; the runs of a process share those of a seed."""
+    return cut.make(number, seed).to(device)
 
 
 def movers(task: Task) -> tuple[int, ...]:
-    """The areas of what moves, in patches."""
-    return SETTINGS[task.size].scene.sizes
+    """The areas of what moves, in patches; empty if they are not known."""
+    return SETTINGS[task.size].cut.sizes
 
 
-def patches(scene: Scene) -> dict[str, Any]:
+def patches(cut: Cut) -> dict[str, Any]:
     """The arguments of the losses that say how a clip is cut."""
-    return {"patch_size": scene.patch, "tubelet_size": scene.tubelet}
+    return {"patch_size": cut.patch, "tubelet_size": cut.tubelet}
 
 
 def run(task: Task, commit: str, device: torch.device) -> list[Row]:
@@ -124,17 +123,17 @@ def run(task: Task, commit: str, device: torch.device) -> list[Row]:
     setting = replace(SETTINGS[task.size], steps=task.steps, lr=task.lr, mask_ratio=task.mask_ratio)
     model = build(setting, task.seed, dict(arm.model)).to(device)
     if task.arm != UNTRAINED:
-        data = clips(setting.clips, _TRAIN_SEED + task.seed, setting.scene, device)
+        data = clips(setting.clips, _TRAIN_SEED + task.seed, setting.cut, device)
         if task.arm == SUPERVISED:
             head = nn.Linear(model.encoder.pos_embed.shape[-1], 1).to(device)
             steps = supervise(model, head, data, setting, task.seed)
         else:
-            criterion = AdaMAELoss(**patches(setting.scene), normalize=task.normalize, **arm.loss)
+            criterion = AdaMAELoss(**patches(setting.cut), normalize=task.normalize, **arm.loss)
             steps = pretrain(model, arm.objective(model, criterion), data, setting, task.seed)
         for _ in steps:
             pass
     model.eval()
-    fit, test = (clips(setting.probe_clips, seed, setting.scene, device) for seed in (_FIT_SEED, _TEST_SEED))
+    fit, test = (clips(setting.probe_clips, seed, setting.cut, device) for seed in (_FIT_SEED, _TEST_SEED))
     scores = read_out(functools.partial(features, model), fit, test)
     masks = {} if task.arm in (UNTRAINED, SUPERVISED) else measure(model, test, task.normalize)
     if task.arm != SUPERVISED:
@@ -146,14 +145,14 @@ def run(task: Task, commit: str, device: torch.device) -> list[Row]:
         "torch": torch.__version__,
         "commit": commit,
     }
-    measured = {**vars(scores), **masks}
+    measured = {name: values for name, values in {**vars(scores), **masks}.items() if values is not None}
     return [
         Row(**vars(task), **known, mover=mover, **{name: values[place] for name, values in measured.items()})
         for place, mover in enumerate((ALL, *movers(task)))
     ]
 
 
-def few_labels(model: AdaMAE, fit: Clips, test: Clips, setting: Setting, seed: int) -> list[float]:
+def few_labels(model: AdaMAE, fit: Labelled, test: Labelled, setting: Setting, seed: int) -> list[float]:
     """AUC of "this token belongs to what moves" after fine-tuning on few labelled clips; over all clips and by size."""
     few = fit.first(setting.few)
     tuned = fine_tune(model, few, replace(setting, steps=setting.few_steps, lr=setting.few_lr), seed)
@@ -163,21 +162,21 @@ def few_labels(model: AdaMAE, fit: Clips, test: Clips, setting: Setting, seed: i
 
 
 @torch.no_grad()
-def measure(model: AdaMAE, test: Clips, normalize: bool) -> dict[str, list[float]]:
+def measure(model: AdaMAE, test: Labelled, normalize: bool) -> dict[str, list[float]]:
     """What the arm shows, and its errors on random masks that are the same for all arms; over all clips and by size."""
     drawn, errors = [], []
     torch.manual_seed(_MASK_SEED)
     for video, random in _batches(model, test):
         drawn.append(model.draw_mask(video).mask)
         prediction, sample = model(video, mask=random)
-        error = reconstruction_error(prediction, video, sample, normalize=normalize, **patches(test.scene))
+        error = reconstruction_error(prediction, video, sample, normalize=normalize, **patches(test.cut))
         unknown = torch.full_like(random.mask, torch.nan, dtype=error.dtype)
         errors.append(unknown.scatter(1, sample.masked_idx, error))
     visible, error = ~torch.cat(drawn), torch.cat(errors)
-    groups = {"moving": test.moving, "still": test.still, "ground": ~(test.moving | test.still)}
-    chosen = test.by_size()
-    found = {f"visible_{name}": [_share(groups[name][each], visible[each]) for each in chosen] for name in _SHOWN}
-    for name, of in groups.items():
+    chosen, found = test.by_size(), {}
+    for name, of in test.groups.items():
+        if name != "ground":
+            found[f"visible_{name}"] = [_share(of[each], visible[each]) for each in chosen]
         found[f"error_{name}"] = [error[each][of[each]].nanmean().item() for each in chosen]
     return found
 
@@ -186,7 +185,7 @@ def _share(of: Tensor, among: Tensor) -> float:
     return of[among].double().mean().item()
 
 
-def _batches(model: AdaMAE, test: Clips) -> Iterator[tuple[Tensor, MaskSample]]:
+def _batches(model: AdaMAE, test: Labelled) -> Iterator[tuple[Tensor, MaskSample]]:
     """Clips, and random masks for them that depend on nothing but the ratio."""
     generator = torch.Generator(test.video.device).manual_seed(_MASK_SEED)
     random = RandomTokenSampler(model.size.grid, model.sampler.mask_ratio)

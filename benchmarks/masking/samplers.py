@@ -21,7 +21,7 @@ _TARGETS = 0.25  # share of the tokens that `TargetSetSampler` never shows
 
 def motion(floor: float) -> Maker:
     """Shows what moves; a larger floor shows less of it."""
-    return lambda setting: MotionTokenSampler(setting.scene.grid, setting.mask_ratio, source="pixels", floor=floor)
+    return lambda setting: MotionTokenSampler(setting.cut.grid, setting.mask_ratio, source="pixels", floor=floor)
 
 
 class HidingSampler(MotionTokenSampler):
@@ -34,27 +34,27 @@ class HidingSampler(MotionTokenSampler):
 
 def hiding(floor: float) -> Maker:
     """Hides what moves; a larger floor hides less of it."""
-    return lambda setting: HidingSampler(setting.scene.grid, setting.mask_ratio, source="pixels", floor=floor)
+    return lambda setting: HidingSampler(setting.cut.grid, setting.mask_ratio, source="pixels", floor=floor)
 
 
 def hard(setting: Setting) -> TokenSampler:
     """`HardTokenSampler` with a ramp that lasts the whole run."""
-    width, grid = setting.model["embed_dim"], setting.scene.grid
+    width, grid = setting.model["embed_dim"], setting.cut.grid
     return HardTokenSampler(width, grid, setting.mask_ratio, ramp_steps=setting.steps)
 
 
 def learned(kind: type[AdaptiveTokenSampler] = AdaptiveTokenSampler, **arguments: Any) -> Maker:
     """A learned sampler with other arguments than the paper's."""
-    return lambda setting: kind(setting.model["embed_dim"], setting.scene.grid, setting.mask_ratio, **arguments)
+    return lambda setting: kind(setting.model["embed_dim"], setting.cut.grid, setting.mask_ratio, **arguments)
 
 
 def even_start(kind: type[AdaptiveTokenSampler] = AdaptiveTokenSampler) -> Maker:
     """A learned sampler whose scores are all 0 at the start, so that it starts as random masking."""
 
     def make(setting: Setting) -> TokenSampler:
-        network = MHAScoreNetwork(setting.model["embed_dim"], math.prod(setting.scene.grid))
+        network = MHAScoreNetwork(setting.model["embed_dim"], math.prod(setting.cut.grid))
         nn.init.zeros_(network.head.weight)
-        return kind(setting.model["embed_dim"], setting.scene.grid, setting.mask_ratio, network)
+        return kind(setting.model["embed_dim"], setting.cut.grid, setting.mask_ratio, network)
 
     return make
 
@@ -62,7 +62,7 @@ def even_start(kind: type[AdaptiveTokenSampler] = AdaptiveTokenSampler) -> Maker
 def ramped(setting: Setting) -> TokenSampler:
     """A learned sampler that starts with random masks and follows its own p from the middle of the run on."""
     ramp = Ramp(1.0, 0.1, max(1, setting.steps // 2))
-    return AdaptiveTokenSampler(setting.model["embed_dim"], setting.scene.grid, setting.mask_ratio, exploration=ramp)
+    return AdaptiveTokenSampler(setting.model["embed_dim"], setting.cut.grid, setting.mask_ratio, exploration=ramp)
 
 
 class MotionPriorSampler(AdaptiveTokenSampler):

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from adamae_sampler.models import AdaMAE
-from benchmarks.masking.clips import FINE, Clips, Scene
+from benchmarks.masking.clips import FINE, Cut, Labelled
 
 Loss = Callable[[Tensor], Tensor]  # of a batch of video
 _BETAS, _DECAY = (0.9, 0.95), 0.05
@@ -34,7 +34,7 @@ class Setting:
         clips: generated for pre-training.
         probe_clips: generated for the fit of the readout, and as many for its test.
         model: sizes of the model.
-        scene: what the clips show.
+        cut: where the clips come from, and how they are cut into tokens.
         few: clips with labels that the encoder is fine-tuned on.
         few_steps: optimiser steps of that.
         few_lr: its largest learning rate.
@@ -47,7 +47,7 @@ class Setting:
     clips: int
     probe_clips: int
     model: dict[str, int]
-    scene: Scene = FINE
+    cut: Cut = FINE
     few: int = 64
     few_steps: int = 100
     few_lr: float = 1e-3
@@ -65,10 +65,10 @@ def build(setting: Setting, seed: int, arguments: dict[str, Any]) -> AdaMAE:
         torch.manual_seed(seed)
         arguments = {**arguments, "masking": masking(setting)}
     torch.manual_seed(seed)  # again; the model initialises a sampler of its own last
-    scene = setting.scene
-    frames = {"img_size": scene.side, "num_frames": scene.frames}
-    tokens = {"patch_size": scene.patch, "tubelet_size": scene.tubelet}
-    pixels = {"in_chans": 1, "mean": (0.5,), "std": (0.25,)}
+    cut = setting.cut
+    frames = {"img_size": (cut.height, cut.width), "num_frames": cut.frames}
+    tokens = {"patch_size": cut.patch, "tubelet_size": cut.tubelet}
+    pixels = {"in_chans": cut.channels, "mean": (0.5,) * cut.channels, "std": (0.25,) * cut.channels}
     model = AdaMAE(**{**frames, **tokens, **pixels, **setting.model, "mask_ratio": setting.mask_ratio, **arguments})
     model.encoder.pos_embed.copy_(place_table(model.size.grid, model.encoder.pos_embed.shape[-1]))
     model.decoder_pos_embed.copy_(place_table(model.size.grid, model.decoder_pos_embed.shape[-1]))
@@ -91,7 +91,7 @@ def place_table(grid: tuple[int, int, int], width: int) -> Tensor:
     return torch.cat(tables, 1)[None]
 
 
-def pretrain(model: AdaMAE, loss: Loss, data: Clips, setting: Setting, seed: int) -> Iterator[int]:
+def pretrain(model: AdaMAE, loss: Loss, data: Labelled, setting: Setting, seed: int) -> Iterator[int]:
     """Trains the model in place; yields the number of steps done, after each.
 
     Args:
@@ -104,7 +104,7 @@ def pretrain(model: AdaMAE, loss: Loss, data: Clips, setting: Setting, seed: int
     return _train(model, lambda video, _: loss(video), data, setting, seed)
 
 
-def supervise(model: AdaMAE, head: nn.Linear, data: Clips, setting: Setting, seed: int) -> Iterator[int]:
+def supervise(model: AdaMAE, head: nn.Linear, data: Labelled, setting: Setting, seed: int) -> Iterator[int]:
     """Trains the encoder and a head in place on "this token belongs to what moves"; yields as `pretrain`."""
 
     def forward(video: Tensor, moving: Tensor) -> Tensor:
@@ -113,7 +113,7 @@ def supervise(model: AdaMAE, head: nn.Linear, data: Clips, setting: Setting, see
     return _train(nn.ModuleList([model.encoder, head]), forward, data, setting, seed)
 
 
-def fine_tune(model: AdaMAE, few: Clips, setting: Setting, seed: int) -> Callable[[Tensor], Tensor]:
+def fine_tune(model: AdaMAE, few: Labelled, setting: Setting, seed: int) -> Callable[[Tensor], Tensor]:
     """A copy of the encoder, trained on few labelled clips. The model stays as it is.
 
     Returns:
@@ -134,7 +134,7 @@ def features(model: AdaMAE, video: Tensor) -> Tensor:
 
 
 def _train(
-    model: nn.Module, forward: Callable[[Tensor, Tensor], Tensor], data: Clips, setting: Setting, seed: int
+    model: nn.Module, forward: Callable[[Tensor, Tensor], Tensor], data: Labelled, setting: Setting, seed: int
 ) -> Iterator[int]:
     device = data.video.device
     lr = torch.zeros((), device=device)

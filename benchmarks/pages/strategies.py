@@ -143,7 +143,7 @@ def verdict(group: Group) -> str:
 def by_size(group: Group) -> str:
     """Random masking's AUC, and the difference of each arm from it, at each size of what moves."""
     arms = [arm for arm in group.arms if arm != REFERENCE and group.effect(arm) is not None]
-    if not arms:
+    if not arms or not movers(group.task):
         return ""
     columns: list[Column[str]] = [
         ("AUC by patches of what moves", lambda arm: f"{arm} - random" if arm != REFERENCE else arm)
@@ -179,7 +179,11 @@ def strategies_figures(results: Path) -> dict[str, plt.Figure]:
     """For each file the effect of each strategy over the size of what moves, of its first setting with two arms."""
     found = {}
     for path in _files(results):
-        compared = [group for group in groups(read_rows(path, Row)) if any(map(partial(_compared, group), group.arms))]
+        compared = [
+            group
+            for group in groups(read_rows(path, Row))
+            if movers(group.task) and any(map(partial(_compared, group), group.arms))
+        ]
         if compared:
             found[path.stem] = _figure(compared[0])
     return found

@@ -1,5 +1,6 @@
 """Clips of Atari games: labels against pixels, splits, seeds and the cache."""
 
+import dataclasses
 import hashlib
 import itertools
 import json
@@ -13,10 +14,10 @@ import torch
 
 pytest.importorskip("ale_py", reason="the games come with ale-py")
 
-from benchmarks.masking import atari
-from benchmarks.masking.atari import ABSENT, LABELS, Sizes, Splits, load, moved
+from benchmarks.masking import arms, atari, readout, run
+from benchmarks.masking.atari import ABSENT, LABELS, TARGETS, GameClips, game, load
 
-SIZES = Sizes(train=100, probe_train=10, probe_test=12)
+NUMBER = 100
 EPISODE_FRAMES = 400
 
 # The colour of each object, the colour behind it, and the rows and columns of the kept frames to search.
@@ -35,13 +36,18 @@ BALL, PADDLE = 2, 16  # areas in pixels of the kept frames
 PADDLE_ROWS = slice(85 - 38, 88 - 38)  # among the rows of Breakout's ball
 ARMS_IN = 8  # columns of a boxer who does not punch
 
-CASES = [(game, label) for game, labels in LABELS.items() for label in labels]
+CASES = [(name, label) for name, labels in LABELS.items() for label in labels]
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     folder = tmp_path_factory.mktemp("atari")
-    return {game: load(game, 3, SIZES, folder, episode_frames=EPISODE_FRAMES) for game in LABELS}
+    return {name: load(game(name), NUMBER, 3, folder, episode_frames=EPISODE_FRAMES) for name in LABELS}
+
+
+def label_of(clips, name):
+    """[n, 8]"""
+    return clips.labels[:, list(LABELS[clips.cut.name]).index(name)]
 
 
 def coverage(video, game, item):
@@ -68,94 +74,103 @@ def shown_whole(covered, game, item):
     return (area - (BALL if item == "ball" else PADDLE)).abs() < 0.1
 
 
-@pytest.mark.parametrize(("game", "label"), CASES)
-def test_a_label_is_the_place_of_its_object_in_the_pixels(game, label, made):
-    clips, (item, axis) = made[game].train, label.split("_")
-    covered = coverage(clips.video, game, item)
+@pytest.mark.parametrize(("name", "label"), CASES)
+def test_a_label_is_the_place_of_its_object_in_the_pixels(name, label, made):
+    clips, (item, axis) = made[name], label.split("_")
+    covered = coverage(clips.video, name, item)
     weights = covered.sum({"x": 1, "y": 2}[axis])
-    place = (weights * torch.arange(weights.shape[1])).sum(1) / weights.sum(1)
-    value = clips.labels[label].flatten()
-    chosen = shown_whole(covered, game, item) & (value != ABSENT)
+    first = OBJECTS[name, item][2]["yx".index(axis)].start  # of the pixels that were searched
+    place = (weights * (torch.arange(weights.shape[1]) + 0.5)).sum(1) / weights.sum(1) + first
+    value = label_of(clips, label).flatten()
+    chosen = shown_whole(covered, name, item) & (value != ABSENT)
     assert chosen.sum() > 200
     x, y = value[chosen].double().numpy(), place[chosen].double().numpy()
     assert np.corrcoef(x, y)[0, 1] > 0.98
     assert np.polyfit(x, y, 1)[0] == pytest.approx(0.5, rel=0.01), "a step in the RAM is a pixel of the whole screen"
+    if item == TARGETS[name].name:
+        origin = {"x": TARGETS[name].origin_x, "y": TARGETS[name].origin_y}[axis]
+        assert np.abs((x - origin) / 2 - y).mean() < 0.5  # pixels
 
 
-@pytest.mark.parametrize(("game", "item"), [("pong", "ball"), ("pong", "enemy"), ("breakout", "ball")])
-def test_a_label_is_absent_where_the_screen_does_not_show_the_object(game, item, made):
-    clips = made[game].train
-    seen = coverage(clips.video, game, item).sum((1, 2)) > 0.1
-    value = clips.labels[f"{item}_y"].flatten()
+@pytest.mark.parametrize("name", ["pong", "breakout"])
+def test_tokens_of_the_target_hold_its_pixels(name, made):
+    clips, item = made[name], TARGETS[name].name
+    covered = coverage(clips.video, name, item)  # [frames, rows, columns] of the searched part
+    rows, columns = OBJECTS[name, item][2]
+    whole = torch.zeros(len(covered), 96, 80)
+    whole[:, rows, columns] = covered
+    whole = whole.view(-1, 4, 2, 12, 8, 10, 8).sum((2, 4, 6)).flatten(1)  # [n, N]
+    seen = whole[clips.moving] > 0.1
+    assert seen.float().mean() > (0.99 if name == "pong" else 0.7)  # bricks hide Breakout's ball
+    assert whole[clips.moving].sum() / whole.sum() > 0.85  # the rest lies across the edge of a token
+    assert 4 * 0.4 < clips.moving.sum(1).float().mean() < 4 * 2
+
+
+@pytest.mark.parametrize(("name", "item"), [("pong", "ball"), ("pong", "enemy"), ("breakout", "ball")])
+def test_a_label_is_absent_where_the_screen_does_not_show_the_object(name, item, made):
+    clips = made[name]
+    seen = coverage(clips.video, name, item).sum((1, 2)) > 0.1
+    value = label_of(clips, f"{item}_y").flatten()
     absent = value == ABSENT
     assert 0.02 < absent.float().mean() < 0.5
     assert not (seen & absent).any()
-    if game == "breakout":  # elsewhere bricks or the paddle hide the ball
+    if name == "breakout":  # elsewhere bricks or the paddle hide the ball
         in_the_open = ((value > 88) & (value < 170)) | (value > 181)
         assert (value > 181).any()
         seen, absent = seen[in_the_open], absent[in_the_open]
     assert (seen | absent).float().mean() > 0.99
-    for name, each in clips.labels.items():
-        if name.startswith(item):
-            assert torch.equal(each == ABSENT, clips.labels[f"{item}_y"] == ABSENT)
+    for label in LABELS[name]:
+        if label.startswith(item):
+            assert torch.equal(label_of(clips, label) == ABSENT, label_of(clips, f"{item}_y") == ABSENT)
 
 
-@pytest.mark.parametrize("game", LABELS)
-def test_shapes_and_types(game, made):
-    assert isinstance(made[game], Splits)
-    for clips, count in zip(made[game], SIZES, strict=True):
-        assert (clips.video.shape, clips.video.dtype) == ((count, 3, 8, 96, 80), torch.uint8)
-        assert list(clips.labels) == list(LABELS[game])
-        assert {(each.shape, each.dtype) for each in clips.labels.values()} == {((count, 8), torch.int16)}
-        assert (clips.episode.shape, clips.episode.dtype) == ((count,), torch.int32)
+@pytest.mark.parametrize("name", LABELS)
+def test_shapes_and_types(name, made):
+    clips = made[name]
+    assert isinstance(clips, GameClips)
+    assert (clips.video.shape, clips.video.dtype) == ((NUMBER, 3, 8, 96, 80), torch.uint8)
+    assert (clips.labels.shape, clips.labels.dtype) == ((NUMBER, len(LABELS[name]), 8), torch.int16)
+    assert (clips.episode.shape, clips.episode.dtype) == ((NUMBER,), torch.int32)
+    assert clips.moving.shape == (NUMBER, 480)
+    assert len(torch.unique(clips.episode)) > 1
+    assert torch.unique(clips.episode, return_counts=True)[1].max() <= EPISODE_FRAMES // 8
 
 
-@pytest.mark.parametrize("game", LABELS)
-def test_an_episode_is_in_one_split_and_is_cut_off(game, made):
-    episodes = [set(clips.episode.tolist()) for clips in made[game]]
-    assert len(episodes[0]) > 1
-    assert not any(a & b for a, b in itertools.combinations(episodes, 2))
-    for clips in made[game]:
-        assert torch.unique(clips.episode, return_counts=True)[1].max() <= EPISODE_FRAMES // 8
-
-
-def digest(splits):
+def digest(clips):
     done = hashlib.sha256()
-    for clips in splits:
-        for each in (clips.video, *clips.labels.values(), clips.episode):
-            done.update(each.numpy().tobytes())
+    for each in (clips.video, clips.labels, clips.episode):
+        done.update(each.numpy().tobytes())
     return done.hexdigest()
 
 
-@pytest.mark.parametrize("game", LABELS)
-def test_a_seed_gives_the_same_bytes_again(game, tmp_path):
-    sizes = Sizes(3, 2, 2)
-    again = [digest(load(game, seed, sizes, tmp_path / name)) for seed, name in [(3, "a"), (3, "b"), (4, "a")]]
+@pytest.mark.parametrize("name", LABELS)
+def test_a_seed_gives_the_same_bytes_again(name, tmp_path):
+    calls = [(3, "a"), (3, "b"), (4, "a")]
+    again = [digest(load(game(name), 3, seed, tmp_path / folder)) for seed, folder in calls]
     assert again[0] == again[1] != again[2]
 
 
-def test_a_split_does_not_depend_on_the_sizes_of_the_others(made, tmp_path):
-    few = load("boxing", 3, Sizes(2, 1, 12), tmp_path, episode_frames=EPISODE_FRAMES)
-    assert torch.equal(few.probe_test.video, made["boxing"].probe_test.video)
-    assert torch.equal(few.train.video, made["boxing"].train.video[:2])
+def test_fewer_clips_are_the_first_of_more(made, tmp_path):
+    few = load(game("boxing"), 12, 3, tmp_path, episode_frames=EPISODE_FRAMES)
+    assert torch.equal(few.video, made["boxing"].video[:12])
 
 
 def test_the_clips_are_made_once_for_each_setting_and_version(tmp_path, monkeypatch):
-    sizes, plays, play = Sizes(2, 1, 1), [], atari._play
+    plays, play = [], atari._play
     monkeypatch.setattr(atari, "_play", lambda *call: plays.append(call) or play(*call))
 
-    def files_and_plays(*call, episode_frames=16):
+    def files_and_plays(name, number, seed, episode_frames=16):
         plays.clear()
-        load(*call, tmp_path, episode_frames=episode_frames)
+        load(game(name), number, seed, tmp_path, episode_frames=episode_frames)
         return len(list(tmp_path.iterdir())), len(plays)
 
-    assert files_and_plays("pong", 0, sizes) == (1, 3)
-    assert files_and_plays("pong", 0, sizes) == (1, 0)
-    assert files_and_plays("pong", 1, sizes) == (2, 3)
-    assert files_and_plays("pong", 0, Sizes(1, 1, 1)) == (3, 3)
-    assert files_and_plays("pong", 0, sizes, episode_frames=8) == (4, 4)
+    assert files_and_plays("pong", 2, 0) == (1, 1)
+    assert files_and_plays("pong", 2, 0) == (1, 0)
+    assert files_and_plays("pong", 2, 1) == (2, 1)
+    assert files_and_plays("pong", 1, 0) == (3, 1)
+    assert files_and_plays("pong", 2, 0, episode_frames=8) == (4, 2)
     monkeypatch.setattr(sys.modules["ale_py"], "__version__", "99")
-    assert files_and_plays("pong", 0, sizes) == (5, 3)
+    assert files_and_plays("pong", 2, 0) == (5, 1)
     settings = [json.loads(str(np.load(path)["settings"])) for path in tmp_path.iterdir()]
     assert sum(each["ale_py"] == "99" for each in settings) == 1
     assert {each["game"] for each in settings} == {"pong"}
@@ -168,7 +183,7 @@ def test_a_failed_write_leaves_no_file(tmp_path, monkeypatch):
 
     monkeypatch.setattr(np, "savez_compressed", full)
     with pytest.raises(OSError, match="disk full"):
-        load("pong", 0, Sizes(1, 1, 1), tmp_path, episode_frames=8)
+        load(game("pong"), 1, 0, tmp_path, episode_frames=8)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -212,38 +227,46 @@ def test_two_by_two_pixels_are_averaged():
     assert torch.equal(torch.from_numpy(atari._half(screen.numpy())).double(), expected)
 
 
-def test_moved_tokens_hold_a_pixel_that_changed(made):
-    video = made["breakout"].train.video[:20]
-    change = torch.zeros(20, 8, 96, 80)
-    change[:, 1:] = video.float().diff(dim=2).abs().amax(1)
-    for patch_size in [(2, 8, 8), (1, 16, 4)]:
-        expected = torch.nn.functional.max_pool3d(change, patch_size) > 16
-        assert torch.equal(moved(video, patch_size), expected)
-    assert 0.001 < expected.float().mean() < 0.2
+@pytest.mark.parametrize("arm", ["random", "exact", "motion"])
+def test_an_arm_runs_on_a_game(arm, made, monkeypatch):
+    setting = dataclasses.replace(arms.SETTINGS["smoke"], cut=game("pong"))
+    monkeypatch.setitem(arms.SETTINGS, "pong", setting)
+    monkeypatch.setattr(run, "clips", lambda number, seed, cut, device: made["pong"])
+    (row,) = run.run(run.Task(arm, 0, "pong", 2, 1e-3, 0.9, True), "abc", torch.device("cpu"))
+    assert row.mover == run.ALL
+    assert 0.5 < row.moving < 1
+    assert row.shape is row.error_still is None
+    assert row.visible_moving == pytest.approx(
+        made["pong"].moving.float().mean().item(), rel=9 if arm == "motion" else 1
+    )
 
 
-@pytest.mark.parametrize(("step", "expected"), [(16, False), (17, True), (-17, True)])
-def test_a_change_above_the_threshold_moves_one_token(step, expected):
-    video = torch.full((1, 3, 8, 96, 80), 100, dtype=torch.uint8)
-    video[0, 1, 5:, 20, 30] += step
-    tokens = moved(video)
-    assert tokens.shape == (1, 4, 12, 10)
-    assert tokens.nonzero().tolist() == ([[0, 2, 2, 3]] if expected else [])
+def test_the_readout_of_a_game_finds_what_the_features_say(made):
+    clips = made["pong"]
+    order = {clip.numpy().tobytes(): place for place, clip in enumerate(clips.video)}
+
+    def labels(video):
+        here = [order[clip.numpy().tobytes()] for clip in video]
+        places = clips.labels[here][:, :, 1::2].transpose(1, 2).float()  # [B, 4, labels]
+        return torch.cat([clips.moving[here].float()[..., None], places.repeat_interleave(120, 1)], 2)
+
+    found = readout.read_out(labels, clips, clips)
+    assert found.moving == [1.0]
+    assert found.position[0] > 0.99
+    assert found.shape is None
 
 
 def test_wrong_arguments_are_refused(tmp_path):
     with pytest.raises(ValueError, match="'tetris', must be one of pong, boxing, breakout"):
-        load("tetris", 0, SIZES, tmp_path)
-    for seed, sizes in [(-1, SIZES), (0, Sizes(1, -1, 1))]:
+        load(game("tetris"), 1, 0, tmp_path)
+    for number, seed in [(1, -1), (-1, 0)]:
         with pytest.raises(ValueError, match="none may be negative"):
-            load("pong", seed, sizes, tmp_path)
+            load(game("pong"), number, seed, tmp_path)
     with pytest.raises(ValueError, match="episode_frames is 7, must be at least 8"):
-        load("pong", 0, SIZES, tmp_path, episode_frames=7)
-    with pytest.raises(ValueError, match="does not divide"):
-        moved(torch.zeros(1, 3, 8, 96, 80, dtype=torch.uint8), (3, 8, 8))
+        load(game("pong"), 1, 0, tmp_path, episode_frames=7)
 
 
 def test_a_missing_ale_py_names_the_extra(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "ale_py", None)
     with pytest.raises(ImportError, match=r'pip install "adamae_sampler\[benchmarks\]"'):
-        load("pong", 0, SIZES, tmp_path)
+        load(game("pong"), 1, 0, tmp_path)

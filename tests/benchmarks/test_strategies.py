@@ -23,7 +23,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(scope="module")
 def generated():
-    return clips.make_clips(64, seed=3)
+    return clips.FINE.make(64, seed=3)
 
 
 def tokens_of(pixels):
@@ -38,17 +38,17 @@ def tokens_of(pixels):
 
 
 def test_clips_depend_on_the_arguments_alone(generated):
-    again = clips.make_clips(64, seed=3)
+    again = clips.FINE.make(64, seed=3)
     for name, value in vars(generated).items():
         same = getattr(again, name)
         assert torch.equal(value, same) if isinstance(value, torch.Tensor) else value == same
-    assert not torch.equal(clips.make_clips(64, seed=4).video, generated.video)
+    assert not torch.equal(clips.FINE.make(64, seed=4).video, generated.video)
 
 
 @pytest.mark.parametrize("scene", [clips.FINE, clips.COARSE])
 def test_a_scene_is_cut_into_its_tokens(scene):
-    made = clips.make_clips(200, seed=3, scene=scene)
-    assert made.video.shape == (200, 1, scene.frames, scene.side, scene.side)
+    made = scene.make(200, seed=3)
+    assert made.video.shape == (200, 1, scene.frames, scene.height, scene.height)
     assert made.moving.shape == (200, math.prod(scene.grid))
     assert set(made.size.tolist()) == set(range(len(scene.sizes)))
     change = (made.video[:, 0].int().diff(dim=1) != 0).any(1).float()  # [n, side, side]
@@ -76,10 +76,10 @@ def test_only_what_moves_changes(generated):
 
 
 def test_places_and_velocities_are_those_of_the_pixels():
-    made = clips.make_clips(64, seed=5, scene=clips.Scene(sizes=(4,)))
+    made = dataclasses.replace(clips.FINE, sizes=(4,)).make(64, seed=5)
     video = made.video[:, 0].float()
     change = (video[:, 1:] - video[:, :-1]).abs()  # at the edges of the mover, on both of its sides
-    pixel = torch.arange(clips.FINE.side) + 0.5
+    pixel = torch.arange(clips.FINE.height) + 0.5
     weight = change.sum((1, 2, 3))
     centre = (
         torch.stack([(change.sum((1, 3)) * pixel).sum(1), (change.sum((1, 2)) * pixel).sum(1)], 1) / weight[:, None]
@@ -91,12 +91,12 @@ def test_places_and_velocities_are_those_of_the_pixels():
     torch.testing.assert_close(moved[straight], made.velocity[straight, 1:], atol=1e-4, rtol=0)
     assert (made.velocity[made.turns].diff(dim=1).abs().sum((1, 2)) > 0.1).all()
     assert made.position.amin() > 0
-    assert made.position.amax() < clips.FINE.side
+    assert made.position.amax() < clips.FINE.height
 
 
 def test_still_objects_look_like_what_moves(generated):
     """Pixels of movers and of still objects have the same mean and deviation, so that only motion tells them apart."""
-    made = clips.make_clips(600, seed=6)
+    made = clips.FINE.make(600, seed=6)
     pixels = tokens_of(made.video[:, 0].float() / 255)
     moving, still = (pixels[each].flatten() for each in (made.moving, made.still))
     assert abs(moving.mean() - still.mean()) < 0.03
@@ -356,7 +356,7 @@ def test_the_stage_of_the_gpu_command_writes_its_rows(tmp_path):
 
 
 def test_a_size_with_another_scene_has_its_own_rows(tmp_path, monkeypatch):
-    small = dataclasses.replace(arms.SETTINGS["smoke"], scene=clips.COARSE)
+    small = dataclasses.replace(arms.SETTINGS["smoke"], cut=clips.COARSE)
     monkeypatch.setitem(arms.SETTINGS, "coarse", small)
     rows = tmp_path / "strategies_coarse.csv"
     command = ["--size", "coarse", "--jobs", "1", "--seeds", "0", "1", "--rows", str(rows)]

@@ -14,7 +14,7 @@ SETTING = arms.SETTINGS["smoke"]
 
 @pytest.fixture(scope="module")
 def video():
-    return clips.make_clips(8, seed=3).video
+    return clips.FINE.make(8, seed=3).video
 
 
 def of_arm(name):
@@ -131,6 +131,6 @@ def test_hiding_is_the_inverse_of_showing(video):
     inverse = 1 / shown
     found = hidden.log_probs(tokens, video).exp()
     torch.testing.assert_close(found, inverse / inverse.sum(1, keepdim=True))
-    moving = clips.make_clips(8, seed=3).moving
+    moving = clips.FINE.make(8, seed=3).moving
     drawn = ~hidden(tokens.expand(-1, -1, 1), video=video).mask
     assert (drawn & moving).sum() < 0.9 * moving.float().mean() * drawn.sum()
