@@ -17,6 +17,7 @@ import concurrent.futures
 import multiprocessing
 import os
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -98,7 +99,7 @@ def run_all(wanted: Sequence[Task], commit: str, device: torch.device, jobs: int
         yield from (run(task, commit, device) for task in wanted)
         return
     context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(jobs, context) as pool:
+    with concurrent.futures.ProcessPoolExecutor(jobs, context, _end_with_parent) as pool:
         running = [pool.submit(run_alone, task, commit, device) for task in wanted]
         for each in concurrent.futures.as_completed(running):
             yield each.result()
@@ -110,6 +111,18 @@ def table(path: Path) -> str:
     from benchmarks.pages.strategies import section
 
     return "\n\n".join(section(group, path) for group in groups(read_rows(path, Row)))
+
+
+def _end_with_parent() -> None:
+    """Without this, workers of a killed process finish their runs for nobody, and then wait for ever."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None  # this runs in a worker
+
+    def wait() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def run_alone(task: Task, commit: str, device: torch.device) -> list[Row]:

@@ -1,10 +1,16 @@
 """benchmarks/strategies.py: clips with known truth, readouts, statistics, and rows that survive a kill."""
 
+import contextlib
 import dataclasses
 import itertools
 import math
+import os
 import random
+import signal
 import statistics as standard
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -342,6 +348,40 @@ def test_runs_side_by_side_give_the_rows_of_runs_one_by_one(tmp_path):
     assert [dataclasses.replace(row, seconds=0, finished="") for row in beside] == [
         dataclasses.replace(row, seconds=0, finished="") for row in alone
     ]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="reads processes from /proc")
+def test_workers_end_with_their_parent(tmp_path):
+    rows = tmp_path / "rows.csv"
+    call = [sys.executable, strategies.__file__, "--size", "smoke", "--steps", "100000", "--jobs", "2", "--rows-only"]
+    parent = subprocess.Popen([*call, "--rows", str(rows), "--arms", "random", "motion"], start_new_session=True)
+
+    def workers():
+        """Those of the session, which no other test is in, but for the parent."""
+        found = -1
+        for path in Path("/proc").glob("[0-9]*/stat"):
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it has just ended
+                state, _, _, session, *_ = path.read_text().rpartition(")")[2].split()
+                found += int(session) == parent.pid and state != "Z"
+        return found
+
+    try:
+        wait_for(lambda: workers() >= 3)  # two, and the tracker of multiprocessing
+        parent.kill()
+        parent.wait()
+        wait_for(lambda: workers() < 0)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(parent.pid, signal.SIGKILL)
+
+
+def wait_for(true, seconds=60):
+    """Until it is true."""
+    until = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < until
+        time.sleep(0.2)
 
 
 @pytest.mark.slow
