@@ -88,6 +88,7 @@ ARMS: Mapping[str, Arm] = {
 
 # The question: see README.md of this folder.
 PRIMARY = (REFERENCE, "exact", "motion")
+ASKED = ("cpu", "gpu", "smoke")  # sizes; of the others, all arms are exploration
 COMPARED = ("exact", "motion")  # with random masking, under Holm's correction
 SEEDS = tuple(range(5))
 MARGIN = 0.005  # of the equivalence of fast and exact, in the units of the primary endpoint

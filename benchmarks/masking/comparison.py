@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from benchmarks.masking.arms import ARMS, COMPARED, MARGIN, REFERENCE, SUPERVISED, UNTRAINED
+from benchmarks.masking.arms import ARMS, ASKED, COMPARED, MARGIN, REFERENCE, SETTINGS, SUPERVISED, UNTRAINED
 from benchmarks.masking.run import ALL, Row, Task, finished, movers
 from benchmarks.masking.statistics import ALPHA, Effect, equivalence, holm, paired, smallest_effect
 
@@ -39,6 +39,13 @@ class Group:
 
     task: Task
     runs: Mapping[str, Mapping[int, Run]]
+
+    @property
+    def of_question(self) -> bool:
+        """Whether these are runs of the question, and not of the exploration."""
+        asked = SETTINGS[self.task.size]
+        mine = (self.task.steps, self.task.lr, self.task.mask_ratio, self.task.normalize)
+        return self.task.size in ASKED and mine == (asked.steps, asked.lr, asked.mask_ratio, True)
 
     @property
     def arms(self) -> list[str]:
@@ -103,7 +110,9 @@ def gate(group: Group) -> Gate | None:
 
 
 def adjusted(group: Group) -> dict[str, float]:
-    """Holm's p of the comparisons that the question names, of those that have been run."""
+    """Holm's p of the comparisons that the question names, of those that have been run; none in the exploration."""
+    if not group.of_question:
+        return {}
     found = {arm: effect.p for arm in COMPARED if (effect := group.effect(arm)) is not None}
     return holm(found)
 
@@ -119,8 +128,9 @@ def seen(group: Group) -> dict[str, float]:
 
 
 def explored(group: Group) -> dict[str, Effect]:
-    """The effect of every arm that the question does not name."""
-    effects = {arm: group.effect(arm) for arm in group.arms if arm not in (REFERENCE, *COMPARED)}
+    """The effect of every arm that the question does not name; in the exploration, of every arm."""
+    asked = {REFERENCE, *(COMPARED if group.of_question else ())}
+    effects = {arm: group.effect(arm) for arm in group.arms if arm not in asked}
     return {arm: effect for arm, effect in effects.items() if effect is not None}
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
 import matplotlib.pyplot as plt
+from matplotlib.ticker import PercentFormatter
 
 from benchmarks.core.rows import read_rows
 from benchmarks.core.tables import Column, source, spread, table
@@ -43,15 +45,18 @@ def strategies_page(results: Path) -> str:
         rows = read_rows(path, Row)
         found = groups(rows)
         parts += [section(group, path) for group in found]
-        if any(_compared(group, arm) for group in found for arm in group.arms):
-            parts.append(f"![AUC less random masking's over the size of what moves]({path.stem}.png)")
+        if drawn := _drawn(found):
+            parts.append(f"![effects over the share of visible tokens that move]({path.stem}_shown.png)")
+            if movers(drawn.task):
+                parts.append(f"![effects over the size of what moves]({path.stem}.png)")
     if not parts:
         return ""
     about = (
         "Tiny masked autoencoders, pre-trained with each strategy on clips in which one object moves and others stay "
         "still. From frozen features one linear layer reads which tokens move; the score is its AUC, the mean over the "
-        "sizes of what moves (1 to 16 patches). Differences are paired within seeds, with 95% intervals of Student's "
-        "t. What was fixed beforehand: [the question](../masking/README.md)."
+        "sizes of what moves. Differences are paired within seeds, with 95% intervals of Student's "
+        "t. What was fixed beforehand: [the question](../masking/README.md), "
+        "which says what each size of run is."
     )
     return "\n\n".join(["# Masking strategies", about, *parts])
 
@@ -66,7 +71,7 @@ def section(group: Group, path: Path) -> str:
     seeds = len({seed for runs in group.runs.values() for seed in runs})
     target = "normalised" if task.normalize else "raw"
     title = (
-        f"## {task.steps} steps, {task.mask_ratio:.0%} masked, {target} targets, learning rate {task.lr:g}, "
+        f"## {task.size}: {task.steps} steps, {task.mask_ratio:.0%} masked, {target} targets, learning rate {task.lr:g}, "
         f"{seeds} seed{'s' * (seeds > 1)}"
     )
     rows = [row for runs in group.runs.values() for run in runs.values() for row in run.values()]
@@ -176,24 +181,52 @@ def _mask(group: Group, name: str, arm: str) -> str:
 
 
 def strategies_figures(results: Path) -> dict[str, plt.Figure]:
-    """For each file the effect of each strategy over the size of what moves, of its first setting with two arms."""
+    """For each file effects over what is shown and over the size of what moves, of its first setting with two arms."""
     found = {}
     for path in _files(results):
-        compared = [
-            group
-            for group in groups(read_rows(path, Row))
-            if movers(group.task) and any(map(partial(_compared, group), group.arms))
-        ]
-        if compared:
-            found[path.stem] = _figure(compared[0])
+        if group := _drawn(groups(read_rows(path, Row))):
+            found[f"{path.stem}_shown"] = _over_what_is_shown(group)
+            if movers(group.task):
+                found[path.stem] = _over_sizes(group)
     return found
+
+
+def _drawn(found: Sequence[Group]) -> Group | None:
+    """The group of the figures."""
+    return next((group for group in found if any(map(partial(_compared, group), group.arms))), None)
+
+
+def _over_what_is_shown(group: Group) -> plt.Figure:
+    """The effect of each arm over the share of its visible tokens that move."""
+    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    axes.axhline(0, color="#777777", lw=0.8)
+    axes.axvline(_shown(group, REFERENCE), color="#777777", lw=0.8)
+    for arm in group.arms:
+        if (effect := group.effect(arm)) is not None and arm != REFERENCE:
+            place, error = _shown(group, arm), [[effect.mean - effect.low], [effect.high - effect.mean]]
+            axes.errorbar(place, effect.mean, error, fmt="o", ms=4, lw=1, capsize=2, color="#1f5fa8")
+            axes.annotate(arm, (place, effect.mean), (4, 3), textcoords="offset points", fontsize=7)
+    axes.set_xscale("log")
+    axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    axes.xaxis.set_minor_formatter(PercentFormatter(1, decimals=0))
+    axes.set(xlabel="visible tokens that move", ylabel="AUC less random masking's")
+    axes.set_title(f"{_setting(group)}; lines: random masking", fontsize=9)
+    return figure
+
+
+def _shown(group: Group, arm: str) -> float:
+    return statistics.mean(group.scores(arm, lambda run: run[ALL].visible_moving))
+
+
+def _setting(group: Group) -> str:
+    return f"{group.task.steps} steps, {group.task.mask_ratio:.0%} masked, 95% intervals"
 
 
 def _compared(group: Group, arm: str) -> bool:
     return arm != REFERENCE and group.effect(arm) is not None
 
 
-def _figure(group: Group) -> plt.Figure:
+def _over_sizes(group: Group) -> plt.Figure:
     """A panel for each arm: its AUC less random masking's over the size of what moves."""
     arms = [arm for arm in group.arms if _compared(group, arm)]
     sizes = movers(group.task)
@@ -221,5 +254,5 @@ def _figure(group: Group) -> plt.Figure:
         axes.remove()
     figure.supxlabel("area of what moves, patches", fontsize=8)
     figure.supylabel("AUC less random masking's", fontsize=8)
-    figure.suptitle(f"{group.task.steps} steps, {group.task.mask_ratio:.0%} masked, 95% intervals", fontsize=9)
+    figure.suptitle(_setting(group), fontsize=9)
     return figure

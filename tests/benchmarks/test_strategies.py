@@ -261,9 +261,10 @@ def test_the_smallest_effect_is_found_as_often_as_it_says():
 
 def rows_of(arm, seed, score, by_size=0.0):
     """The rows of a run whose AUC is `score`, and more at larger sizes."""
-    common = {"size": "cpu", "steps": 9, "lr": 1e-3, "mask_ratio": 0.9, "normalize": True, "finished": "now"}
+    common = {"size": "cpu", "steps": 2000, "lr": 1e-3, "mask_ratio": 0.9, "normalize": True, "finished": "now"}
     scores = dict.fromkeys(("moving_object", "velocity", "direction", "position", "shape"), 0.5)
     facts = {"seconds": 1.0, "device": "some CPU", "torch": "2", "commit": "abc"}
+    facts |= {} if arm in ("untrained", "supervised") else {"visible_moving": 0.1}
     return [
         run.Row(arm=arm, seed=seed, **common, **scores, **facts, mover=mover, moving=score + by_size * place)
         for place, mover in enumerate((0, *clips.FINE.sizes))
@@ -295,7 +296,44 @@ def test_verdicts_say_what_the_intervals_say(made_rows, tmp_path):
     assert "exact - random" in page
     assert "unresolved" in page
     assert strategies_page(tmp_path) == page  # the same rows, the same page
-    assert set(strategies_figures(tmp_path)) == {"strategies_cpu"}
+    assert set(strategies_figures(tmp_path)) == {"strategies_cpu", "strategies_cpu_shown"}
+
+
+def test_what_the_question_does_not_name_is_exploration(made_rows, tmp_path):
+    scores = {("random", row.seed): row.moving for row in made_rows if (row.arm, row.mover) == ("random", 0)}
+    for arm, gain in {"tube": -0.03, "grid": 0.03, "hard": 0.0}.items():
+        for seed in range(5):
+            noise = random.Random(f"{arm}{seed}").gauss(0, 0.002)
+            made_rows += rows_of(arm, seed, scores["random", seed] + gain + noise)
+    with RowWriter(tmp_path / "strategies_cpu.csv", run.Row, made_rows):
+        pass
+    page = strategies_page(tmp_path)
+    assert "not adjusted, better than random masking: grid." in page
+    assert "not adjusted, worse: tube." in page
+    assert "not adjusted, unresolved: hard." in page
+
+
+def test_other_settings_than_the_questions_are_exploration(made_rows):
+    (group,) = comparison.groups(dataclasses.replace(row, mask_ratio=0.8) for row in made_rows)
+    assert comparison.adjusted(group) == {}
+    assert set(comparison.explored(group)) == {"exact", "motion"}
+
+
+def test_a_column_that_came_later_is_empty_in_earlier_rows(made_rows, tmp_path):
+    path = tmp_path / "rows.csv"
+    with RowWriter(path, run.Row, made_rows):
+        pass
+    names = [each.name for each in dataclasses.fields(run.Row)]
+
+    def without(name):
+        place = names.index(name)
+        lines = [line.split(",") for line in path.read_text().splitlines()]
+        (tmp_path / "earlier.csv").write_text("".join(",".join(x[:place] + x[place + 1 :]) + "\n" for x in lines))
+        return read_rows(tmp_path / "earlier.csv", run.Row)
+
+    assert without("few_labels")[0].few_labels is None
+    with pytest.raises(ValueError, match="other columns than Row, which differs in steps"):
+        without("steps")
 
 
 def test_seeds_that_one_arm_lacks_are_not_compared(made_rows):
