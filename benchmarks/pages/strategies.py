@@ -70,10 +70,8 @@ def section(group: Group, path: Path) -> str:
     task = group.task
     seeds = len({seed for runs in group.runs.values() for seed in runs})
     target = "normalised" if task.normalize else "raw"
-    title = (
-        f"## {task.size}: {task.steps} steps, {task.mask_ratio:.0%} masked, {target} targets, learning rate {task.lr:g}, "
-        f"{seeds} seed{'s' * (seeds > 1)}"
-    )
+    what = f"{task.steps} steps, {task.mask_ratio:.0%} masked, {target} targets, learning rate {task.lr:g}"
+    title = f"## {task.size}: {what}, {seeds} seed{'s' * (seeds > 1)}"
     rows = [row for runs in group.runs.values() for run in runs.values() for row in run.values()]
     facts = f"`{path.name}`: {source([vars(row) for row in rows])}."
     return "\n\n".join(filter(None, [title, scores_table(group), verdict(group), by_size(group), masks(group), facts]))
@@ -207,6 +205,7 @@ def _over_what_is_shown(group: Group) -> plt.Figure:
             axes.errorbar(place, effect.mean, error, fmt="o", ms=4, lw=1, capsize=2, color="#1f5fa8")
             axes.annotate(arm, (place, effect.mean), (4, 3), textcoords="offset points", fontsize=7)
     axes.set_xscale("log")
+    axes.margins(x=0.15)  # room for the names
     axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     axes.xaxis.set_minor_formatter(PercentFormatter(1, decimals=0))
     axes.set(xlabel="visible tokens that move", ylabel="AUC less random masking's")
