@@ -8,7 +8,6 @@ from functools import partial
 from pathlib import Path
 
 import matplotlib.pyplot as plt
-from matplotlib.ticker import PercentFormatter
 
 from benchmarks.core.rows import read_rows
 from benchmarks.core.tables import Column, source, spread, table
@@ -195,21 +194,20 @@ def _drawn(found: Sequence[Group]) -> Group | None:
 
 
 def _over_what_is_shown(group: Group) -> plt.Figure:
-    """The effect of each arm over the share of its visible tokens that move."""
-    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
-    axes.axhline(0, color="#777777", lw=0.8)
-    axes.axvline(_shown(group, REFERENCE), color="#777777", lw=0.8)
-    for arm in group.arms:
-        if (effect := group.effect(arm)) is not None and arm != REFERENCE:
-            place, error = _shown(group, arm), [[effect.mean - effect.low], [effect.high - effect.mean]]
-            axes.errorbar(place, effect.mean, error, fmt="o", ms=4, lw=1, capsize=2, color="#1f5fa8")
-            axes.annotate(arm, (place, effect.mean), (4, 3), textcoords="offset points", fontsize=7)
-    axes.set_xscale("log")
-    axes.margins(x=0.15)  # room for the names
-    axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-    axes.xaxis.set_minor_formatter(PercentFormatter(1, decimals=0))
-    axes.set(xlabel="visible tokens that move", ylabel="AUC less random masking's")
-    axes.set_title(f"{_setting(group)}; lines: random masking", fontsize=9)
+    """The effect of each arm, in the order of the share of its visible tokens that move."""
+    arms = sorted((arm for arm in group.arms if arm == REFERENCE or _compared(group, arm)), key=partial(_shown, group))
+    figure, axes = plt.subplots(figsize=(7, 0.24 * len(arms) + 1), layout="constrained")
+    axes.axvline(0, color="#777777", lw=0.8)
+    for place, arm in enumerate(arms):
+        if arm == REFERENCE:
+            axes.plot(0, place, "o", ms=4, color="#777777")
+        elif (effect := group.effect(arm)) is not None:
+            error = [[effect.mean - effect.low], [effect.high - effect.mean]]
+            axes.errorbar(effect.mean, place, xerr=error, fmt="o", ms=4, lw=1, capsize=2, color="#1f5fa8")
+    axes.set_yticks(range(len(arms)), [f"{arm}  {_shown(group, arm):.0%}" for arm in arms])
+    axes.tick_params(labelsize=8)
+    axes.set(xlabel="AUC less random masking's", ylabel="visible tokens that move")
+    axes.set_title(_setting(group), fontsize=9)
     return figure
 
 
@@ -251,6 +249,8 @@ def _over_sizes(group: Group) -> plt.Figure:
         axes.tick_params(labelsize=7)
     for axes in grid.flat[len(arms) :]:
         axes.remove()
+    for axes in grid.flat[len(arms) - columns : len(arms)]:
+        axes.tick_params(labelbottom=True)  # also where no panel is below
     figure.supxlabel("area of what moves, patches", fontsize=8)
     figure.supylabel("AUC less random masking's", fontsize=8)
     figure.suptitle(_setting(group), fontsize=9)
