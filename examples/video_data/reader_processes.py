@@ -6,7 +6,7 @@ import atexit
 import multiprocessing
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
 
@@ -45,6 +45,27 @@ class ReaderSignals:
 _READER_SIGNALS = ReaderSignals()
 
 
+class _Loader(DataLoader[dict[str, Any]]):
+    """A DataLoader that always says when a reader died."""
+
+    def __iter__(self) -> Any:
+        return self._checked(super().__iter__())  # the readers start here, not with the first batch
+
+    def _checked(self, batches: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+        while True:
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            except (ConnectionError, EOFError) as error:
+                # torch finds the death of a reader, unless it dies while it hands over a batch. An error of a video
+                # store begins with "Caught", as torch hands on all errors of readers.
+                if not self.num_workers or str(error).startswith("Caught"):
+                    raise
+                raise RuntimeError(f"DataLoader worker ended while it handed over a batch: {error!r}.") from error
+            yield batch
+
+
 def video_loader(
     dataset: Dataset[dict[str, Any]],
     collate: Callable[[list[dict[str, Any]]], dict[str, Any]],
@@ -59,7 +80,7 @@ def video_loader(
         workers: reader processes; 0 reads in the main process.
         batching: `batch_size` or `batch_sampler`, as of a DataLoader.
     """
-    return DataLoader(
+    return _Loader(
         dataset,
         num_workers=workers,
         collate_fn=collate,

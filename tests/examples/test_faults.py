@@ -29,11 +29,12 @@ from videos import write_video
 
 from adamae_sampler import AdaMAELoss
 from training.broken_videos import BrokenVideos, read_broken_videos
-from training.interrupts import Interrupts, Request, TrainingError
+from training.interrupts import Interrupts, Request, TrainingError, run_to_the_end
 from training.job import Job
 from training.loop import TrainingLoop
 from training.run_log import RunLog
 from video_data.clips import VideoClips
+from video_data.reader_processes import video_loader
 from video_data.video_lists import VideoEntry
 
 pretrain_here = partial(run_here, pretrain_script.main)
@@ -158,6 +159,37 @@ def test_fewer_bad_steps_in_a_row_are_skipped(tmp_path):
     assert [line["skipped_steps"] for line in metrics(tmp_path)] == [0, 0, 0, 1, 1, 0, 0, 0]
 
 
+class Store(torch.utils.data.Dataset):
+    """Videos of a store that refuses the connection."""
+
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, place):
+        raise ConnectionResetError("the store is away")
+
+
+@pytest.mark.parametrize("cut", [ConnectionResetError(104, "reset by peer"), EOFError(), ConnectionRefusedError()])
+def test_a_reader_that_dies_while_it_hands_over_a_batch_is_named(cut, monkeypatch):
+    loader = video_loader(Store(), list, 1, batch_size=2)
+
+    def broken(_):
+        yield {"batch": 1}
+        raise cut
+
+    monkeypatch.setattr(torch.utils.data.DataLoader, "__iter__", broken)
+    batches = iter(loader)
+    assert next(batches) == {"batch": 1}
+    with pytest.raises(SystemExit, match=r"error: a reader process died \(DataLoader worker ended while"):
+        run_to_the_end(lambda: next(batches))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_error_of_the_store_is_not_taken_for_a_dead_reader(workers):
+    with pytest.raises(ConnectionResetError, match="the store is away"):
+        list(video_loader(Store(), list, workers, batch_size=2))
+
+
 @pytest.mark.parametrize("victim", ["reader", "rank"])
 @pytest.mark.slow
 def test_a_process_that_dies_ends_the_job_at_once_with_a_clear_line(victim, tmp_path):
@@ -169,7 +201,7 @@ def test_a_process_that_dies_ends_the_job_at_once_with_a_clear_line(victim, tmp_
     _, errors = process.communicate(timeout=60)
     assert process.returncode != 0
     if victim == "reader":
-        assert "error: a reader process died (DataLoader worker (pid" in errors
+        assert "error: a reader process died (DataLoader worker " in errors
         assert "fewer --workers" in errors
         assert "Traceback" not in errors
     else:
