@@ -19,13 +19,18 @@ def primary(run: Run) -> float:
 
     Where sizes are not known, it is that over all clips.
     """
-    return statistics.mean(run[mover].moving for mover in movers(run[ALL]) or (ALL,))
+    return statistics.mean(row.moving for row in _scored(run))
 
 
 def few_labels(run: Run) -> float | None:
     """The same AUC of the encoder fine-tuned on few labelled clips; None where that was not measured."""
-    found = [value for mover in movers(run[ALL]) or (ALL,) if (value := run[mover].few_labels) is not None]
+    found = [row.few_labels for row in _scored(run) if row.few_labels is not None]
     return statistics.mean(found) if found else None
+
+
+def _scored(run: Run) -> list[Row]:
+    """The rows that a score is the mean of."""
+    return [run[mover] for mover in movers(run[ALL]) or (ALL,)]
 
 
 @dataclass(frozen=True)
