@@ -156,13 +156,22 @@ def run_all(tasks: Iterable[Task], writer: RowWriter[Row], start: float) -> list
 
 
 def cpu_seconds_of_others() -> float:
-    """CPU seconds that other programs have used, for differences; 0 where there is no /proc/stat to tell."""
+    """CPU seconds that programs outside this process group have used, for differences; 0 without a /proc to tell."""
     counts = Path("/proc/stat")
     if not counts.exists():
         return 0.0
     user, nice, system, _idle, _iowait, irq, softirq, steal = map(int, counts.read_text().split()[1:9])
-    busy = (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
-    return busy - sum(os.times()[:4])  # less this process and its children
+    ours = sum(_ticks(entry) for entry in Path("/proc").glob("[0-9]*/stat"))
+    return (user + nice + system + irq + softirq + steal - ours) / os.sysconf("SC_CLK_TCK")
+
+
+def _ticks(stat: Path) -> int:
+    """Clock ticks of a process and its ended children; 0 in another group. A `Worker` is of our group, and no child."""
+    try:
+        values = stat.read_text().rpartition(")")[2].split()  # a name may hold spaces and brackets
+    except OSError:  # it has ended since
+        return 0
+    return sum(map(int, values[11:15])) if int(values[2]) == os.getpgrp() else 0
 
 
 if __name__ == "__main__":

@@ -4,19 +4,23 @@ import csv
 import dataclasses
 import importlib.util
 import math
+import os
 import shutil
 import subprocess
 import sys
+import time
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
+import work
 
 from adamae_sampler import ops
 from benchmarks import estimator_bias, report, run
 from benchmarks.core.rows import Facts, Row, make_row, read_rows, write_rows
 from benchmarks.core.timing import Times
+from benchmarks.core.worker import Worker
 from benchmarks.loader import check as check_readers
 from benchmarks.loader import read_pyav
 from benchmarks.ops.cases import DrawMask, GatherTokens, ReconstructionError
@@ -43,6 +47,21 @@ def results(tmp_path_factory):
     folder = tmp_path_factory.mktemp("results")
     run.main(run.Options(quick=True, output=folder))
     return folder
+
+
+@pytest.mark.skipif(not Path("/proc/stat").exists(), reason="needs /proc")
+def test_a_worker_is_none_of_the_other_programs():
+    per_second = os.sysconf("SC_CLK_TCK")
+    with Worker() as worker:
+        (number,) = worker.stream(work.compute, 0.3, limit_s=60)
+        assert run._ticks(Path(f"/proc/{number}/stat")) >= 0.2 * per_second
+    code = "import time\nwhile time.process_time() < 0.3: pass\ninput()"
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, start_new_session=True) as other:
+        stat = Path(f"/proc/{other.pid}/stat")
+        while sum(map(int, stat.read_text().split()[13:15])) < 0.2 * per_second:
+            time.sleep(0.01)
+        assert run._ticks(stat) == 0
+        other.communicate(b"\n")
 
 
 @pytest.mark.slow

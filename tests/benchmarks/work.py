@@ -25,3 +25,10 @@ def sleep_after(number):
 
 def process_number():
     yield os.getpid()
+
+
+def compute(seconds):
+    start = time.process_time()
+    while time.process_time() - start < seconds:
+        pass
+    yield os.getpid()
