@@ -118,7 +118,7 @@ def overview(
     Args:
         video: [B, C, T, H, W] uint8 with one or three channels.
         prediction: [B, M, P].
-        sample: the mask; the row of p is left out if it has no log_probs.
+        sample: the mask. Hard masks have a row of predicted errors in place of p; masks with neither have none.
         token_error: [B, M], the error of each masked token.
         normalize: whether the target was normalised per patch and channel.
         statistics: see `predicted_video`.
@@ -143,7 +143,7 @@ def mask_overview(
 
     Args:
         video: [B, C, T, H, W] uint8 with one or three channels.
-        samples: the masks by title, such as "95%". The row of p is from the first mask.
+        samples: the masks by title, such as "95%". The row of p, or of predicted errors, is from the first mask.
         patch_size: height and width of a patch, one number or a pair.
         tubelet_size: frames of a patch.
         clip: index of the clip in the batch.
@@ -151,7 +151,7 @@ def mask_overview(
     patches = PatchFormat.of(patch_size, tubelet_size)
     frames, grid = _frames(video, clip), patches.grid(video.shape)
     first = next(iter(samples.values()))
-    rows = [_Row("video", frames), *_probability_row(first, clip, grid, tubelet_size)]
+    rows = [_Row("video", frames), *_score_row(first, clip, grid, tubelet_size)]
     rows += [_Row(title, _seen(frames, sample, clip, grid, patches)) for title, sample in samples.items()]
     return _draw_rows(rows, tubelet_size)
 
@@ -226,7 +226,7 @@ def _rows(
         _Row("video", frames),
         _Row(_LABELS[statistics] if patches.normalize else "prediction", shown[clip].permute(1, 2, 3, 0).cpu()),
         _Row(f"error\n0 to {float(error.max()):.2g}", error.view(grid).repeat_interleave(tubelet_size, 0), "magma"),
-        *_probability_row(sample, clip, grid, tubelet_size),
+        *_score_row(sample, clip, grid, tubelet_size),
         _Row(
             f"mask\n{sample.num_tokens - sample.num_visible} of {sample.num_tokens}\ntokens masked",
             _seen(frames, sample, clip, grid, patches),
@@ -241,13 +241,18 @@ def _frames(video: Tensor, clip: int) -> Tensor:
     return video[clip].permute(1, 2, 3, 0).cpu()
 
 
-def _probability_row(sample: MaskSample, clip: int, grid: tuple[int, int, int], tubelet_size: int) -> list[_Row]:
-    if sample.log_probs is None:
+def _score_row(sample: MaskSample, clip: int, grid: tuple[int, int, int], tubelet_size: int) -> list[_Row]:
+    """What the mask was drawn by: p, or predicted errors; empty for masks with neither."""
+    if sample.log_probs is not None:
+        scores = sample.log_probs[clip].detach().exp().view(grid).cpu()
+        low, high = (float(each) * scores.numel() for each in scores.aminmax())
+        title = f"p\n{low:.2g} to {high:.2g} of\na uniform one"
+    elif sample.difficulty is not None:
+        scores = sample.difficulty[clip].detach().float().view(grid).cpu()
+        title = "predicted\nto be hard"  # the scores order tokens, and have no unit
+    else:
         return []
-    probabilities = sample.log_probs[clip].detach().exp().view(grid).cpu()
-    low, high = (float(each) * probabilities.numel() for each in probabilities.aminmax())
-    title = f"p\n{low:.2g} to {high:.2g} of\na uniform one"
-    return [_Row(title, probabilities.repeat_interleave(tubelet_size, 0), "jet")]
+    return [_Row(title, scores.repeat_interleave(tubelet_size, 0), "jet")]
 
 
 def _seen(frames: Tensor, sample: MaskSample, clip: int, grid: tuple[int, int, int], patches: PatchFormat) -> Tensor:

@@ -14,11 +14,13 @@ from __future__ import annotations
 
 import argparse
 import concurrent.futures
+import contextlib
 import multiprocessing
 import os
+import signal
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a bare checkout is not installed
@@ -68,6 +70,8 @@ def tasks(given: argparse.Namespace) -> list[Task]:
 
 def main(given: argparse.Namespace) -> None:
     """Runs what has no rows yet, and prints the table."""
+    if given.table and not given.rows.exists():
+        sys.exit(f"{given.rows} does not exist. Leave out --table to make it, or give another --rows.")
     if not given.table:
         given.rows.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -75,8 +79,13 @@ def main(given: argparse.Namespace) -> None:
                 complete(given)
         except Timeout:
             sys.exit(f"{given.rows} is being written by another strategies.py. Wait for it, or give another --rows.")
+        except KeyboardInterrupt:
+            sys.exit(f"Stopped. The runs that had ended are in {given.rows}, and the same command goes on.")
     if not given.rows_only:
-        print(table(given.rows))
+        try:
+            print(table(given.rows))
+        except ValueError as error:
+            sys.exit(f"{given.rows} has {error}")
 
 
 def complete(given: argparse.Namespace) -> None:
@@ -87,22 +96,30 @@ def complete(given: argparse.Namespace) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     commit = given.commit or current_commit()
     jobs = given.jobs or (1 if device.type == "cuda" else os.cpu_count() or 1)
-    with RowWriter(given.rows, Row, kept) as writer:
-        for rows in tqdm(run_all(wanted, commit, device, jobs), total=len(wanted), unit="run"):
+    with (
+        RowWriter(given.rows, Row, kept) as writer,
+        contextlib.closing(run_all(wanted, commit, device, jobs)) as ended,
+    ):
+        for rows in tqdm(ended, total=len(wanted), unit="run"):
             for row in rows:
                 writer.add(row)
 
 
-def run_all(wanted: Sequence[Task], commit: str, device: torch.device, jobs: int) -> Iterator[list[Row]]:
+def run_all(wanted: Sequence[Task], commit: str, device: torch.device, jobs: int) -> Generator[list[Row], None, None]:
     """The rows of each run as it ends; one job runs in this process."""
     if jobs == 1:
         yield from (run(task, commit, device) for task in wanted)
         return
     context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(jobs, context, _end_with_parent) as pool:
-        running = [pool.submit(run_alone, task, commit, device) for task in wanted]
-        for each in concurrent.futures.as_completed(running):
-            yield each.result()
+    with concurrent.futures.ProcessPoolExecutor(jobs, context, _begin_worker) as pool:
+        try:
+            running = [pool.submit(run_alone, task, commit, device) for task in wanted]
+            for each in concurrent.futures.as_completed(running):
+                yield each.result()
+        except BaseException:  # else the pool would first make all other runs, and throw their rows away
+            for worker in multiprocessing.active_children():
+                worker.kill()
+            raise
 
 
 def table(path: Path) -> str:
@@ -113,8 +130,12 @@ def table(path: Path) -> str:
     return "\n\n".join(section(group, path) for group in groups(read_rows(path, Row)))
 
 
-def _end_with_parent() -> None:
-    """Without this, workers of a killed process finish their runs for nobody, and then wait for ever."""
+def _begin_worker() -> None:
+    """Ends a worker with its parent, and not before: Ctrl-C reaches both.
+
+    Without this, workers of a killed process finish their runs for nobody, and then wait for ever.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     assert parent is not None  # this runs in a worker
 

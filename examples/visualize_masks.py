@@ -123,14 +123,15 @@ def run(options: Options) -> None:
         if isinstance(model.sampler, MotionTokenSampler):  # its p is shown, and trained by no loss
             sample = sample._replace(log_probs=model.sampler.log_probs(model.sampler_tokens(video), video))
         name = f"{100 * ratio:g}"
-        samples[f"{name}% masked"] = sample
+        # Whole places and whole time steps hide fewer tokens than the ratio asks.
+        samples[f"ratio {name}%\n{sample.num_visible} of {sample.num_tokens}\ntokens visible"] = sample
         figure = overview(video, prediction, sample, out.token_error, **shown)
         figure.savefig(options.output / f"overview_{name}.png", dpi=options.dpi)
         if options.animate != "none":
             frames = animation(video, prediction, sample, out.token_error, **shown)
             save_animation(frames, options.output / f"animation_{name}.{options.animate}")
         tokens = f"{sample.num_visible} of {sample.num_tokens} tokens visible"
-        print(f"{name}% masked: {tokens}, error {out.reconstruction:.4f}")
+        print(f"mask ratio {name}%: {tokens}, error {out.reconstruction:.4f}")
     mask_overview(video, samples, **sizes).savefig(options.output / "masks.png", dpi=options.dpi)
     print(f"wrote {', '.join(sorted(path.name for path in options.output.iterdir()))} to {options.output}")
 

@@ -247,7 +247,7 @@ def test_a_hard_draw_and_its_loss_compile_as_one_graph(num_masks):
     ("message", "options"),
     [
         ("hard_share=1.5, expected a share of the masked tokens", {"hard_share": 1.5}),
-        ("num_steps=0, expected", {"ramp_steps": 0}),
+        ("ramp_steps=0, expected", {"ramp_steps": 0}),
         ("score network 'cnn', expected", {"network": "cnn"}),
     ],
 )

@@ -105,7 +105,7 @@ def test_the_video_must_be_there_and_fit():
     for kind, message, video in (
         (ValueError, r"draws from the pixels and got no video. Pass it, sampler\(tokens, video=video\)", None),
         (ValueError, r"video has shape \(2, 3, 6, 6, 20\), expected .* multiples of the grid", torch.zeros(2, 3, 6, 6, 20)),
-        (ValueError, r"For images add the time axis", torch.zeros(2, 3, 6, 20)),
+        (ValueError, r"for images video\[:, :, None\]", torch.zeros(2, 3, 6, 20)),
         (ValueError, "video has 1 clips and tokens have 2", torch.zeros(1, 3, 8, 6, 20)),
         (TypeError, "video is torch.int64, expected", torch.zeros(2, 3, 8, 6, 20).long()),
         (TypeError, "video is list, expected", [1]),

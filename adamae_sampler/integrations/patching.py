@@ -16,6 +16,7 @@ from adamae_sampler.integrations.mae_st import AdaptiveMAEST
 from adamae_sampler.integrations.videomae import AdaptiveVideoMAE
 from adamae_sampler.integrations.videomae_v2 import AdaptiveVideoMAEv2
 from adamae_sampler.sampler import AdaptiveTokenSampler, TokenSampler
+from adamae_sampler.sampler.maskings import PAPER_RATIO
 
 HOSTS: dict[str, type[AdaptiveHost]] = {
     "hf_videomae": AdaptiveHFVideoMAE,
@@ -27,7 +28,6 @@ HOSTS: dict[str, type[AdaptiveHost]] = {
     "hiera": AdaptiveHiera,
 }
 
-PAPER_RATIO = 0.95  # for hosts without a default ratio
 PAPER_WEIGHT = 1e-4
 
 Model = TypeVar("Model", bound=nn.Module)

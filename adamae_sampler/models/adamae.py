@@ -61,9 +61,9 @@ class AdaMAE(nn.Module):
         decoder_embed_dim: width of the decoder.
         decoder_depth: blocks of the decoder.
         decoder_num_heads: attention heads of the decoder.
-        mask_ratio: share of tokens to mask.
-        masking: a name of `adamae_sampler.sampler.MASKINGS`, or a `TokenSampler`, which has its own mask ratio. Of the
-            named ones "motion" takes pixels as its source.
+        mask_ratio: share of tokens to mask. None means 0.95, or the ratio of a given sampler.
+        masking: a name of `adamae_sampler.sampler.MASKINGS`, or a `TokenSampler`. Of the named ones "motion" takes
+            pixels as its source.
         score_network: the score network of "adaptive" and "hard", see `AdaptiveTokenSampler`.
         temperature: see `AdaptiveTokenSampler`.
         exploration: see `AdaptiveTokenSampler`.
@@ -95,7 +95,7 @@ class AdaMAE(nn.Module):
         decoder_embed_dim: int = 384,
         decoder_depth: int = 4,
         decoder_num_heads: int = 6,
-        mask_ratio: float = 0.95,
+        mask_ratio: float | None = None,
         masking: Masking | TokenSampler = "adaptive",
         score_network: Literal["mha", "mlp", "pooled"] | nn.Module = "mha",
         temperature: float = 1.0,

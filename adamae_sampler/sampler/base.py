@@ -122,7 +122,7 @@ class TokenSampler(nn.Module, abc.ABC):
         if len(shape) != 5 or any(size % cells for size, cells in zip(shape[2:], self.grid_size, strict=True)):
             raise ValueError(
                 f"video has shape {shape}, expected [B, C, T, H, W] with T, H and W multiples of the grid "
-                f"{self.grid_size}. For images add the time axis, video[:, :, None]."
+                f"{self.grid_size}. For [B, T, C, H, W] pass video.transpose(1, 2); for images video[:, :, None]."
             )
         if shape[0] != tokens.shape[0]:
             raise ValueError(f"video has {shape[0]} clips and tokens have {tokens.shape[0]}, expected the same clips.")

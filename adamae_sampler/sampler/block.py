@@ -45,6 +45,7 @@ class BlockTokenSampler(TokenSampler):
         self,
         grid_size: GridSize,
         mask_ratio: float = 0.9,
+        *,
         num_masks: int = 1,
         scale: float = 0.15,
         aspect_ratio: tuple[float, float] = (0.75, 1.5),

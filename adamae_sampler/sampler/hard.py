@@ -30,7 +30,8 @@ class HardTokenSampler(ScoredTokenSampler):
         network: the network that predicts the errors, see `ScoredTokenSampler`.
         num_masks: R, masks of each clip; all have the same hard tokens.
         hard_share: share of the masked tokens that is hard, at the end of the ramp.
-        ramp_steps: draws in training until the share is reached, see `Ramp`. A mask that the caller passes counts none.
+        ramp_steps: draws in training until the share is reached, see `Ramp`. Give a share of
+            your optimiser steps. A mask that the caller passes counts none.
 
     Raises:
         ValueError: an unknown network; a number out of range.
@@ -47,6 +48,7 @@ class HardTokenSampler(ScoredTokenSampler):
         grid_size: GridSize,
         mask_ratio: float = 0.9,
         network: Network | nn.Module = "mha",
+        *,
         num_masks: int = 1,
         hard_share: float = 0.5,
         ramp_steps: int = 10_000,
@@ -56,6 +58,8 @@ class HardTokenSampler(ScoredTokenSampler):
             raise ValueError(
                 f"hard_share={hard_share}, expected a share of the masked tokens from 0 to 1, such as 0.5."
             )
+        if not isinstance(ramp_steps, int) or ramp_steps < 1:
+            raise ValueError(f"ramp_steps={ramp_steps!r}, expected a whole number of draws in training, 1 or more.")
         self.share = Ramp(0.0, hard_share, ramp_steps)
 
     def draw(self, tokens: Tensor, generator: torch.Generator | None) -> MaskSample:

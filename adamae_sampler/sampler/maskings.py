@@ -27,6 +27,8 @@ MASKINGS: Mapping[str, type[TokenSampler]] = {
     "hard": HardTokenSampler,
 }
 
+PAPER_RATIO = 0.95  # for models without a ratio of their own
+
 # Settings that only some maskings take: the default, and the argument of the sampler.
 _LEARNED: Mapping[str, tuple[Any, str]] = {
     "score_network": ("mha", "network"),
@@ -44,7 +46,7 @@ def make_sampler(
     masking: Masking | TokenSampler,
     embed_dim: int,
     grid_size: GridSize,
-    mask_ratio: float,
+    mask_ratio: float | None,
     num_masks: int,
     learned: Mapping[str, Any],
 ) -> TokenSampler:
@@ -54,7 +56,7 @@ def make_sampler(
         masking: a key of `MASKINGS`, or a sampler, which is checked and returned.
         embed_dim: D, width of the tokens.
         grid_size: (T, H, W) of the tokens.
-        mask_ratio: share of tokens to mask.
+        mask_ratio: share of tokens to mask; None for 0.95, or the ratio of a given sampler.
         num_masks: R, masks of each clip.
         learned: values of `score_network`, `temperature` and `exploration`.
 
@@ -64,10 +66,11 @@ def make_sampler(
     """
     _check_settings(masking, learned)
     if isinstance(masking, TokenSampler):
-        _check_fits(masking, embed_dim, grid_size, num_masks)
+        _check_fits(masking, embed_dim, grid_size, mask_ratio, num_masks)
         return masking
     if masking not in MASKINGS:
         raise ValueError(f"masking={masking!r}, expected {', '.join(map(repr, MASKINGS))} or a TokenSampler.")
+    mask_ratio = PAPER_RATIO if mask_ratio is None else mask_ratio
     kind: Any = MASKINGS[masking]
     width = {"embed_dim": embed_dim} if issubclass(kind, ScoredTokenSampler) else {}
     settings = {_LEARNED[name][1]: learned[name] for name in settings_of(masking)}
@@ -87,8 +90,14 @@ def _check_settings(masking: Masking | TokenSampler, learned: Mapping[str, Any])
         raise ValueError(f"{values}: only masking={' or '.join(map(repr, takers))} takes it; {told}. Leave it out.")
 
 
-def _check_fits(sampler: TokenSampler, embed_dim: int, grid_size: GridSize, num_masks: int) -> None:
-    """Raises ValueError if a given sampler is for other tokens or another number of masks."""
+def _check_fits(
+    sampler: TokenSampler, embed_dim: int, grid_size: GridSize, mask_ratio: float | None, num_masks: int
+) -> None:
+    """Raises ValueError if a given sampler is for other tokens, another ratio or another number of masks."""
+    if mask_ratio not in (None, sampler.mask_ratio):
+        raise ValueError(
+            f"mask_ratio={mask_ratio}, but the sampler given has {sampler.mask_ratio}. Set mask_ratio of the sampler."
+        )
     if num_masks not in (1, sampler.num_masks):
         raise ValueError(
             f"num_masks={num_masks}, but the sampler given has {sampler.num_masks}. Set num_masks of the sampler."

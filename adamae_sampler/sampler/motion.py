@@ -41,6 +41,7 @@ class MotionTokenSampler(TokenSampler):
         self,
         grid_size: GridSize,
         mask_ratio: float = 0.9,
+        *,
         num_masks: int = 1,
         source: Source = "tokens",
         floor: float = 0.2,

@@ -75,10 +75,16 @@ class Group:
 
 
 def groups(rows: Iterable[Row]) -> list[Group]:
-    """The finished runs, those with the same setting together."""
+    """The finished runs, those with the same setting together.
+
+    Raises:
+        ValueError: a row is of an arm that is not in ARMS.
+    """
     found: dict[tuple[object, ...], dict[str, dict[int, Run]]] = {}
     firsts: dict[tuple[object, ...], Task] = {}
     for task, run in finished(rows).items():
+        if task.arm not in ARMS:
+            raise ValueError(f"a row of arm {task.arm!r}, which benchmarks/masking/arms.py does not have.")
         shared = (task.size, task.steps, task.lr, task.mask_ratio, task.normalize)
         firsts.setdefault(shared, task)
         found.setdefault(shared, {}).setdefault(task.arm, {})[task.seed] = run
@@ -139,7 +145,10 @@ def explored(group: Group) -> dict[str, Effect]:
     return {arm: effect for arm, effect in effects.items() if effect is not None}
 
 
-def fast_equals_exact(group: Group) -> float | None:
-    """p of "fast and exact differ by less than the margin"; None without two seeds of both."""
+def fast_equals_exact(group: Group) -> tuple[Effect, float] | None:
+    """Fast less exact, and p of "they differ by less than the margin"; None without two seeds of both.
+
+    The interval is that of the two one-sided tests: it lies within the margin where p is below 5%.
+    """
     found: Sequence[float] = group.differences("fast", "exact")
-    return equivalence(found, MARGIN) if len(found) > 1 else None
+    return (paired(found, 1 - 2 * ALPHA), equivalence(found, MARGIN)) if len(found) > 1 else None

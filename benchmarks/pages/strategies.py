@@ -53,9 +53,9 @@ def strategies_page(results: Path) -> str:
     about = (
         "Tiny masked autoencoders, pre-trained with each strategy on clips in which one object moves and others stay "
         "still. From frozen features one linear layer reads which tokens move; the score is its AUC, the mean over the "
-        "sizes of what moves. Differences are paired within seeds, with 95% intervals of Student's "
-        "t. What was fixed beforehand: [the question](../masking/README.md), "
-        "which says what each size of run is."
+        "sizes of what moves. Differences are paired within the seeds that both arms have, with 95% intervals of "
+        "Student's t; ± is the standard deviation over seeds. Errors are on random masks that are the same for all "
+        "arms. What was fixed beforehand: [the question](../masking/README.md), which says what each size of run is."
     )
     return "\n\n".join(["# Masking strategies", about, *parts])
 
@@ -126,10 +126,12 @@ def verdict(group: Group) -> str:
             f"- {arm} - random: {interval(effect)}, Holm's p {p_values[arm]:.2g}: {said}. The smallest effect that "
             f"these seeds find with a chance of 80% is {least[arm]:.4f}."
         )
-    if (p := fast_equals_exact(group)) is not None:
+    if (equal := fast_equals_exact(group)) is not None:
+        effect, p = equal
         said = "equivalent" if p < ALPHA else "equivalence not shown"
         lines.append(
-            f"- fast - exact: {interval(group.effect('fast', 'exact'))}; within ± {MARGIN:g}, p {p:.2g}: {said}."
+            f"- fast - exact: {interval(effect)}, a 90% interval as the two one-sided tests have; within ± {MARGIN:g}, "
+            f"p {p:.2g}: {said}."
         )
     effects = explored(group)
     for said, arms in (

@@ -117,6 +117,31 @@ def test_what_the_question_does_not_name_is_exploration(made_rows, tmp_path):
     assert "not adjusted, unresolved: hard." in page
 
 
+def test_fast_and_exact_are_equivalent_where_their_90_percent_interval_lies_within_the_margin(made_rows):
+    exact = {row.seed: row.moving for row in made_rows if (row.arm, row.mover) == ("exact", 0)}
+    for gains in ((0.001, 0.002, 0.0, -0.001, 0.003), (0.001, 0.006, 0.0, -0.001, 0.009)):
+        fast = [row for seed, gain in enumerate(gains) for row in rows_of("fast", seed, exact[seed] + gain)]
+        (group,) = comparison.groups([*made_rows, *fast])
+        effect, p = comparison.fast_equals_exact(group)
+        expected = stats.ttest_1samp(gains, 0).confidence_interval(0.9)
+        assert (effect.low, effect.high) == pytest.approx((expected.low, expected.high))
+        assert (p < 0.05) == (-arms.MARGIN < effect.low and effect.high < arms.MARGIN)
+    assert p > 0.05
+
+
+def test_rows_of_an_arm_that_is_no_more_are_named(made_rows, tmp_path):
+    made_rows += rows_of("gone", 0, 0.5)
+    with pytest.raises(ValueError, match="a row of arm 'gone', which benchmarks/masking/arms.py does not have"):
+        comparison.groups(made_rows)
+    path = tmp_path / "rows.csv"
+    with RowWriter(path, run.Row, made_rows):
+        pass
+    with pytest.raises(SystemExit, match="rows.csv has a row of arm 'gone'"):
+        strategies.main(strategies.parse(["--table", "--rows", str(path)]))
+    with pytest.raises(SystemExit, match="other.csv does not exist. Leave out --table"):
+        strategies.main(strategies.parse(["--table", "--rows", str(tmp_path / "other.csv")]))
+
+
 def test_other_settings_than_the_questions_are_exploration(made_rows):
     (group,) = comparison.groups(dataclasses.replace(row, mask_ratio=0.8) for row in made_rows)
     assert comparison.adjusted(group) == {}
@@ -194,10 +219,13 @@ def test_runs_side_by_side_give_the_rows_of_runs_one_by_one(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="reads processes from /proc")
-def test_workers_end_with_their_parent(tmp_path):
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+def test_workers_end_with_their_parent(how, tmp_path):
+    """Ctrl-C reaches the workers too, and does not wait for the runs that are left."""
     rows = tmp_path / "rows.csv"
-    call = [sys.executable, strategies.__file__, "--size", "smoke", "--steps", "100000", "--jobs", "2", "--rows-only"]
-    parent = subprocess.Popen([*call, "--rows", str(rows), "--arms", "random", "motion"], start_new_session=True)
+    call = [sys.executable, strategies.__file__, "--size", "smoke", "--steps", "200", "--jobs", "2", "--rows-only"]
+    call += ["--seeds", *map(str, range(500)), "--rows", str(rows), "--arms", "random"]  # of which few have time
+    parent = subprocess.Popen(call, start_new_session=True)
 
     def workers():
         """Those of the session, which no other test is in, but for the parent."""
@@ -209,9 +237,13 @@ def test_workers_end_with_their_parent(tmp_path):
         return found
 
     try:
-        wait_for(lambda: workers() >= 3)  # two, and the tracker of multiprocessing
-        parent.kill()
-        parent.wait()
+        wait_for(lambda: rows.exists() and read_rows(rows, run.Row))
+        assert workers() >= 2
+        if how == signal.SIGINT:
+            os.killpg(parent.pid, how)
+        else:
+            parent.kill()
+        parent.wait(60)
         wait_for(lambda: workers() < 0)
     finally:
         with contextlib.suppress(ProcessLookupError):

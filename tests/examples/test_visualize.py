@@ -163,15 +163,15 @@ def test_the_script_knows_model_masking_and_target_from_the_file(video_file, tmp
         "overview_80.png", "overview_95.png", "animation_80.gif", "animation_95.gif", "masks.png"
     }  # fmt: skip
     printed = capsys.readouterr().out
-    assert "80% masked: 12 of 64 tokens visible" in printed
-    assert "95% masked: 3 of 64 tokens visible" in printed
+    assert "mask ratio 80%: 12 of 64 tokens visible" in printed
+    assert "mask ratio 95%: 3 of 64 tokens visible" in printed
     visualize_masks.main([*common, "--output", str(tmp_path / "mp4"), "--mask-ratios", "0.9", "--animate", "mp4"])
     assert (tmp_path / "mp4" / "animation_90.mp4").stat().st_size > 1000
 
 
 @pytest.mark.parametrize("masking", ["block", "grid", "motion", "hard"])
 def test_every_masking_has_pictures(masking, tmp_path, monkeypatch):
-    """The row of p is there for motion masks, whose p no loss trains."""
+    """The row of p is there for motion masks, whose p no loss trains. Hard masks have one of predicted errors."""
     save_weights(tiny_model(masking=masking), tmp_path / "model.safetensors", PretrainRecipe(masking=masking))
     rows = []
     draw = visualize_masks.overview
@@ -180,6 +180,7 @@ def test_every_masking_has_pictures(masking, tmp_path, monkeypatch):
     visualize_masks.main([*common, "--mask-ratios", "0.75", "--animate", "none", "--output", str(tmp_path / "a")])
     assert {path.name for path in Path(tmp_path / "a").iterdir()} == {"overview_75.png", "masks.png"}
     assert any(row.startswith("p\n") for row in labels_of(rows[0])) == (masking == "motion")
+    assert ("predicted\nto be hard" in labels_of(rows[0])) == (masking == "hard")
 
 
 def test_sprites_and_a_file_without_a_sampler(tmp_path):

@@ -188,10 +188,10 @@ def test_given_mask_and_generator():
 
 
 def test_a_sampler_may_be_given():
-    model = tiny_model(masking=TubeTokenSampler((4, 4, 4), 0.5))
+    model = tiny_model(masking=TubeTokenSampler((4, 4, 4), 0.5), mask_ratio=None)
     assert model(torch.rand(1, 3, 8, 32, 32))[1].num_visible == 32
     with pytest.raises(ValueError, match=r"grid_size is \(4, 2, 4\), the model's \(4, 4, 4\)"):
-        tiny_model(masking=TubeTokenSampler((4, 2, 4), 0.5))
+        tiny_model(masking=TubeTokenSampler((4, 2, 4), 0.75))
 
 
 def test_activation_checkpointing_gives_the_identical_loss_and_gradients():

@@ -251,7 +251,7 @@ def test_temperature_and_exploration():
         ({"masking": "random", "exploration": 0.1}, "exploration=0.1: only masking='adaptive' takes it"),
         ({"masking": "hard", "temperature": 2.0}, "temperature=2.0: only masking='adaptive' takes it"),
         ({"masking": "blocks"}, "masking='blocks', expected 'adaptive', .*'hard' or a TokenSampler"),
-        ({"masking": HardTokenSampler(16, GRID, network="mlp")}, "the sampler's embed_dim is 16, expected 32"),
+        ({"masking": HardTokenSampler(16, GRID, 0.75, "mlp")}, "the sampler's embed_dim is 16, expected 32"),
         (
             {"masking": "tube", "score_network": "pooled"},
             "score_network='pooled': only masking='adaptive' or 'hard' takes it",
@@ -261,8 +261,9 @@ def test_temperature_and_exploration():
             "temperature=.*: .* the sampler given has its own",
         ),
         ({"masking": RandomTokenSampler(GRID, 0.75), "num_masks": 2}, "num_masks=2, but the sampler given has 1"),
+        ({"masking": RandomTokenSampler(GRID, 0.5)}, "mask_ratio=0.75, but the sampler given has 0.5"),
         (
-            {"masking": AdaptiveTokenSampler(16, GRID), "sample_from": "pixels"},
+            {"masking": AdaptiveTokenSampler(16, GRID, 0.75), "sample_from": "pixels"},
             "the sampler's embed_dim is 16, expected 96: .*'pixels'",
         ),
         ({"decode_ratio": 0.0}, "decode_ratio=0.0, expected a share of the masked tokens"),
