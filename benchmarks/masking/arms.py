@@ -59,6 +59,11 @@ ARMS: Mapping[str, Arm] = {
         {"masking": "adaptive"},
         {"estimator": "plackett_luce", "sampling_weight": 1.0},
     ),
+    "plackett_luce_detached": Arm(
+        "as plackett_luce, with no gradient to the tokens that the network sees",
+        {"masking": samplers.learned(detach_tokens=True)},
+        {"estimator": "plackett_luce", "sampling_weight": 1.0},
+    ),
     "plackett_luce_max": Arm(
         "as plackett_luce, with the other sign",
         {"masking": "adaptive"},
