@@ -73,6 +73,11 @@ ARMS: Mapping[str, Arm] = {
     "ranked": _rewarded("ranks of the errors within a clip", objectives.ranked),
     "sharpened": _rewarded("errors to the fourth power", objectives.sharpened),
     "inverted": _rewarded("one over the error", objectives.inverted),
+    "contrast": Arm(
+        "learned; reward: the error in raw pixels, of normalised targets",
+        {"masking": samplers.learned()},
+        objective=objectives.contrast,
+    ),
     "reducible": Arm(
         "learned; reward: error of a slow copy of the model, less the model's",
         {"masking": samplers.learned()},

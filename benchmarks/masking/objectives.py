@@ -14,6 +14,7 @@ from torch import Tensor
 
 from adamae_sampler import AdaMAELoss, reconstruction_error, sampling_loss
 from adamae_sampler.models import AdaMAE
+from adamae_sampler.ops.patches import cut_patches
 from benchmarks.masking.train import Loss
 
 Objective = Callable[[AdaMAE, AdaMAELoss], Loss]
@@ -63,6 +64,19 @@ def sharpened(error: Tensor) -> Tensor:
 def inverted(error: Tensor) -> Tensor:
     """One over the error: shows what is easy, and hides what is hard."""
     return 1 / error.clamp_min(1e-3)
+
+
+def contrast(model: AdaMAE, criterion: AdaMAELoss) -> Loss:
+    """Rewards a normalised error times the variance of its patch, which in grey video is the error in raw pixels."""
+
+    def loss(video: Tensor) -> Tensor:
+        prediction, sample = model(video)
+        out = criterion(prediction, video, sample)
+        variance = cut_patches(video / 255, criterion.patches).var(-1).gather(1, sample.target_idx)
+        sampling = sampling_loss(sample, out.token_error.detach() * variance)
+        return out.reconstruction + criterion.sampling_weight * sampling
+
+    return loss
 
 
 def reducible(model: AdaMAE, criterion: AdaMAELoss) -> Loss:

@@ -55,6 +55,23 @@ def test_a_reward_reaches_the_sampler_alone(video):
             assert not same
 
 
+def test_the_error_times_the_variance_is_that_of_raw_pixels(video, monkeypatch):
+    """The prediction in pixels, and the error by the definition."""
+    model, loss = of_arm("contrast")
+    rewards = []
+    monkeypatch.setattr(objectives, "sampling_loss", lambda _, reward: rewards.append(reward) or reward.sum())
+    torch.manual_seed(1)
+    loss(video)
+    torch.manual_seed(1)
+    prediction, sample = model(video)
+    for clip in range(len(video)):
+        shaped = video[clip, 0].double().div(255).unfold(0, 2, 2).unfold(1, 4, 4).unfold(2, 4, 4).reshape(256, 32)
+        for place, token in enumerate(sample.masked_idx[clip].tolist()[:20]):
+            pixels = shaped[token]
+            raw = prediction[clip, place].double() * (pixels.std() + 1e-6) + pixels.mean()
+            assert rewards[0][clip, place].item() == pytest.approx((raw - pixels).square().mean().item(), rel=1e-3)
+
+
 def test_a_seed_fixes_a_given_sampler(video):
     states = [of_arm("sharpened")[0].state_dict() for _ in range(2)]
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
