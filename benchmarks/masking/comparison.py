@@ -6,7 +6,17 @@ import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from benchmarks.masking.arms import ARMS, ASKED, COMPARED, MARGIN, REFERENCE, SETTINGS, SUPERVISED, UNTRAINED
+from benchmarks.masking.arms import (
+    ARMS,
+    ASKED,
+    COMPARED,
+    MARGIN,
+    REFERENCE,
+    SECOND_SEEDS,
+    SETTINGS,
+    SUPERVISED,
+    UNTRAINED,
+)
 from benchmarks.masking.run import ALL, Row, Task, finished, movers
 from benchmarks.masking.statistics import ALPHA, Effect, equivalence, holm, paired, smallest_effect
 
@@ -48,9 +58,18 @@ class Group:
     @property
     def of_question(self) -> bool:
         """Whether these are runs of the question, and not of the exploration."""
+        return self._as_asked and self.task.normalize
+
+    @property
+    def of_second_question(self) -> bool:
+        """Whether these are runs of the second question, which is the same with raw targets."""
+        return self._as_asked and not self.task.normalize
+
+    @property
+    def _as_asked(self) -> bool:
         asked = SETTINGS[self.task.size]
-        mine = (self.task.steps, self.task.lr, self.task.mask_ratio, self.task.normalize)
-        return self.task.size in ASKED and mine == (asked.steps, asked.lr, asked.mask_ratio, True)
+        mine = (self.task.steps, self.task.lr, self.task.mask_ratio)
+        return self.task.size in ASKED and mine == (asked.steps, asked.lr, asked.mask_ratio)
 
     @property
     def arms(self) -> list[str]:
@@ -128,6 +147,14 @@ def adjusted(group: Group) -> dict[str, float]:
     return holm(found)
 
 
+def second(group: Group) -> Effect | None:
+    """The effect that the second question asks for, of its seeds alone; None before two of them have been run."""
+    if not group.of_second_question:
+        return None
+    mine = {arm: {seed: runs[seed] for seed in SECOND_SEEDS if seed in runs} for arm, runs in group.runs.items()}
+    return Group(group.task, mine).effect("exact")
+
+
 def seen(group: Group) -> dict[str, float]:
     """The smallest effect of each comparison that the question's first test would find with a chance of 80%."""
     effects = {arm: group.effect(arm) for arm in COMPARED}
@@ -139,8 +166,8 @@ def seen(group: Group) -> dict[str, float]:
 
 
 def explored(group: Group) -> dict[str, Effect]:
-    """The effect of every arm that the question does not name; in the exploration, of every arm."""
-    asked = {REFERENCE, *(COMPARED if group.of_question else ())}
+    """The effect of every arm that no question of these runs names."""
+    asked = {REFERENCE, *(COMPARED if group.of_question else ()), *(("exact",) if second(group) else ())}
     effects = {arm: group.effect(arm) for arm in group.arms if arm not in asked}
     return {arm: effect for arm, effect in effects.items() if effect is not None}
 

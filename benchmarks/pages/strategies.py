@@ -11,7 +11,7 @@ import matplotlib.pyplot as plt
 
 from benchmarks.core.rows import read_rows
 from benchmarks.core.tables import Column, source, spread, table
-from benchmarks.masking.arms import ARMS, COMPARED, MARGIN, REFERENCE
+from benchmarks.masking.arms import ARMS, COMPARED, MARGIN, REFERENCE, SECOND_SEEDS
 from benchmarks.masking.comparison import (
     Group,
     Run,
@@ -21,6 +21,7 @@ from benchmarks.masking.comparison import (
     few_labels,
     gate,
     groups,
+    second,
     seen,
 )
 from benchmarks.masking.run import ALL, Row, movers
@@ -125,6 +126,13 @@ def verdict(group: Group) -> str:
         lines.append(
             f"- {arm} - random: {interval(effect)}, Holm's p {p_values[arm]:.2g}: {said}. The smallest effect that "
             f"these seeds find with a chance of 80% is {least[arm]:.4f}."
+        )
+    if (effect := second(group)) is not None:
+        said = "unresolved" if not effect.excludes_zero else "better" if effect.mean > 0 else "worse"
+        first, last = min(SECOND_SEEDS), max(SECOND_SEEDS)
+        lines.append(
+            f"- The second question: exact - random on seeds {first} to {last} is {interval(effect)}, "
+            f"p {effect.p:.2g}, {effect.number} of {len(SECOND_SEEDS)} seeds: {said}. The table has all seeds."
         )
     if (equal := fast_equals_exact(group)) is not None:
         effect, p = equal

@@ -142,6 +142,23 @@ def test_rows_of_an_arm_that_is_no_more_are_named(made_rows, tmp_path):
         strategies.main(strategies.parse(["--table", "--rows", str(tmp_path / "other.csv")]))
 
 
+def test_the_second_question_is_of_its_seeds_alone(made_rows, tmp_path):
+    gains = dict(zip(range(8), (0.05, 0.05, 0.05, 0.001, 0.003, -0.002, 0.002, 0.001), strict=True))
+    raw = [
+        dataclasses.replace(row, normalize=False)
+        for seed, gain in gains.items()
+        for row in rows_of("random", seed, 0.8) + rows_of("exact", seed, 0.8 + gain) + rows_of("tube", seed, 0.79)
+    ]
+    _, group = comparison.groups([*made_rows, *raw])
+    effect, expected = comparison.second(group), stats.ttest_1samp([*gains.values()][3:], 0)
+    assert (effect.mean, effect.p) == pytest.approx((0.001, expected.pvalue))
+    assert comparison.explored(group).keys() == {"tube"}
+    assert "exact - random on seeds 3 to 7 is +0.0010" in (page := page_of([*made_rows, *raw], tmp_path))
+    assert "5 of 5 seeds: unresolved." in page
+    (normalised,) = comparison.groups(made_rows)
+    assert comparison.second(normalised) is None
+
+
 def test_other_settings_than_the_questions_are_exploration(made_rows):
     (group,) = comparison.groups(dataclasses.replace(row, mask_ratio=0.8) for row in made_rows)
     assert comparison.adjusted(group) == {}
