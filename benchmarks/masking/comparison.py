@@ -58,17 +58,17 @@ class Group:
     @property
     def of_question(self) -> bool:
         """Whether these are runs of the question, and not of the exploration."""
-        return self._as_asked and self.task.normalize
+        return self.task.normalize and self._as_asked(self.task.steps)
 
     @property
     def of_second_question(self) -> bool:
-        """Whether these are runs of the second question, which is the same with raw targets."""
-        return self._as_asked and not self.task.normalize
+        """Whether these are runs of the second question: the same with raw targets, then at twice the length too."""
+        return not self.task.normalize and (self._as_asked(self.task.steps) or self._as_asked(self.task.steps / 2))
 
-    @property
-    def _as_asked(self) -> bool:
+    def _as_asked(self, steps: float) -> bool:
+        """Whether the setting is the question's, with these steps and any target."""
         asked = SETTINGS[self.task.size]
-        mine = (self.task.steps, self.task.lr, self.task.mask_ratio)
+        mine = (steps, self.task.lr, self.task.mask_ratio)
         return self.task.size in ASKED and mine == (asked.steps, asked.lr, asked.mask_ratio)
 
     @property

@@ -155,8 +155,11 @@ def test_the_second_question_is_of_its_seeds_alone(made_rows, tmp_path):
     assert comparison.explored(group).keys() == {"tube"}
     assert "exact - random on seeds 3 to 7 is +0.0010" in (page := page_of([*made_rows, *raw], tmp_path))
     assert "5 of 5 seeds: unresolved." in page
-    (normalised,) = comparison.groups(made_rows)
-    assert comparison.second(normalised) is None
+    (longer,) = comparison.groups(dataclasses.replace(row, steps=4000) for row in raw)
+    assert comparison.second(longer) == effect
+    for other in ({"normalize": True}, {"steps": 1000}, {"mask_ratio": 0.8}):
+        (group,) = comparison.groups(dataclasses.replace(row, **other) for row in raw)
+        assert comparison.second(group) is None
 
 
 def test_other_settings_than_the_questions_are_exploration(made_rows):
