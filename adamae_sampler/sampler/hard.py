@@ -30,8 +30,8 @@ class HardTokenSampler(ScoredTokenSampler):
         network: the network that predicts the errors, see `ScoredTokenSampler`.
         num_masks: R, masks of each clip; all have the same hard tokens.
         hard_share: share of the masked tokens that is hard, at the end of the ramp.
-        ramp_steps: draws in training until the share is reached, see `Ramp`. Give a share of
-            your optimiser steps. A mask that the caller passes counts none.
+        ramp_steps: draws in training until the share is reached, see `Ramp`. Give a share of your optimiser
+            steps. A mask that the caller passes counts none.
 
     Raises:
         ValueError: an unknown network; a number out of range.

@@ -130,9 +130,11 @@ def verdict(group: Group) -> str:
     if (effect := second(group)) is not None:
         said = "unresolved" if not effect.excludes_zero else "better" if effect.mean > 0 else "worse"
         first, last = min(SECOND_SEEDS), max(SECOND_SEEDS)
+        each = ", ".join(f"{difference:+.4f}" for difference in group.differences("exact"))
         lines.append(
             f"- The second question: exact - random on seeds {first} to {last} is {interval(effect)}, "
-            f"p {effect.p:.2g}, {effect.number} of {len(SECOND_SEEDS)} seeds: {said}. The table has all seeds."
+            f"p {effect.p:.2g}, {effect.number} of {len(SECOND_SEEDS)} seeds: {said}. All seeds of the "
+            f"table, in order: {each}."
         )
     if (equal := fast_equals_exact(group)) is not None:
         effect, p = equal
