@@ -41,19 +41,22 @@ REFERENCE = "random"
 UNTRAINED, SUPERVISED = "untrained", "supervised"
 ARMS: Mapping[str, Arm] = {
     UNTRAINED: Arm("the encoder as it is initialised", {"masking": "random"}),
-    SUPERVISED: Arm("the encoder trained on the labels of the readout", {"masking": "random"}),
+    SUPERVISED: Arm("the encoder trained on such labels", {"masking": "random"}),
     REFERENCE: Arm("every token equally likely", {"masking": "random"}),
     "exact": Arm("the paper's learned sampler", {"masking": "adaptive"}),
     "motion": Arm("p in proportion to the change of the pixels, floor 0.2; not learned", {"masking": "motion"}),
     "motion_half": Arm("as motion, floor 0.5", {"masking": samplers.motion(0.5)}),
     "motion_low": Arm("as motion, floor 0.8", {"masking": samplers.motion(0.8)}),
     "hiding": Arm("p in inverse proportion to that of motion_low; not learned", {"masking": samplers.hiding(0.8)}),
-    "fast": Arm("preset fast", {"masking": "adaptive", **PRESETS["fast"]}),
+    "fast": Arm(
+        "preset fast: pooled scores from pixels, half of the masked tokens decoded",
+        {"masking": "adaptive", **PRESETS["fast"]},
+    ),
     "tube": Arm("the same places at every time step; more tokens are visible than the ratio asks", {"masking": "tube"}),
     "frame": Arm("whole time steps; more tokens are visible than the ratio asks", {"masking": "frame"}),
     "block": Arm("space-time blocks", {"masking": "block"}),
     "grid": Arm("a regular lattice", {"masking": "grid"}),
-    "hard": Arm("hides what is predicted to be hard", {"masking": samplers.hard}),
+    "hard": Arm("hides what is predicted to be hard, ever more of it", {"masking": samplers.hard}),
     "plackett_luce": Arm(
         "the policy gradient of the expected error",
         {"masking": "adaptive"},
@@ -69,31 +72,31 @@ ARMS: Mapping[str, Arm] = {
         {"masking": "adaptive"},
         {"estimator": "plackett_luce_max", "sampling_weight": 1.0},
     ),
-    "standardised": _rewarded("errors standardised within a clip", objectives.standardised, exploration=0.2),
+    "standardised": _rewarded(
+        "errors standardised within a clip; 20% exploration", objectives.standardised, exploration=0.2
+    ),
     "ranked": _rewarded("ranks of the errors within a clip", objectives.ranked),
     "sharpened": _rewarded("errors to the fourth power", objectives.sharpened),
     "inverted": _rewarded("one over the error", objectives.inverted),
     "contrast": Arm(
-        "learned; reward: the error in raw pixels, of normalised targets",
+        "learned; reward: the normalised error times the variance of its patch",
         {"masking": samplers.learned()},
         objective=objectives.contrast,
     ),
     "reducible": Arm(
-        "learned; reward: error of a slow copy of the model, less the model's",
-        {"masking": samplers.learned()},
+        "learned; reward: error of a slow copy of the model, less the model's, standardised; 20% exploration",
+        {"masking": samplers.learned(exploration=0.2)},
         objective=objectives.reducible,
     ),
     "target_set": Arm(
-        "policy gradient of the error of random tokens that are never shown",
+        "policy gradient of the error of random tokens that a step does not show",
         {"masking": samplers.learned(samplers.TargetSetSampler)},
         objective=objectives.of_targets,
     ),
     "even_start": Arm("learned; all scores start at 0", {"masking": samplers.even_start()}),
-    "ramp": Arm("learned; from random masks to its own in half of the run", {"masking": samplers.ramped}),
+    "ramp": Arm("learned; from random masks to 10% exploration in half of the run", {"masking": samplers.ramped}),
     "cold": Arm("learned; temperature 0.25", {"masking": samplers.learned(temperature=0.25)}),
-    "motion_prior": Arm(
-        "learned; starts as motion_low, and refines it", {"masking": samplers.even_start(samplers.MotionPriorSampler)}
-    ),
+    "motion_prior": Arm("learned; starts as motion_low", {"masking": samplers.even_start(samplers.MotionPriorSampler)}),
 }
 
 # The question: see README.md of this folder.

@@ -173,9 +173,12 @@ def explored(group: Group) -> dict[str, Effect]:
 
 
 def fast_equals_exact(group: Group) -> tuple[Effect, float] | None:
-    """Fast less exact, and p of "they differ by less than the margin"; None without two seeds of both.
+    """Fast less exact, and p of "they differ by less than the margin"; None without two seeds of both, and in
+    the exploration.
 
     The interval is that of the two one-sided tests: it lies within the margin where p is below 5%.
     """
+    if not group.of_question:
+        return None
     found: Sequence[float] = group.differences("fast", "exact")
     return (paired(found, 1 - 2 * ALPHA), equivalence(found, MARGIN)) if len(found) > 1 else None

@@ -67,7 +67,10 @@ def inverted(error: Tensor) -> Tensor:
 
 
 def contrast(model: AdaMAE, criterion: AdaMAELoss) -> Loss:
-    """Rewards a normalised error times the variance of its patch, which in grey video is the error in raw pixels."""
+    """Rewards a normalised error times the variance of its patch.
+
+    In grey video, this is the error in raw pixels of a prediction that is given each patch's mean and deviation.
+    """
 
     def loss(video: Tensor) -> Tensor:
         prediction, sample = model(video)
@@ -80,7 +83,10 @@ def contrast(model: AdaMAE, criterion: AdaMAELoss) -> Loss:
 
 
 def reducible(model: AdaMAE, criterion: AdaMAELoss) -> Loss:
-    """Rewards what was learned lately: the error of a slow copy of the model on the same mask, less the model's own."""
+    """Rewards what was learned lately: the error of a slow copy of the model on the same mask, less the model's own.
+
+    Standardised within a clip. Where nothing can be learned, the difference is noise around zero, and so is the reward.
+    """
     slow = copy.deepcopy(model).requires_grad_(False)
 
     def loss(video: Tensor) -> Tensor:
@@ -97,7 +103,7 @@ def reducible(model: AdaMAE, criterion: AdaMAELoss) -> Loss:
                 patch_size=criterion.patches.patch[1:],
                 tubelet_size=criterion.patches.patch[0],
             )
-            reward = (before - out.token_error).clamp_min(0)
+            reward = standardised(before - out.token_error.token_error)
         return out.reconstruction + criterion.sampling_weight * sampling_loss(sample, reward)
 
     return loss

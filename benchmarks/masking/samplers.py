@@ -16,7 +16,7 @@ from adamae_sampler.sampler import TokenSampler
 from benchmarks.masking.train import Setting
 
 Maker = Callable[[Setting], TokenSampler]
-_TARGETS = 0.25  # share of the tokens that `TargetSetSampler` never shows
+_TARGETS = 0.25  # share of the tokens that `TargetSetSampler` hides, whatever their p
 
 
 def motion(floor: float) -> Maker:
@@ -60,13 +60,13 @@ def even_start(kind: type[AdaptiveTokenSampler] = AdaptiveTokenSampler) -> Maker
 
 
 def ramped(setting: Setting) -> TokenSampler:
-    """A learned sampler that starts with random masks and follows its own p from the middle of the run on."""
+    """A learned sampler that starts with random masks; from the middle of the run on, 10% exploration is left."""
     ramp = Ramp(1.0, 0.1, max(1, setting.steps // 2))
     return AdaptiveTokenSampler(setting.model["embed_dim"], setting.cut.grid, setting.mask_ratio, exploration=ramp)
 
 
 class MotionPriorSampler(AdaptiveTokenSampler):
-    """A learned sampler that refines a prior from motion: its scores are added to the prior's log p."""
+    """A learned sampler with a prior from motion: its scores are added to the prior's log p."""
 
     uses_video = True
 
@@ -81,7 +81,8 @@ class MotionPriorSampler(AdaptiveTokenSampler):
 
 
 class TargetSetSampler(AdaptiveTokenSampler):
-    """A learned sampler that never shows a random quarter of a clip's tokens. Their log p is minus infinity."""
+    """A learned sampler that hides a random quarter of a clip's tokens, another in each step. Their log p is minus
+    infinity."""
 
     def draw(self, tokens: Tensor, generator: torch.Generator | None) -> MaskSample:
         """Draws K of each clip's other tokens from p, without replacement."""
