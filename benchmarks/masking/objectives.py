@@ -103,7 +103,7 @@ def reducible(model: AdaMAE, criterion: AdaMAELoss) -> Loss:
                 patch_size=criterion.patches.patch[1:],
                 tubelet_size=criterion.patches.patch[0],
             )
-            reward = standardised(before - out.token_error.token_error)
+            reward = standardised(before - out.token_error)
         return out.reconstruction + criterion.sampling_weight * sampling_loss(sample, reward)
 
     return loss
