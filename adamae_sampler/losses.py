@@ -136,7 +136,7 @@ def ranking_loss(sample: MaskSample, error: Tensor) -> Tensor:
     harder = error[:, None] - error[:, other]  # [B, shifts, M]
     loss = F.softplus(-harder.sign() * (predicted[:, None] - predicted[:, other]))
     unequal, known = harder.abs() > 0, ~harder.isnan()  # a NaN is neither
-    return torch.where(unequal, loss, 0).sum() / known.sum()
+    return torch.where(unequal, loss, 0).sum() / known.sum().clamp(min=1)
 
 
 _SHIFTS = 16

@@ -48,14 +48,33 @@ def test_the_hardest_tokens_are_hidden_and_the_rest_is_uniform(step, hard):
     torch.testing.assert_close(sample.difficulty[0], one[0, :, 0])
 
 
-def test_the_ramp_counts_draws_in_training_alone():
-    sampler, tokens = sampler_at(0).train(), torch.randn(1, 30, 4)
+def test_equal_predictions_are_hidden_at_random():
+    hidden = sampler_at(10)(torch.zeros(20_000, 30, 4)).mask.double()
+    assert (hidden.mean(0) - 0.5).abs().max() < 5 * 0.5 / 20_000**0.5
+    tokens = torch.zeros(20_000, 30, 4)
+    tokens[:, :5, 0], tokens[:, 5:7, 0] = -1.0, 1.0  # seven are hidden for certain: two, and five of the equal ones
+    hidden = sampler_at(10)(tokens).mask.double()
+    assert (hidden[:, 5:7] == 1).all()
+    share = 5 / 23 + 18 / 23 * 8 / 23
+    assert (hidden[:, 7:].mean(0) - share).abs().max() < 5 * (share * (1 - share) / 20_000) ** 0.5
+
+
+def explorer():
+    sampler = AdaptiveTokenSampler(4, GRID, 0.5, network=FirstFeature(), exploration=Ramp(1.0, 0.0, 10))
+    return sampler, sampler.exploration
+
+
+@pytest.mark.parametrize("made", [lambda: (hard := sampler_at(0), hard.share), explorer])
+def test_the_ramp_counts_draws_in_training_alone(made):
+    (sampler, ramp), tokens = made(), torch.randn(1, 30, 4)
+    sampler.train()
     for expected in range(3):
-        assert sampler.share.step == expected
+        assert ramp.step == expected
         sampler(tokens)
-    sampler.eval()(tokens)
-    sampler.train()(tokens, mask=sampler.eval()(tokens).mask)  # nothing is drawn
-    assert sampler.share.step == 3
+    mask = sampler.eval()(tokens).mask
+    sampler.train()
+    sampler(tokens, mask=mask)  # nothing is drawn
+    assert ramp.step == 3
 
 
 def test_a_ramp_goes_on_from_the_state_dict():
@@ -73,6 +92,11 @@ def test_a_ramp_goes_on_from_the_state_dict():
     for bad in (0, 2.5):
         with pytest.raises(ValueError, match=rf"num_steps={bad}, expected a whole number of calls"):
             Ramp(0.0, 1.0, bad)
+        with pytest.raises(ValueError, match=rf"num_steps={bad}, expected a whole number of calls"):
+            ramp.set(1, bad)
+    with pytest.raises(ValueError, match="step=-1, expected a whole number of calls, 0 or more"):
+        ramp.set(-1, 4)
+    assert ramp.value() == ramp.value() == 0.5  # neither counted nor set by what failed
 
 
 def test_exploration_may_follow_a_ramp():
@@ -172,6 +196,7 @@ def test_the_ranking_loss_of_a_part():
     one = ranking_loss(sample._replace(decoded_idx=sample.masked_idx[:, :1]), error[:, :1])
     one.backward()
     assert one == 0
+    assert ranking_loss(sample, torch.full((2, 15), torch.nan)) == 0
     with pytest.raises(ValueError, match=r"error has shape \(2, 14\), expected \(2, 15\)"):
         ranking_loss(sample, error[:, :14])
     with pytest.raises(ValueError, match=r"predicts no errors to rank. Use HardTokenSampler"):

@@ -55,6 +55,20 @@ def test_clips_in_which_nothing_changes_have_an_even_p():
     torch.testing.assert_close(p[1, 50], torch.tensor(0.8 + 0.2 / 60))
 
 
+def test_changes_that_are_not_finite_are_drawn_first_or_last_and_spoil_no_other():
+    tokens = torch.randn(1, 60, 8)
+    whole = MotionTokenSampler(GRID).log_probs(tokens)[0]
+    tokens[0, 50], tokens[0, 20] = torch.inf, torch.nan  # 20 and the token a step later change by NaN
+    sample = MotionTokenSampler(GRID, 0.9)(tokens.expand(200, -1, -1))
+    assert sample.num_nonfinite.tolist() == [4] * 200
+    assert not sample.mask[:, 50].any()
+    assert sample.mask[:, [5, 20, 35]].all()
+    log_probs = MotionTokenSampler(GRID).log_probs(tokens)[0]
+    kept = log_probs.isfinite()
+    p, before = (each[kept].exp() - 0.2 / 60 for each in (log_probs, whole))
+    torch.testing.assert_close(p / p.sum(), before / before.sum())
+
+
 def test_draws_are_those_without_replacement():
     sampler = MotionTokenSampler((2, 1, 3), 0.5)
     tokens = torch.tensor([0.0, 0.0, 0.0, 4.0, 1.0, 0.0]).view(1, 6, 1)
@@ -94,10 +108,15 @@ def test_a_sampler_of_ones_own_may_take_the_video_or_not():
             mask = torch.arange(60) < 45
             return MaskSample.from_mask(torch.where(bright[:, None], mask, mask.flip(0)), 15)
 
+        def complete(self, tokens, given, video):
+            return super().complete(tokens, given, video)._replace(difficulty=video.mean((1, 2, 3, 4)))
+
     tokens, video = torch.zeros(2, 60, 8), torch.zeros(2, 3, 8, 6, 20)
     video[1] = 1
     assert Plain(GRID, 0.75)(tokens).num_visible == Plain(GRID, 0.75)(tokens, video=video).num_visible == 15
-    assert Brightest(GRID, 0.75)(tokens, video=video).visible_idx[:, 0].tolist() == [0, 45]
+    drawn = Brightest(GRID, 0.75)(tokens, video=video)
+    assert drawn.visible_idx[:, 0].tolist() == [0, 45]
+    assert Brightest(GRID, 0.75)(tokens, video=video, mask=drawn).difficulty.tolist() == [0, 1]
 
 
 def test_the_video_must_be_there_and_fit():
@@ -109,6 +128,7 @@ def test_the_video_must_be_there_and_fit():
         (ValueError, "video has 1 clips and tokens have 2", torch.zeros(1, 3, 8, 6, 20)),
         (TypeError, "video is torch.int64, expected", torch.zeros(2, 3, 8, 6, 20).long()),
         (TypeError, "video is list, expected", [1]),
+        (ValueError, "video is on meta and tokens are on cpu", torch.zeros(2, 3, 8, 6, 20, device="meta")),
     ):  # fmt: skip
         with pytest.raises(kind, match=message):
             sampler(tokens, video=video)

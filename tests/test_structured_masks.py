@@ -23,20 +23,23 @@ KINDS = (BlockTokenSampler, GridTokenSampler, MotionTokenSampler, HardTokenSampl
     kind=st.sampled_from(KINDS),
     grid=st.tuples(st.integers(1, 4), st.integers(1, 5), st.integers(1, 5)),
     ratio=st.floats(0.05, 0.95),
+    hard_share=st.floats(0, 1),
     seed=st.integers(0, 999),
 )
-def test_the_number_of_visible_tokens_is_exact(kind, grid, ratio, seed):
+def test_the_number_of_visible_tokens_is_exact(kind, grid, ratio, hard_share, seed):
     number = math.prod(grid)
     visible = math.floor(number * (1 - ratio) + 1e-9)
     assume(1 <= visible < number and (grid[0] > 1 or kind is not MotionTokenSampler))
-    sampler = kind(*([4] if kind is HardTokenSampler else []), grid, ratio, **HARD if kind is HardTokenSampler else {})
+    if kind is HardTokenSampler:
+        sampler = kind(4, grid, ratio, "mlp", hard_share=hard_share)
+        sampler.share.set(1, 1)
+    else:
+        sampler = kind(grid, ratio)
     sample = sampler(torch.randn(3, number, 4), generator=torch.Generator().manual_seed(seed))
     assert sampler.num_visible == visible
     assert sample.mask.sum(1).tolist() == [number - visible] * 3
-    assert torch.equal(torch.cat([sample.visible_idx, sample.masked_idx], 1).sort(1).values[0], torch.arange(number))
-
-
-HARD = {"network": "mlp", "ramp_steps": 1}
+    both = torch.cat([sample.visible_idx, sample.masked_idx], 1)
+    assert both.sort(1).values.tolist() == [list(range(number))] * 3
 
 
 def simulated_blocks(sampler, draws):
@@ -127,11 +130,12 @@ def test_blocks_are_blocks():
 
 
 def test_no_noise_bridges_the_gap_between_classes():
-    uniform = torch.tensor([0.0, 1 - 2.0**-24])  # the least and the largest that torch.rand draws
+    uniform = torch.tensor([0.0, 1 - 2.0**-24])  # the least and the largest that `uniform_` draws
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch, "rand", lambda *_, **__: uniform.clone())
-        noise = gumbel_noise(uniform)
-    assert noise[1] - noise[0] < CLASS_GAP
+        patch.setattr("adamae_sampler.ops.draw.uniform_noise", lambda *_: uniform.clone())
+        low, high = gumbel_noise(uniform).tolist()
+    assert (low, high) == pytest.approx((-math.log(25 * math.log(2)), 24 * math.log(2)), rel=1e-4)
+    assert high - low < CLASS_GAP  # the kernel's uniform numbers lie within 2^-24 of 0 and 1 too
 
 
 @pytest.mark.parametrize(
@@ -184,6 +188,10 @@ def test_a_lattice_of_a_quarter_is_shown_whole():
     ("message", "call"),
     [
         ("scale=0, expected a share", lambda: BlockTokenSampler((2, 4, 4), scale=0)),
+        (
+            "1000 blocks with scale=0.01 and temporal_scale=0.05 masked .* of 1568 tokens, expected 1490",
+            lambda: BlockTokenSampler((8, 14, 14), 0.95, scale=0.01, temporal_scale=0.05),
+        ),
         ("temporal_scale=1.5, expected a share", lambda: BlockTokenSampler((2, 4, 4), temporal_scale=1.5)),
         (r"aspect_ratio=\(2, 1\), expected the least", lambda: BlockTokenSampler((2, 4, 4), aspect_ratio=(2, 1))),
         ("leaves 0 of 32 tokens visible", lambda: BlockTokenSampler((2, 4, 4), 0.99)),

@@ -64,12 +64,12 @@ class AdaptiveTokenSampler(ScoredTokenSampler):
         self.exploration = exploration
 
     def logits(self, tokens: Tensor) -> Tensor:
-        """[B, N, D] -> [B, N]; p = softmax(logits). In training each call is a step of an exploration's ramp."""
+        """[B, N, D] -> [B, N]; p = softmax(logits). This is no step of an exploration's ramp; a draw is one."""
         scores = self.scores(tokens)
         if self.temperature != 1:
             scores = scores / self.temperature
         if isinstance(self.exploration, Ramp):
-            share = self.exploration().clamp(_TINY, 1.0)
+            share = self.exploration.value().clamp(_TINY, 1.0)
             return self._explore(scores, torch.log1p(-share), (share / self.num_tokens).log())
         if self.exploration:
             own, even = math.log1p(-self.exploration), math.log(self.exploration / self.num_tokens)
@@ -86,13 +86,15 @@ class AdaptiveTokenSampler(ScoredTokenSampler):
     def draw(self, tokens: Tensor, generator: torch.Generator | None) -> MaskSample:
         """Draws K tokens of each clip from p, without replacement; with R masks, R times."""
         logits = repeat_rows(self.logits(tokens), self.num_masks)
+        if isinstance(self.exploration, Ramp):
+            self.exploration.count()
         return draw_mask(logits, self.num_visible, generator=generator)
 
-    def complete(self, tokens: Tensor, given: MaskSample) -> MaskSample:
+    def complete(self, tokens: Tensor, given: MaskSample, video: Tensor | None = None) -> MaskSample:
         """The given mask with the sampler's log-probabilities, so the losses work as for a drawn mask."""
         logits = repeat_rows(self.logits(tokens), given.mask.shape[0] // max(tokens.shape[0], 1))
         log_probs, num_nonfinite = token_log_probs(logits)
-        return super().complete(tokens, given)._replace(log_probs=log_probs, num_nonfinite=num_nonfinite)
+        return super().complete(tokens, given, video)._replace(log_probs=log_probs, num_nonfinite=num_nonfinite)
 
 
 _TINY = 1e-20  # the log of a ramp's share stays finite, and so do its gradients

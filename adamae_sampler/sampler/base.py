@@ -19,7 +19,7 @@ class TokenSampler(nn.Module, abc.ABC):
     """Base of all samplers: the grid, the ratio, the checks, and masks that the caller passes.
 
     A sampler of your own sets `num_visible` and defines `draw(tokens, generator)`. To see the pixels too, it sets
-    `uses_video = True` and defines `draw(tokens, generator, video)`.
+    `uses_video = True`, and both `draw` and `complete` get `video=`.
 
     Args:
         grid_size: (T, H, W), tokens in time, height and width; N = T H W tokens in t-h-w order.
@@ -82,10 +82,8 @@ class TokenSampler(nn.Module, abc.ABC):
                 "// patch_size, width // patch_size) of your input, and leave out class tokens."
             )
         if mask is None:
-            if not self.uses_video:
-                return self.draw(tokens, generator)
-            drawn: MaskSample = self.draw(tokens, generator, video=self.check_video(tokens, video))  # type: ignore[call-arg]
-            return drawn
+            seen = {"video": self.check_video(tokens, video)} if self.uses_video else {}
+            return self.draw(tokens, generator, **seen)
         if not isinstance(mask, (Tensor, MaskSample)):
             kind = type(mask).__name__
             raise TypeError(f"mask is {kind}, expected a bool tensor [B, N], True = masked, or a MaskSample.")
@@ -100,7 +98,7 @@ class TokenSampler(nn.Module, abc.ABC):
                 f"{self.num_masks} rows for each clip."
             )
         given = mask if isinstance(mask, MaskSample) else MaskSample.from_mask(mask, self.num_visible)
-        return self.complete(tokens, given)
+        return self.complete(tokens, given, **({"video": video} if self.uses_video else {}))
 
     def check_video(self, tokens: Tensor, video: Tensor | None) -> Tensor:
         """The video, if it is one of the tokens' clips.
@@ -126,14 +124,22 @@ class TokenSampler(nn.Module, abc.ABC):
             )
         if shape[0] != tokens.shape[0]:
             raise ValueError(f"video has {shape[0]} clips and tokens have {tokens.shape[0]}, expected the same clips.")
+        if video.device != tokens.device:
+            raise ValueError(f"video is on {video.device} and tokens are on {tokens.device}, expected one device.")
         return video
 
     @abc.abstractmethod
     def draw(self, tokens: Tensor, generator: torch.Generator | None) -> MaskSample:
         """A fresh mask for each clip."""
 
-    def complete(self, tokens: Tensor, given: MaskSample) -> MaskSample:
-        """The sample of a given mask, with the fields that this sampler adds to its own draws."""
+    def complete(self, tokens: Tensor, given: MaskSample, video: Tensor | None = None) -> MaskSample:
+        """The sample of a given mask, with the fields that this sampler adds to its own draws.
+
+        Args:
+            tokens: [B, N, D].
+            given: the mask.
+            video: what the caller passed, unchecked, with `uses_video`; else None.
+        """
         return MaskSample(given.visible_idx, given.masked_idx, given.mask, decoded_idx=given.decoded_idx)
 
     def extra_repr(self) -> str:

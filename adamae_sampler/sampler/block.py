@@ -38,7 +38,7 @@ class BlockTokenSampler(TokenSampler):
             is drawn uniformly from the tokens that no block covers.
 
     Raises:
-        ValueError: a number is out of range.
+        ValueError: a number is out of range, or the blocks are too small to mask M tokens.
     """
 
     def __init__(
@@ -112,6 +112,12 @@ class BlockTokenSampler(TokenSampler):
                 block = ((1 << columns) - 1) * _ones(rows, width) * _ones(self.duration, height * width)
                 covered |= block << start
                 blocks += 1
+            if covered.bit_count() < self.num_tokens - self.num_visible:
+                raise ValueError(
+                    f"{_MOST_BLOCKS} blocks with scale={self.scale} and temporal_scale={self.temporal_scale} masked "
+                    f"{covered.bit_count()} of {self.num_tokens} tokens, expected {self.num_tokens - self.num_visible} "
+                    f"at mask_ratio={self.mask_ratio}. Give a larger scale or temporal_scale."
+                )
             most = max(most, blocks)
         return min(math.ceil(1.5 * most), _MOST_BLOCKS)
 

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from adamae_sampler.mask import MaskSample
 from adamae_sampler.ops.checks import at_least_fp32
+from adamae_sampler.ops.draw import uniform_noise
 from adamae_sampler.sampler.base import GridSize
 from adamae_sampler.sampler.draws import draw_classes, repeat_rows
 from adamae_sampler.sampler.schedule import Ramp
@@ -21,7 +22,8 @@ class HardTokenSampler(ScoredTokenSampler):
     tokens, without a teacher. `ranking_loss` trains the network, and the tokens get no gradient from it.
 
     share(t) rises in a straight line from 0 to `hard_share`. The floor(share M) tokens with the largest predictions are
-    masked for certain. The rest of the M masked tokens is drawn uniformly from the other tokens.
+    masked for certain; of equal predictions random ones come first. The rest of the M masked tokens is drawn uniformly
+    from the other tokens.
 
     Args:
         embed_dim: D, width of the tokens.
@@ -30,8 +32,8 @@ class HardTokenSampler(ScoredTokenSampler):
         network: the network that predicts the errors, see `ScoredTokenSampler`.
         num_masks: R, masks of each clip; all have the same hard tokens.
         hard_share: share of the masked tokens that is hard, at the end of the ramp.
-        ramp_steps: draws in training until the share is reached, see `Ramp`. Give a share of your optimiser
-            steps. A mask that the caller passes counts none.
+        ramp_steps: draws in training until the share is reached, see `Ramp`. Each batch is a draw, so give a share of
+            your run's batches. A mask that the caller passes counts none.
 
     Raises:
         ValueError: an unknown network; a number out of range.
@@ -64,23 +66,30 @@ class HardTokenSampler(ScoredTokenSampler):
 
     def draw(self, tokens: Tensor, generator: torch.Generator | None) -> MaskSample:
         """Masks the hardest tokens, and draws the others uniformly."""
-        difficulty, num_nonfinite = self._predict(tokens, self.num_masks)
-        order = difficulty.detach().argsort(dim=1, descending=True, stable=True)  # NaN first
-        place = torch.arange(self.num_tokens, device=order.device)
-        rank = torch.empty_like(order).scatter_(1, order, place.expand_as(order))  # [B R, N], 0 for the hardest token
+        difficulty = at_least_fp32(self.scores(tokens))
+        rank = repeat_rows(_random_ties(difficulty.detach(), generator), self.num_masks)
         num_hard = (self.share() * (self.num_tokens - self.num_visible) + _ROUNDING).floor()
         drawn = draw_classes((rank >= num_hard).float(), self.num_visible, generator)
-        return drawn._replace(difficulty=difficulty, num_nonfinite=num_nonfinite)
+        return _with_difficulty(drawn, repeat_rows(difficulty, self.num_masks))
 
-    def complete(self, tokens: Tensor, given: MaskSample) -> MaskSample:
+    def complete(self, tokens: Tensor, given: MaskSample, video: Tensor | None = None) -> MaskSample:
         """The given mask with the predicted errors, so that the ranking loss works as for a drawn mask."""
-        difficulty, num_nonfinite = self._predict(tokens, given.mask.shape[0] // max(tokens.shape[0], 1))
-        return super().complete(tokens, given)._replace(difficulty=difficulty, num_nonfinite=num_nonfinite)
-
-    def _predict(self, tokens: Tensor, times: int) -> tuple[Tensor, Tensor]:
-        """[B, N, D] -> the predicted errors [B times, N], and how many of a row are not finite [B times]."""
+        times = given.mask.shape[0] // max(tokens.shape[0], 1)
         difficulty = repeat_rows(at_least_fp32(self.scores(tokens)), times)
-        return difficulty, (~difficulty.detach().isfinite()).sum(1)
+        return _with_difficulty(super().complete(tokens, given, video), difficulty)
+
+
+def _random_ties(difficulty: Tensor, generator: torch.Generator | None) -> Tensor:
+    """[B, N] -> the place of each token in the order of its row, 0 for the largest. NaN comes first."""
+    shuffled = uniform_noise(difficulty.shape, difficulty.device, generator).argsort(1)
+    order = difficulty.gather(1, shuffled).argsort(dim=1, descending=True, stable=True)
+    place = torch.arange(difficulty.shape[1], device=order.device).expand_as(order)
+    return torch.empty_like(order).scatter_(1, shuffled.gather(1, order), place)
+
+
+def _with_difficulty(sample: MaskSample, difficulty: Tensor) -> MaskSample:
+    num_nonfinite = (~difficulty.detach().isfinite()).sum(1)
+    return sample._replace(difficulty=difficulty, num_nonfinite=num_nonfinite)
 
 
 _ROUNDING = 1e-3  # above the rounding error of share M in fp32

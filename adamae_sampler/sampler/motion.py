@@ -19,7 +19,8 @@ class MotionTokenSampler(TokenSampler):
     """Draws K tokens from p, which is larger where a token changes. Nothing is learned. K = floor(N (1 - ratio)).
 
     p_i = (1 - floor) c_i / sum(c) + floor / N. Here c_i is the change of token i from the time step before. The first
-    time step takes its change to the second. A clip in which nothing changes has an even p.
+    time step takes its change to the second. A clip in which nothing changes has an even p. A token whose change is
+    not finite is drawn first if it is infinite, last if it is NaN, and `num_nonfinite` counts it.
 
     With "tokens", c_i is the L2 norm of the difference of two tokens. This is the criterion of EVEREST (Hwang et al.,
     ICML 2024; github.com/sunilhoho/EVEREST). EVEREST drops all tokens but those of the largest c, and masks some of
@@ -83,9 +84,11 @@ class MotionTokenSampler(TokenSampler):
         """
         change = self._of_pixels(self.check_video(tokens, video)) if self.uses_video else self._of_tokens(tokens)
         change = torch.cat([change[:, :1], change], 1).flatten(1)  # [B, N]
-        total = change.sum(1, keepdim=True)
+        finite = change.isfinite()
+        total = change.where(finite, 0).sum(1, keepdim=True)
         share = torch.where(total == 0, 1 / self.num_tokens, change / total)
-        return ((1 - self.floor) * share + self.floor / self.num_tokens).log()
+        log_probs = ((1 - self.floor) * share + self.floor / self.num_tokens).log()
+        return log_probs.where(finite, change)
 
     def _of_tokens(self, tokens: Tensor) -> Tensor:
         """[B, N, D] -> [B, T - 1, H W]."""

@@ -79,6 +79,11 @@ class MotionPriorSampler(AdaptiveTokenSampler):
         logits = self.logits(tokens) + self._prior.log_probs(tokens, video)
         return draw_mask(logits, self.num_visible, generator=generator)
 
+    def complete(self, tokens: Tensor, given: MaskSample, video: Tensor | None = None) -> MaskSample:
+        """The given mask with the log-probabilities of both."""
+        logits = self.logits(tokens) + self._prior.log_probs(tokens, video)
+        return super().complete(tokens, given, video)._replace(log_probs=logits.log_softmax(1))
+
 
 class TargetSetSampler(AdaptiveTokenSampler):
     """A learned sampler that hides a random quarter of a clip's tokens, another in each step. Their log p is minus

@@ -103,6 +103,14 @@ def test_the_reducible_error_is_that_of_a_copy_that_lags(video, monkeypatch):
     torch.testing.assert_close(rewards[1], expected, rtol=1e-3, atol=1e-3)
 
 
+def test_a_given_mask_has_the_log_probabilities_of_prior_and_scores(video):
+    model, _ = of_arm("motion_prior")
+    model.eval()
+    torch.nn.init.normal_(model.sampler.network.head.weight)
+    drawn = model.draw_mask(video)
+    torch.testing.assert_close(model.draw_mask(video, mask=drawn).log_probs, drawn.log_probs)
+
+
 def test_targets_are_not_shown(video):
     model, _ = of_arm("target_set")
     sample = model.draw_mask(video)

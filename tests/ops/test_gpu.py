@@ -14,6 +14,7 @@ from test_model import assert_named_attention_runs
 from adamae_sampler import AdaMAELoss, ops
 from adamae_sampler.models import AdaMAE
 from adamae_sampler.ops.draw import gumbel_noise
+from adamae_sampler.sampler import MASKINGS
 
 pytestmark = pytest.mark.gpu
 
@@ -190,7 +191,7 @@ def make_training(masking="adaptive"):
     return model, make_step(model, loss, optimizer, video)
 
 
-@pytest.mark.parametrize("masking", ["adaptive", "random", "tube", "frame"])
+@pytest.mark.parametrize("masking", MASKINGS)
 def test_a_training_step_never_waits_for_the_device(masking):
     _, step = make_training(masking)
     step()  # compiles the kernels, fills cuBLAS's workspace
@@ -216,8 +217,9 @@ def capture(step):
     return graph, results
 
 
-def test_a_training_step_captures_as_a_graph_that_draws_afresh():
-    model, step = make_training()
+@pytest.mark.parametrize("masking", MASKINGS)
+def test_a_training_step_captures_as_a_graph_that_draws_afresh(masking):
+    model, step = make_training(masking)
     graph, (loss, visible_idx) = capture(step)
     before = [each.clone() for each in model.parameters()]
     draws = []
@@ -225,7 +227,10 @@ def test_a_training_step_captures_as_a_graph_that_draws_afresh():
         graph.replay()
         draws.append(visible_idx.clone())
         assert loss.isfinite()
-    assert len({tuple(each.flatten().tolist()) for each in draws}) == 8
+    few = masking in ("tube", "frame", "grid")  # they have few masks, and two draws may be the same
+    assert len({tuple(each.flatten().tolist()) for each in draws}) >= (2 if few else 8)
+    if masking == "hard":
+        assert model.sampler.share.step == 3 + 8  # three steps before the capture, which itself runs nothing
     assert any(not torch.equal(old, new) for old, new in zip(before, model.parameters(), strict=True))
 
 
