@@ -19,6 +19,7 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from common.devices import Normalise, autocast
+from video_data.reader_processes import read_batches
 from video_data.video import VideoError
 from video_data.views import ViewSource, view_loader
 
@@ -57,7 +58,7 @@ def map_views(
     batches = [list(range(start, min(start + batch_size, len(source)))) for start in starts]
     mine = batches[accelerator.process_index :: accelerator.num_processes]
     normalise = Normalise(accelerator.device)
-    for batch in view_loader(source, mine, workers):
+    for batch in read_batches(view_loader(source, mine, workers), workers):
         if "video" not in batch:
             none = torch.empty(0, dtype=torch.int64)
             yield ViewValues(none, none, torch.empty(0), batch["left_out"])

@@ -7,7 +7,7 @@ batch to the script's `forward`, which returns the loss, and calls the backward 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing
 from functools import partial
 from typing import Any
@@ -18,7 +18,6 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object, set_seed
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from adamae_sampler.attention import prefer_cudnn
@@ -37,6 +36,7 @@ from training.saving import Saver
 from training.schedule import Schedule
 from training.throughput import Clock, memory_gib, utilisation
 from video_data.clips import ClipStream, clip_loader
+from video_data.reader_processes import read_batches
 
 Forward = Callable[[dict[str, Any], int], Tensor]
 
@@ -123,7 +123,7 @@ class TrainingLoop:
             prefer_cudnn(),
             Interrupts(recipe.save_minutes) as interrupts,
             RunLog(recipe.output, first, is_main, accelerator.trackers) as log,
-            closing(_generator(self._batches)) as batches,
+            closing(read_batches(self._batches, recipe.workers)) as batches,
             profiler(recipe, is_main) as profile,
             tqdm(total=schedule.steps, initial=first, disable=not is_main, unit="step", file=sys.stdout) as progress,
         ):
@@ -223,8 +223,3 @@ def _configure_accumulation(accelerator: Accelerator, recipe: Recipe, schedule: 
     if uses_deepspeed(accelerator):  # its engine accumulates and clips
         of_engine = {"gradient_accumulation_steps": schedule.accumulation, "gradient_clipping": recipe.clip_grad}
         deepspeed_config(accelerator).update(of_engine)
-
-
-def _generator(batches: DataLoader) -> Generator[dict[str, Any], None, None]:
-    """The batches as a generator. Closing the generator ends the reader processes."""
-    yield from batches

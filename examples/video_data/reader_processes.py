@@ -6,7 +6,7 @@ import atexit
 import multiprocessing
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from types import FrameType
 from typing import Any
 
@@ -45,25 +45,26 @@ class ReaderSignals:
 _READER_SIGNALS = ReaderSignals()
 
 
-class _Loader(DataLoader[dict[str, Any]]):
-    """A DataLoader that always says when a reader died."""
+def read_batches(loader: DataLoader, workers: int) -> Generator[dict[str, Any], None, None]:
+    """The batches of a loader, as a generator that always says when a reader died. Closing it ends the readers.
 
-    def __iter__(self) -> Any:
-        return self._checked(super().__iter__())  # the readers start here, not with the first batch
+    This is no DataLoader of its own, since Accelerate makes another one of those that it prepares.
 
-    def _checked(self, batches: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-        while True:
-            try:
-                batch = next(batches)
-            except StopIteration:
-                return
-            except (ConnectionError, EOFError) as error:
-                # torch finds the death of a reader, unless it dies while it hands over a batch. An error of a video
-                # store begins with "Caught", as torch hands on all errors of readers.
-                if not self.num_workers or str(error).startswith("Caught"):
-                    raise
-                raise RuntimeError(f"DataLoader worker ended while it handed over a batch: {error!r}.") from error
-            yield batch
+    Args:
+        loader: one of `video_loader`, prepared by Accelerate or not.
+        workers: its reader processes.
+
+    Raises:
+        RuntimeError: a reader died; the message begins with "DataLoader worker".
+    """
+    try:
+        yield from loader
+    except (ConnectionError, EOFError) as error:
+        # torch finds the death of a reader, unless it dies while it hands over a batch. An error of a video store
+        # begins with "Caught", as torch hands on all errors of readers.
+        if not workers or str(error).startswith("Caught"):
+            raise
+        raise RuntimeError(f"DataLoader worker ended while it handed over a batch: {error!r}.") from error
 
 
 def video_loader(
@@ -80,7 +81,7 @@ def video_loader(
         workers: reader processes; 0 reads in the main process.
         batching: `batch_size` or `batch_sampler`, as of a DataLoader.
     """
-    return _Loader(
+    return DataLoader(
         dataset,
         num_workers=workers,
         collate_fn=collate,

@@ -34,7 +34,7 @@ from training.job import Job
 from training.loop import TrainingLoop
 from training.run_log import RunLog
 from video_data.clips import VideoClips
-from video_data.reader_processes import video_loader
+from video_data.reader_processes import read_batches, video_loader
 from video_data.video_lists import VideoEntry
 
 pretrain_here = partial(run_here, pretrain_script.main)
@@ -159,6 +159,18 @@ def test_fewer_bad_steps_in_a_row_are_skipped(tmp_path):
     assert [line["skipped_steps"] for line in metrics(tmp_path)] == [0, 0, 0, 1, 1, 0, 0, 0]
 
 
+def test_training_names_a_reader_that_dies_while_it_hands_over_a_batch(tmp_path, monkeypatch):
+    """The loader of a training run is Accelerate's own."""
+
+    def broken(_):
+        raise ConnectionResetError(104, "reset by peer")
+
+    monkeypatch.setattr(torch.utils.data.DataLoader, "__iter__", broken)
+    arguments = [*TINY_PRETRAIN, "--data", "sprites:8", "--steps", 1, "--workers", 1, "--output", tmp_path]
+    with pytest.raises(SystemExit, match=r"error: a reader process died \(DataLoader worker ended while"):
+        pretrain_here(*arguments)
+
+
 class Store(torch.utils.data.Dataset):
     """Videos of a store that refuses the connection."""
 
@@ -178,7 +190,7 @@ def test_a_reader_that_dies_while_it_hands_over_a_batch_is_named(cut, monkeypatc
         raise cut
 
     monkeypatch.setattr(torch.utils.data.DataLoader, "__iter__", broken)
-    batches = iter(loader)
+    batches = read_batches(loader, 1)
     assert next(batches) == {"batch": 1}
     with pytest.raises(SystemExit, match=r"error: a reader process died \(DataLoader worker ended while"):
         run_to_the_end(lambda: next(batches))
@@ -187,7 +199,7 @@ def test_a_reader_that_dies_while_it_hands_over_a_batch_is_named(cut, monkeypatc
 @pytest.mark.parametrize("workers", [0, 1])
 def test_an_error_of_the_store_is_not_taken_for_a_dead_reader(workers):
     with pytest.raises(ConnectionResetError, match="the store is away"):
-        list(video_loader(Store(), list, workers, batch_size=2))
+        list(read_batches(video_loader(Store(), list, workers, batch_size=2), workers))
 
 
 @pytest.mark.parametrize("victim", ["reader", "rank"])
