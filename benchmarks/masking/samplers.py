@@ -82,7 +82,7 @@ class MotionPriorSampler(AdaptiveTokenSampler):
     def complete(self, tokens: Tensor, given: MaskSample, video: Tensor | None = None) -> MaskSample:
         """The given mask with the log-probabilities of both."""
         logits = self.logits(tokens) + self._prior.log_probs(tokens, video)
-        return super().complete(tokens, given, video)._replace(log_probs=logits.log_softmax(1))
+        return TokenSampler.complete(self, tokens, given)._replace(log_probs=logits.log_softmax(1))
 
 
 class TargetSetSampler(AdaptiveTokenSampler):
