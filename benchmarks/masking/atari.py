@@ -4,7 +4,7 @@ An agent plays random actions. Every fourth frame is kept, without the margins a
 Clips are eight kept frames and do not overlap. Two seeds share no episode.
 
 Different episodes can still have equal clips, since the games start and serve in few ways. This is rare in Pong. In
-Breakout one clip in ten equals a clip of another seed.
+Breakout one clip in ten equals a clip of another seed. So a readout is scored on the clips that its fit does not have.
 
 The RAM addresses are those of the Atari Annotated RAM Interface (Anand et al., "Unsupervised State Representation
 Learning in Atari", NeurIPS 2019). The tests compare each with the pixels.

@@ -88,6 +88,13 @@ class Labelled:
         """The first of them."""
         return self._each(lambda each: each[:number])
 
+    def without(self, others: Labelled) -> Self:
+        """Those whose pixels are not those of one of the others."""
+        known = {video.cpu().numpy().tobytes() for video in others.video}
+        new = [video.cpu().numpy().tobytes() not in known for video in self.video]
+        chosen = torch.tensor(new, device=self.video.device)
+        return self._each(lambda each: each[chosen])
+
     def to(self, device: torch.device) -> Self:
         """The same clips on a device."""
         return self._each(lambda each: each.to(device))

@@ -134,6 +134,7 @@ def run(task: Task, commit: str, device: torch.device) -> list[Row]:
             pass
     model.eval()
     fit, test = (clips(setting.probe_clips, seed, setting.cut, device) for seed in (_FIT_SEED, _TEST_SEED))
+    test = test.without(fit)  # episodes of a game may have equal clips
     scores = read_out(functools.partial(features, model), fit, test)
     masks = {} if task.arm in (UNTRAINED, SUPERVISED) else measure(model, test, task.normalize)
     if task.arm != SUPERVISED:

@@ -231,11 +231,17 @@ def test_two_by_two_pixels_are_averaged():
 def test_an_arm_runs_on_a_game(arm, made, monkeypatch):
     setting = dataclasses.replace(arms.SETTINGS["smoke"], cut=game("pong"))
     monkeypatch.setitem(arms.SETTINGS, "pong", setting)
-    monkeypatch.setattr(run, "clips", lambda number, seed, cut, device: made["pong"])
+    fit, read_out, scored = made["pong"].first(40), run.read_out, []
+    monkeypatch.setattr(run, "clips", lambda number, seed, cut, device: fit if seed == run._FIT_SEED else made["pong"])
+    monkeypatch.setattr(run, "read_out", lambda *given: scored.append(given[-1]) or read_out(*given))
     (row,) = run.run(run.Task(arm, 0, "pong", 2, 1e-3, 0.9, True), "abc", torch.device("cpu"))
     assert row.mover == run.ALL
     assert 0.5 < row.moving < 1
     assert row.shape is row.error_still is None
+    new = [place for place, video in enumerate(made["pong"].video) if not (fit.video == video).flatten(1).all(1).any()]
+    assert 40 < len(new) < 61
+    for name in ("video", "moving", "labels", "episode"):
+        assert torch.equal(getattr(scored[0], name), getattr(made["pong"], name)[new])
     assert row.visible_moving == pytest.approx(
         made["pong"].moving.float().mean().item(), rel=9 if arm == "motion" else 1
     )
