@@ -54,10 +54,10 @@ def strategies_page(results: Path) -> str:
     about = (
         "Tiny masked autoencoders, pre-trained with each strategy on clips in which one object moves and others stay "
         "still. From frozen features one linear layer reads which tokens move (in a game, which hold the ball); the "
-        "score is its AUC, the mean over the sizes of what moves. Differences are paired within the seeds that both arms have, with 95% intervals of "
-        "Student's t, not adjusted; they are of one set of clips for the fit and one for the test. ± is the standard "
-        "deviation over seeds. Errors are on random masks that are the same for all arms. What "
-        "was fixed beforehand: [the question](../masking/README.md), which says what each size of run is."
+        "score is its AUC, the mean over the sizes of what moves. Differences are paired within the seeds that both "
+        "arms have, with 95% intervals of Student's t, not adjusted; they are of one set of clips for the fit and one "
+        "for the test. ± is the standard deviation over seeds. Errors are on random masks that are the same for all "
+        "arms. What was fixed beforehand: [the question](../masking/README.md), which says what each size of run is."
     )
     return "\n\n".join(["# Masking strategies", about, *parts])
 
