@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 import math
 import os
@@ -245,7 +246,8 @@ def test_workers_end_with_their_parent(how, tmp_path):
     rows = tmp_path / "rows.csv"
     call = [sys.executable, strategies.__file__, "--size", "smoke", "--steps", "200", "--jobs", "2", "--rows-only"]
     call += ["--seeds", *map(str, range(500)), "--rows", str(rows), "--arms", "random"]  # of which few have time
-    parent = subprocess.Popen(call, start_new_session=True)
+    heeded = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs ignore it
+    parent = subprocess.Popen(call, start_new_session=True, preexec_fn=heeded)
 
     def workers():
         """Those of the session, which no other test is in, but for the parent."""
