@@ -90,8 +90,8 @@ class Labelled:
 
     def without(self, others: Labelled) -> Self:
         """Those whose pixels are not those of one of the others."""
-        known = {video.cpu().numpy().tobytes() for video in others.video}
-        new = [video.cpu().numpy().tobytes() not in known for video in self.video]
+        known = {video.tobytes() for video in others.video.cpu().numpy()}
+        new = [video.tobytes() not in known for video in self.video.cpu().numpy()]
         chosen = torch.tensor(new, device=self.video.device)
         return self._each(lambda each: each[chosen])
 
