@@ -3,6 +3,9 @@
     patching.py       patch, unpatch, and the table of hosts
     checks.py         checks of a model before it is patched
     host.py           the base of all hosts
+    patched.py        the exchange of a module's class
+    submodules.py     mixins of a host's submodules
+    mask_use.py       what a host's forward did with the mask
     token_errors.py   the errors of single tokens, for hosts that compute their mean alone
     indexed_mask.py   boolean masks that index without waiting for the device
     huggingface.py    the base of the Hugging Face hosts
@@ -11,7 +14,8 @@
 Hosts are recognised by the names of their classes. No host is imported here.
 """
 
-from adamae_sampler.integrations.host import HostInterfaceError, HostShape, LastStep
+from adamae_sampler.integrations.host import HostShape, LastStep
+from adamae_sampler.integrations.patched import HostInterfaceError
 from adamae_sampler.integrations.patching import HOSTS, patch, patched_class, unpatch
 
 __all__ = ["HOSTS", "HostInterfaceError", "HostShape", "LastStep", "patch", "patched_class", "unpatch"]

@@ -8,7 +8,8 @@ from typing import Any
 
 from torch import nn
 
-from adamae_sampler.integrations.host import AdaptiveHost, HostInterfaceError, HostShape, Patched
+from adamae_sampler.integrations.host import AdaptiveHost, HostShape
+from adamae_sampler.integrations.patched import HostInterfaceError, Patched
 from adamae_sampler.networks import MHAScoreNetwork, MLPScoreNetwork, PooledScoreNetwork
 from adamae_sampler.sampler import TokenSampler
 

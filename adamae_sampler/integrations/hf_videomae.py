@@ -7,9 +7,10 @@ from typing import Any, ClassVar
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 
-from adamae_sampler.integrations.host import CachedTokenizer, HostShape, PatchedSubmodule
+from adamae_sampler.integrations.host import HostShape
 from adamae_sampler.integrations.huggingface import HuggingFaceHost, image_grid, one_of
 from adamae_sampler.integrations.indexed_mask import indexed_mask
+from adamae_sampler.integrations.submodules import CachedTokenizer, MaskedSubmodule, PatchedSubmodule
 from adamae_sampler.losses import reconstruction_error
 from adamae_sampler.mask import MaskSample
 
@@ -30,7 +31,11 @@ class AdaptiveHFVideoMAE(HuggingFaceHost):
         "config.norm_pix_loss": bool,
     }
     tokenizer = "videomae.embeddings.patch_embeddings"
-    patched_submodules: ClassVar[dict[str, type[PatchedSubmodule]]] = {tokenizer: CachedTokenizer}
+    masks_in = "videomae.embeddings"
+    patched_submodules: ClassVar[dict[str, type[PatchedSubmodule]]] = {
+        masks_in: MaskedSubmodule,
+        tokenizer: CachedTokenizer,
+    }
 
     @staticmethod
     def host_shape(model: Any) -> HostShape:
@@ -51,7 +56,7 @@ class AdaptiveHFVideoMAE(HuggingFaceHost):
         """pixel_values [B, T, C, H, W]; bool_masked_pos or mask [B, N] bool, True = masked -> the host's output."""
         self.check_ratio(mask_ratio)
         with self.masking(pixel_values, one_of(bool_masked_pos, mask)) as sample:
-            output = super().forward(pixel_values, indexed_mask(sample), return_dict=True, **kwargs)
+            output = super().forward(pixel_values, indexed_mask(sample, self.mask_use), return_dict=True, **kwargs)
 
             def token_error() -> Tensor:
                 return self.token_error(output.logits, pixel_values, sample)

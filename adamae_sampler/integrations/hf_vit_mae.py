@@ -6,9 +6,11 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from adamae_sampler.integrations.host import CachedTokenizer, HostInterfaceError, HostShape, PatchedSubmodule
+from adamae_sampler.integrations.host import HostShape
 from adamae_sampler.integrations.huggingface import HuggingFaceHost, image_grid, one_of
 from adamae_sampler.integrations.mae import visible_first
+from adamae_sampler.integrations.patched import HostInterfaceError
+from adamae_sampler.integrations.submodules import CachedTokenizer, PatchedSubmodule
 from adamae_sampler.mask import MaskSample
 
 
@@ -20,13 +22,14 @@ class GivenMask(PatchedSubmodule):
 
     def random_masking(self, sequence: Tensor, noise: Tensor | None = None) -> tuple[Tensor, ...]:
         """Sequence [B, N, D] -> its visible tokens [B, K, D], the mask [B, N] with 1 = masked, ids_restore [B, N]."""
-        if self._sample is None:
+        if self._use is None:
             raise HostInterfaceError(
                 "the encoder of a patched ViTMAEForPreTraining was called by itself, without a mask; or the backward "
                 "pass recomputes its embeddings, when the mask is gone. Call the model as a whole, and leave the "
                 "embeddings out of activation checkpointing. For features, unpatch(model)."
             )
-        return visible_first(sequence, self._sample)
+        self._use.note_mask(sequence)
+        return visible_first(sequence, self._use)
 
 
 class AdaptiveHFViTMAE(HuggingFaceHost):
@@ -45,6 +48,7 @@ class AdaptiveHFViTMAE(HuggingFaceHost):
         "config.norm_pix_loss": bool,
     }
     tokenizer = "vit.embeddings.patch_embeddings"
+    masks_in = "vit.embeddings.random_masking"
     patched_submodules: ClassVar[dict[str, type[PatchedSubmodule]]] = {
         "vit.embeddings": GivenMask,
         "vit.embeddings.patch_embeddings": CachedTokenizer,

@@ -8,7 +8,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from adamae_sampler.integrations.host import AdaptiveHost, HostShape, PatchedSubmodule, default_ratio
+from adamae_sampler.integrations.host import AdaptiveHost, HostShape, default_ratio
+from adamae_sampler.integrations.submodules import MaskedSubmodule, PatchedSubmodule
 from adamae_sampler.mask import MaskSample
 
 
@@ -33,8 +34,9 @@ class AdaptiveHiera(AdaptiveHost):
     tokens_spatial_shape: list[int]
     tokens_spatial_shape_final: list[int]
 
-    # Empty, since the host blanks masked pixels before its overlapping convolution: cached tokens would leak them.
-    patched_submodules: ClassVar[dict[str, type[PatchedSubmodule]]] = {}
+    # No cache, since the host blanks masked pixels before its overlapping convolution: cached tokens would leak them.
+    masks_in = "patch_embed"
+    patched_submodules: ClassVar[dict[str, type[PatchedSubmodule]]] = {masks_in: MaskedSubmodule}
 
     @staticmethod
     def host_shape(model: Any) -> HostShape:
@@ -53,7 +55,8 @@ class AdaptiveHiera(AdaptiveHost):
         """x, as in the host; mask [B, mask units] bool, True = kept -> the host's outputs."""
         self.check_ratio(mask_ratio)
         with self.masking(x, self._hidden(mask) if isinstance(mask, Tensor) else mask) as sample:
-            loss, pred, label, kept = super().forward(x, self.sampler.mask_ratio, ~sample.mask, **more)
+            handed = self.mask_use.handed = ~sample.mask
+            loss, pred, label, kept = super().forward(x, self.sampler.mask_ratio, handed, **more)
 
             def token_error() -> Tensor:
                 return self.unit_error((pred.detach() - label).square().mean(dim=-1), sample)

@@ -12,20 +12,18 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, ClassVar, NamedTuple, cast
-from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
 
 from adamae_sampler import ops
+from adamae_sampler.integrations.mask_use import MaskUse
+from adamae_sampler.integrations.patched import HostInterfaceError, Patched, patched_type
+from adamae_sampler.integrations.submodules import CachedTokenizer, PatchedSubmodule
 from adamae_sampler.integrations.token_errors import errors_by_gradient
 from adamae_sampler.losses import ranking_loss
 from adamae_sampler.mask import MaskSample
 from adamae_sampler.sampler import GridSize, TokenSampler
-
-
-class HostInterfaceError(TypeError):
-    """A host lacks a method or submodule that its patch needs: another version, or another model of the same name."""
 
 
 class HostShape(NamedTuple):
@@ -57,77 +55,6 @@ class LastStep(NamedTuple):
     sampling: Tensor | None = None
 
 
-class Patched(nn.Module):
-    """A module of an exchanged class. Deepcopy and pickle can rebuild that class."""
-
-    host_class: ClassVar[type[nn.Module]]  # the class before the exchange
-    mixin: ClassVar[type[Patched]]
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        """`type(patched)(...)` builds an unpatched host, since it gets no settings for a patch."""
-        self.__class__ = self.host_class  # type: ignore[assignment]
-        self.__init__(*args, **kwargs)  # type: ignore[misc]
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        get_state = getattr(self, "__getstate__", None)  # object has one from Python 3.11 on
-        return _empty, (self.host_class, self.mixin), get_state() if get_state else self.__dict__
-
-
-def _empty(host_class: type[nn.Module], mixin: type[Patched]) -> nn.Module:
-    patched = patched_type(host_class, mixin)
-    return cast(nn.Module, patched.__new__(patched))
-
-
-def patched_type(host_class: Any, mixin: Any) -> Any:
-    """The class with both bases; every call returns the same class. It has the host's class name, because libraries
-    recognise models by that name."""
-    found = _TYPES.get((host_class, mixin))
-    if found is None:
-        names = ("__module__", "__qualname__", "__doc__")
-        body = {**{name: getattr(host_class, name) for name in names}, "host_class": host_class, "mixin": mixin}
-        found = _TYPES[host_class, mixin] = type(host_class.__name__, (mixin, host_class), body)
-    return found
-
-
-_TYPES: WeakValueDictionary[tuple[Any, Any], Any] = WeakValueDictionary()
-
-
-class PatchedSubmodule(Patched):
-    """Mixin of a host's submodule. During a forward of the host, `_sample` is the mask."""
-
-    _sample: MaskSample | None = None
-
-
-class CachedTokenizer(PatchedSubmodule):
-    """Mixin of a host's tokenizer. Modifications:
-
-    - the tokens made for the sampler are cached, and the host's forward gets them from the cache.
-
-    Forward hooks are called twice, once for the sampler and once for the host. The cache holds tokens from before the
-    hooks, so a hook that changes tokens changes them once.
-    """
-
-    _keep = False  # True while tokens are made for the sampler
-    _kept: tuple[Any, Tensor] | None = None  # the cache: the input, and its tokens
-
-    def forward(self, x: Any, *args: Any, **kwargs: Any) -> Tensor:
-        """The host's arguments -> the host's tokens."""
-        kept, self._kept = self._kept, None
-        if kept is not None:
-            if kept[0] is x:
-                return kept[1]
-            if not torch.compiler.is_compiling():
-                warnings.warn(
-                    f"the forward of a patched model passed its {type(self).__name__} another tensor than the model's "
-                    "input (does it normalise?). Tokens are computed twice, and the sampler scores those of the input.",
-                    stacklevel=2,
-                )
-        tokens: Tensor = super().forward(x, *args, **kwargs)
-        if self._keep:
-            self._kept = x, tokens
-        return tokens
-
-
 class AdaptiveHost(Patched):
     """Base of all mixins: the sampler, the mask of a forward, and the loss.
 
@@ -139,6 +66,7 @@ class AdaptiveHost(Patched):
         patched_submodules: dotted names of the submodules that are patched too, with their mixins.
         sampler: the sampler, a submodule. Its parameters are trained and saved with those of the host.
         sampling_weight: weight of the sampling loss in training. In evaluation the loss is that of the host.
+        masks_in: the method or submodule of the host that takes the mask, for messages.
         overrides: further methods of the host that the mixin overrides, beside those in `expected_interface`.
         computes_loss: whether the host's forward computes the loss. If not, the training engine calls AdaMAELoss.
         last_step: the latest mask and losses, for logging and pictures.
@@ -149,13 +77,14 @@ class AdaptiveHost(Patched):
     tokenizer: ClassVar[str] = "patch_embed"
     patched_submodules: ClassVar[Mapping[str, type[PatchedSubmodule]]] = {"patch_embed": CachedTokenizer}
 
+    masks_in: ClassVar[str] = "a method that its mixin overrides"
     overrides: ClassVar[tuple[str, ...]] = ()
     computes_loss: ClassVar[bool] = True
 
     sampler: TokenSampler
     sampling_weight: float
     last_step: LastStep | None = None
-    _sample: MaskSample | None = None
+    _use: MaskUse | None = None  # the mask of the forward that is under way
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -221,11 +150,11 @@ class AdaptiveHost(Patched):
     def remove(self) -> None:
         """Undoes `install` and the exchange of classes."""
         for module in self.patched_modules():
-            for attribute in ("_sample", "_keep", "_kept"):
+            for attribute in ("_use", "_keep", "_kept"):
                 module.__dict__.pop(attribute, None)
             module.__class__ = module.host_class  # type: ignore[assignment]
         self._modules.pop("sampler", None)
-        for attribute in ("sampling_weight", "last_step", "_sample"):
+        for attribute in ("sampling_weight", "last_step", "_use"):
             self.__dict__.pop(attribute, None)
         self.__class__ = self.host_class  # type: ignore[assignment]
 
@@ -235,7 +164,8 @@ class AdaptiveHost(Patched):
 
         Raises:
             ValueError: there is no mask in evaluation, or the mask does not fit.
-            HostInterfaceError: a patched submodule was replaced, or the host's forward did not call the tokenizer.
+            HostInterfaceError: a patched submodule was replaced; or the host's forward did not call the tokenizer, or
+                did not use the mask or compute its loss exactly once.
             RuntimeError: another forward is under way, in another thread.
         """
         if mask is None and not self.training:
@@ -249,7 +179,7 @@ class AdaptiveHost(Patched):
                 "mask. Leave the mask out of the batch.",
                 stacklevel=6,  # the caller of model(...)
             )
-        if self._sample is not None:
+        if self._use is not None:
             raise RuntimeError(
                 f"a forward of this patched {type(self).__name__} is under way, in another thread or from within. The "
                 "module holds the mask of one forward at a time. Give each thread a copy.deepcopy of the model."
@@ -262,9 +192,11 @@ class AdaptiveHost(Patched):
             tokens = self.tokenize(video)
             for each in tokenizers:
                 each._keep = False
-            sample = self._sample = self.sampled(video, tokens, mask=mask)
+            sample = self.sampled(video, tokens, mask=mask)
+            use = self._use = MaskUse(self.host_class, self.masks_in, sample, self.sampler.mask_ratio)
+            use.handed = sample.mask
             for module in submodules:
-                module._sample = sample
+                module._use = use
             self.remember(sample)
             yield sample
             if any(each._kept is not None for each in tokenizers):
@@ -272,10 +204,11 @@ class AdaptiveHost(Patched):
                     f"the forward of {self.host_class.__name__} was expected to call {self.tokenizer}, and did not. "
                     "The patch knows another version of this model."
                 )
+            use.check(self.computes_loss)
         finally:
-            self._sample = None
+            self._use = None
             for module in submodules:
-                module._sample = None
+                module._use = None
             for each in tokenizers:
                 each._keep, each._kept = False, None
 
@@ -301,13 +234,18 @@ class AdaptiveHost(Patched):
         Raises:
             HostInterfaceError: no forward is under way; a submodule or method of the host was called by itself.
         """
-        if self._sample is None:
+        return self.mask_use.sample
+
+    @property
+    def mask_use(self) -> MaskUse:
+        """The record of the forward that is under way, see `current`."""
+        if self._use is None:
             raise HostInterfaceError(
                 f"a method of a patched {self.host_class.__name__} was called by itself, without a mask. Call the "
                 "model as a whole, model(inputs). For features of all tokens use the host's encoder class, or "
                 "unpatch(model)."
             )
-        return self._sample
+        return self._use
 
     def check_ratio(self, mask_ratio: float | None) -> None:
         """Raises ValueError if a call asks for a ratio other than that of the sampler."""
@@ -335,7 +273,14 @@ class AdaptiveHost(Patched):
 
         Raises:
             TypeError: neither `sampling` nor `token_error` is given, or both are.
+            HostInterfaceError: the host gave no loss, or one already.
         """
+        if not isinstance(reconstruction, Tensor):
+            raise HostInterfaceError(
+                f"the forward of {self.host_class.__name__} was expected to compute a loss, and gave {reconstruction}, "
+                "so the sampler cannot learn. unpatch(model), and see why."
+            )
+        self.mask_use.note_loss()
         sample = self.current
         by_log_probs: Callable[[Tensor], Tensor]
         errors: Callable[[], Tensor]

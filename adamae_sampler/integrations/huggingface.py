@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from adamae_sampler.integrations.host import AdaptiveHost, Patched
+from adamae_sampler.integrations.host import AdaptiveHost
+from adamae_sampler.integrations.patched import Patched
 from adamae_sampler.mask import MaskSample
 from adamae_sampler.sampler import AdaptiveTokenSampler, TokenSampler
 

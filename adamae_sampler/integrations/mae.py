@@ -8,7 +8,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from adamae_sampler.integrations.host import AdaptiveHost, HostInterfaceError, HostShape, default_ratio
+from adamae_sampler.integrations.host import AdaptiveHost, HostShape, default_ratio
+from adamae_sampler.integrations.mask_use import MaskUse
+from adamae_sampler.integrations.patched import HostInterfaceError
 from adamae_sampler.mask import MaskSample
 from adamae_sampler.ops import gather_tokens
 from adamae_sampler.ops.sampling import LOG_PROB_RANGE
@@ -23,6 +25,7 @@ class AdaptiveMAE(AdaptiveHost):
     """
 
     names: ClassVar[tuple[str, ...]] = ("MaskedAutoencoderViT",)
+    masks_in = "random_masking"
     expected_interface: ClassVar[dict[str, Any]] = {
         "forward": ("imgs", "mask_ratio"),
         "random_masking": ("x", "mask_ratio"),
@@ -61,16 +64,18 @@ class AdaptiveMAE(AdaptiveHost):
         with self.masking(imgs, mask):
             return super().forward(imgs, self.sampler.mask_ratio, **more)
 
-    def random_masking(self, x: Tensor, *_: Any, **__: Any) -> tuple[Tensor, ...]:
+    def random_masking(self, x: Tensor, mask_ratio: float | None = None, *_: Any, **__: Any) -> tuple[Tensor, ...]:
         """x [B, N, D] -> its visible tokens [B, K, D], the mask [B, N] with 1 = masked, ids_restore [B, N]."""
-        return visible_first(x, self.current)
+        self.mask_use.note_mask(x, mask_ratio)
+        return visible_first(x, self.mask_use)
 
     def forward_loss(self, imgs: Tensor, pred: Tensor, mask: Tensor, *more: Any, **named: Any) -> Tensor:
         """The host's arguments -> the host's loss, and in training the weighted sampling loss with it."""
         host_loss = super().forward_loss  # type: ignore[misc]
         loss: Tensor = host_loss(imgs, pred, mask, *more, **named)
-        if self._sample is None:  # the method was called by itself
+        if self._use is None:  # the method was called by itself
             return loss
+        self._use.check_loss_mask(mask)
 
         def sampling(log_probs: Tensor) -> Tensor:
             # The host's loss is sum(e w) / sum(w) for a mask w. With w = -log p on masked tokens it gives L_S.
@@ -81,20 +86,22 @@ class AdaptiveMAE(AdaptiveHost):
         return self.total(loss, sampling)
 
 
-def visible_first(x: Tensor, sample: MaskSample) -> tuple[Tensor, Tensor, Tensor]:
+def visible_first(x: Tensor, use: MaskUse) -> tuple[Tensor, Tensor, Tensor]:
     """The results of MAE's random_masking: visible tokens, the mask with 1 = masked, and ids_restore.
 
     Args:
         x: [B, N, D].
-        sample: the mask.
+        use: the record of the host's forward, which gets the mask that the host is handed.
 
     Returns:
         [B, K, D]; [B, N] float; [B, N] int64, the token's index in the sequence of visible, then masked tokens.
     """
+    sample = use.sample
     order = torch.cat([sample.visible_idx, sample.masked_idx], dim=1)
     place = torch.arange(order.shape[1], device=order.device).expand_as(order)
     ids_restore = torch.empty_like(order).scatter_(1, order, place)
-    return gather_tokens(x, sample.visible_idx), sample.mask.float(), ids_restore
+    mask = use.handed = sample.mask.float()
+    return gather_tokens(x, sample.visible_idx), mask, ids_restore
 
 
 def check_forward_loss(model: Any, shape: tuple[int, ...], num_tokens: int) -> None:

@@ -7,8 +7,9 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from adamae_sampler.integrations.host import HostInterfaceError, HostShape, default_ratio
+from adamae_sampler.integrations.host import HostShape, default_ratio
 from adamae_sampler.integrations.mae import AdaptiveMAE, check_forward_loss
+from adamae_sampler.integrations.patched import HostInterfaceError
 
 
 class AdaptiveMAEST(AdaptiveMAE):
@@ -52,6 +53,6 @@ class AdaptiveMAEST(AdaptiveMAE):
         """[B, T, H W, D] -> [B, N, D]."""
         return tokens.flatten(1, 2)
 
-    def random_masking(self, x: Tensor, *_: Any, **__: Any) -> tuple[Tensor, ...]:
+    def random_masking(self, x: Tensor, mask_ratio: float | None = None, *_: Any, **__: Any) -> tuple[Tensor, ...]:
         """x [B, N, D] -> the results of `AdaptiveMAE.random_masking`, and the indices of the visible tokens [B, K]."""
-        return *super().random_masking(x), self.current.visible_idx
+        return *super().random_masking(x, mask_ratio), self.current.visible_idx

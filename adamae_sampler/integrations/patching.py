@@ -10,9 +10,10 @@ from adamae_sampler.integrations.checks import check_host, check_same, check_sam
 from adamae_sampler.integrations.hf_videomae import AdaptiveHFVideoMAE
 from adamae_sampler.integrations.hf_vit_mae import AdaptiveHFViTMAE
 from adamae_sampler.integrations.hiera import AdaptiveHiera
-from adamae_sampler.integrations.host import AdaptiveHost, patched_type
+from adamae_sampler.integrations.host import AdaptiveHost
 from adamae_sampler.integrations.mae import AdaptiveMAE
 from adamae_sampler.integrations.mae_st import AdaptiveMAEST
+from adamae_sampler.integrations.patched import patched_type
 from adamae_sampler.integrations.videomae import AdaptiveVideoMAE
 from adamae_sampler.integrations.videomae_v2 import AdaptiveVideoMAEv2
 from adamae_sampler.sampler import AdaptiveTokenSampler, TokenSampler

@@ -7,8 +7,9 @@ from typing import Any, ClassVar, cast
 
 from torch import Tensor, nn
 
-from adamae_sampler.integrations.host import AdaptiveHost, CachedTokenizer, HostShape, PatchedSubmodule
+from adamae_sampler.integrations.host import AdaptiveHost, HostShape
 from adamae_sampler.integrations.indexed_mask import indexed_mask
+from adamae_sampler.integrations.submodules import CachedTokenizer, MaskedSubmodule, PatchedSubmodule
 from adamae_sampler.mask import MaskSample
 
 
@@ -32,7 +33,11 @@ class AdaptiveVideoMAE(AdaptiveHost):
     }
     computes_loss = False
     tokenizer = "encoder.patch_embed"
-    patched_submodules: ClassVar[dict[str, type[PatchedSubmodule]]] = {tokenizer: CachedTokenizer}
+    masks_in = "encoder"
+    patched_submodules: ClassVar[dict[str, type[PatchedSubmodule]]] = {
+        masks_in: MaskedSubmodule,
+        tokenizer: CachedTokenizer,
+    }
 
     @staticmethod
     def fits(model: Any) -> bool:
@@ -49,7 +54,7 @@ class AdaptiveVideoMAE(AdaptiveHost):
     def forward(self, x: Tensor, mask: Tensor | MaskSample | None = None, **more: Any) -> tuple[Tensor, MaskSample]:
         """x [B, C, T, H, W]; mask [B, N] bool, True = masked -> the host's prediction [B, M, P], and the sample."""
         with self.masking(x, mask) as sample:
-            prediction = super().forward(x, indexed_mask(sample), **more)
+            prediction = super().forward(x, indexed_mask(sample, self.mask_use), **more)
         return prediction, sample
 
     def no_weight_decay(self) -> set[str]:

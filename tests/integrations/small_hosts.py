@@ -77,10 +77,13 @@ class MaskedAutoencoderViT(nn.Module):
 
     def forward_encoder(self, x, mask_ratio):
         x, mask, restore, *_ = self.random_masking(self.patch_embed(x) + self.pos_embed[:, 1:], mask_ratio)
+        return self.encode(x), mask, restore
+
+    def encode(self, x):
         x = torch.cat([(self.cls_token + self.pos_embed[:, :1]).expand(x.shape[0], -1, -1), x], dim=1)
         for block in self.blocks:
             x = block(x)
-        return self.norm(x), mask, restore
+        return self.norm(x)
 
     def forward_decoder(self, x, ids_restore):
         x = self.decoder_embed(x)
@@ -127,10 +130,7 @@ class VideoMaskedAutoencoderViT(MaskedAutoencoderViT):
         x, mask, restore, keep = self.random_masking(tokens, mask_ratio)
         positions = self.pos_embed[:, 1:].expand(x.shape[0], -1, -1)
         x = x + positions.gather(1, keep[..., None].expand(-1, -1, x.shape[2]))
-        x = torch.cat([(self.cls_token + self.pos_embed[:, :1]).expand(x.shape[0], -1, -1), x], dim=1)
-        for block in self.blocks:
-            x = block(x)
-        return self.norm(x), mask, restore
+        return self.encode(x), mask, restore
 
 
 def positions(tokens, width):

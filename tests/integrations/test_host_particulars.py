@@ -174,18 +174,19 @@ def test_the_readmes_new_host_works(monkeypatch):
         def __init__(self):
             super().__init__()
             self.embed_dim, self.grid_size = 32, (4, 4, 4)
-            self.patch_embed = small_hosts.VideoEmbed(32, 8, 3, 32, 8, 2, flat=True)
+            self.encoder = small_hosts.VideoEncoder(32, 8, 3, 32, 1, 8, 2, False)
             self.head = nn.Linear(32, 1)
+            self.positions = nn.Parameter(torch.zeros(1, 64, 32))
 
         def forward(self, video, mask):
-            x = self.patch_embed(video)
-            visible = x[~mask].reshape(len(x), -1, 32).mean(1, keepdim=True)
-            prediction = self.head(x[mask].reshape(len(x), -1, 32) + visible)
+            visible = self.encoder(video, mask).mean(1, keepdim=True)
+            hidden = self.positions.expand(len(video), -1, -1)[mask].reshape(len(video), -1, 32)
+            prediction = self.head(hidden + visible)
             error = (prediction - 1).square().mean(-1)
             return error.mean(), prediction, error
 
     readme = (Path(__file__).parents[2] / "adamae_sampler" / "integrations" / "README.md").read_text()
-    start = readme.index("from adamae_sampler.integrations.host import AdaptiveHost, CachedTokenizer")
+    start = readme.index("from adamae_sampler.integrations.host import AdaptiveHost")
     space = {"nn": nn}
     exec(readme[start : readme.index("```", start)], space)
     monkeypatch.setitem(HOSTS, "your_mae", space["AdaptiveYourMAE"])

@@ -150,7 +150,7 @@ def test_an_error_in_the_forward_leaves_nothing_behind(case):
     with pytest.raises(KeyboardInterrupt):
         model(x)
     handle.remove()
-    tensors = [value for each in model.modules() for key, value in vars(each).items() if key in ("_sample", "_tokens")]
+    tensors = [value for each in model.modules() for key, value in vars(each).items() if key in ("_use", "_kept")]
     assert all(each is None for each in tensors)
     case.loss(model(x), x).backward()
 

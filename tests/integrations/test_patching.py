@@ -43,7 +43,7 @@ def test_unpatch_restores_everything(case):
     own_attributes = set(vars(model))
     unpatch(model)
     left = {"patch_info"}  # mae_st's forward sets it
-    assert set(vars(model)) - left == own_attributes - {"sampling_weight", "last_step", "_sample", "_settings"} - left
+    assert set(vars(model)) - left == own_attributes - {"sampling_weight", "last_step", "_use", "_settings"} - left
     assert [each[1] for each in snapshot_of(model)[0]] == [each[1] for each in before[0]]
     assert snapshot_of(model)[1:] == before[1:]
     assert_equal(list(model.state_dict().values()), list(weights.values()))
