@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -105,7 +106,7 @@ def visible_first(x: Tensor, use: MaskUse) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def check_forward_loss(model: Any, shape: tuple[int, ...], num_tokens: int) -> None:
-    """Raises HostInterfaceError unless forward_loss is a mean over tokens, weighted by the mask.
+    """Raises HostInterfaceError unless forward_loss is the mean of the tokens' errors, weighted by the mask.
 
     Args:
         model: the unpatched host.
@@ -118,24 +119,66 @@ def check_forward_loss(model: Any, shape: tuple[int, ...], num_tokens: int) -> N
         for each in (shape, (1, num_tokens, weight.shape[0]))
     )
     first = (torch.arange(num_tokens, device=weight.device) < num_tokens // 2).float()[None]
-    second = 1 - first
+    second, everywhere = 1 - first, torch.ones_like(first)
+    elsewhere = pred + second[..., None].to(pred.dtype)  # another prediction of the tokens that `first` leaves out
+    tolerance = 1e-2 if weight.dtype.itemsize < 4 else 1e-4
     attributes = dict(model.__dict__)  # mae_st's patchify leaves an attribute behind
-    with torch.no_grad():
-        try:
-            losses = [float(model.forward_loss(imgs, pred, mask)) for mask in (first, second, 3 * first + second)]
-        except (RuntimeError, AssertionError) as error:
-            raise HostInterfaceError(
-                f"forward_loss of {type(model).__name__} was expected to take imgs {list(shape)} and pred "
-                f"{list(pred.shape)}, and raised {type(error).__name__}: {error}. The model was left as it was."
-            ) from error
-        finally:
-            model.__dict__.clear()
-            model.__dict__.update(attributes)
-    shares = 3 * float(first.sum()), float(second.sum())
-    expected = (shares[0] * losses[0] + shares[1] * losses[1]) / sum(shares)
-    if not math.isclose(losses[2], expected, rel_tol=1e-2 if weight.dtype.itemsize < 4 else 1e-4):
-        raise HostInterfaceError(
-            f"forward_loss of {type(model).__name__} was expected to be a mean over tokens weighted by the mask. On a "
-            f"trial input it gave {losses[2]:.6g}, expected {expected:.6g}, so it cannot give the sampling loss. Use "
-            "AdaptiveTokenSampler directly, see the README. The model was left as it was."
+    try:
+        with torch.no_grad():
+            of_first, of_second, of_all, weighted, with_others = (
+                float(model.forward_loss(imgs, *each))
+                for each in (
+                    (pred, first), (pred, second), (pred, everywhere), (pred, 3 * first + second), (elsewhere, first)
+                )
+            )  # fmt: skip
+        least = _least_loss(
+            lambda prediction: model.forward_loss(imgs, prediction, everywhere), pred, tolerance * abs(of_all)
         )
+    except (RuntimeError, AssertionError) as error:
+        raise HostInterfaceError(
+            f"forward_loss of {type(model).__name__} was expected to take imgs {list(shape)} and pred "
+            f"{list(pred.shape)}, and raised {type(error).__name__}: {error}. The model was left as it was."
+        ) from error
+    finally:
+        model.__dict__.clear()
+        model.__dict__.update(attributes)
+    shares = 3 * float(first.sum()), float(second.sum())
+    mean = (shares[0] * of_first + shares[1] * of_second) / sum(shares)
+    for what, found, expected in (
+        ("for tokens of unequal weights", weighted, mean),
+        ("with other predictions of tokens that are not masked", with_others, of_first),
+        ("for the best prediction", least, 0.0),
+    ):
+        if not math.isclose(found, expected, rel_tol=tolerance, abs_tol=tolerance * abs(of_all)):
+            raise HostInterfaceError(
+                f"forward_loss of {type(model).__name__} was expected to be a mean over tokens weighted by the mask, "
+                f"without other terms. On a trial input it gave {found:.6g} {what}, expected {expected:.6g}, so it "
+                "cannot give the sampling loss. Add other terms in forward, or use AdaptiveTokenSampler directly, see "
+                "the README. The model was left as it was."
+            )
+
+
+def _least_loss(loss_of: Callable[[Tensor], Tensor], start: Tensor, enough: float) -> float:
+    """The least loss, or one below `enough`, of a loss that falls towards a target of each value."""
+
+    def slope_at(prediction: Tensor) -> Tensor:
+        with torch.enable_grad():
+            prediction = prediction.detach().requires_grad_()
+            return torch.autograd.grad(loss_of(prediction), prediction)[0]
+
+    def at(prediction: Tensor) -> float:
+        with torch.no_grad():
+            return float(loss_of(prediction))
+
+    # The slope of squared errors is linear, so two slopes give the target.
+    slope = slope_at(start)
+    change = slope_at(start + 1) - slope
+    least = at(start - slope / torch.where(change == 0, 1.0, change))
+    if least <= enough:
+        return least
+    low, high = torch.full_like(start, -1024.0), torch.full_like(start, 1024.0)
+    for _ in range(32):  # other errors: by bisection
+        middle = (low + high) / 2
+        slope = slope_at(middle)
+        low, high = torch.where(slope <= 0, middle, low), torch.where(slope >= 0, middle, high)
+    return min(least, at((low + high) / 2))

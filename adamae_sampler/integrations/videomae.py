@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from adamae_sampler.integrations.host import AdaptiveHost, HostShape
 from adamae_sampler.integrations.indexed_mask import indexed_mask
+from adamae_sampler.integrations.patched import HostInterfaceError
 from adamae_sampler.integrations.submodules import CachedTokenizer, MaskedSubmodule, PatchedSubmodule
 from adamae_sampler.mask import MaskSample
 
@@ -50,6 +51,16 @@ class AdaptiveVideoMAE(AdaptiveHost):
         embed = model.encoder.patch_embed
         height, width = (size // patch for size, patch in zip(embed.img_size, embed.proj.kernel_size[1:], strict=True))
         return HostShape(embed.proj.out_channels, (embed.num_patches // (height * width), height, width))
+
+    @staticmethod
+    def probe(model: Any) -> None:
+        """Raises HostInterfaceError for MAE-DFER's local attention, which no mask of a sampler fits."""
+        if getattr(model.encoder, "attn_type", "joint") == "local_global":
+            raise HostInterfaceError(
+                "the encoder has attn_type='local_global': it cuts the visible tokens into regions by their number, "
+                "so each region must show equally many. A sampler's masks would put tokens into "
+                "wrong regions in silence. Build the model with attn_type='joint'. The model was left as it was."
+            )
 
     def forward(self, x: Tensor, mask: Tensor | MaskSample | None = None, **more: Any) -> tuple[Tensor, MaskSample]:
         """x [B, C, T, H, W]; mask [B, N] bool, True = masked -> the host's prediction [B, M, P], and the sample."""

@@ -1,6 +1,7 @@
 """Models, arguments and calls that `patch` and patched hosts refuse. A refusal leaves the model unchanged."""
 
 import importlib
+from functools import partial
 from unittest import mock
 
 import pytest
@@ -14,6 +15,7 @@ from hosts import (
     make_videomae,
 )
 from torch import nn
+from torch.nn import functional as F
 
 from adamae_sampler import (
     RandomTokenSampler,
@@ -110,6 +112,42 @@ def test_a_host_whose_interface_has_changed_is_named_and_left_alone():
         with pytest.raises(HostInterfaceError, match=message):
             patch(model)
         assert snapshot_of(model) == before
+
+
+def _plus(term):
+    """mae's loss and a term."""
+    return lambda self, imgs, pred, mask: type(make_mae()).forward_loss(self, imgs, pred, mask) + term(self, imgs, pred)
+
+
+def _mean_of(error):
+    """A mean of other errors of the pixels."""
+    return lambda self, imgs, pred, mask: (error(pred, self.patchify(imgs)).mean(-1) * mask).sum() / mask.sum()
+
+
+@pytest.mark.parametrize(
+    "term",
+    [
+        lambda self, imgs, pred: 25.0,
+        lambda self, imgs, pred: imgs.square().mean(),
+        lambda self, imgs, pred: 0.1 * pred.square().mean(),
+        lambda self, imgs, pred: 0.01 * sum(each.square().sum() for each in self.parameters()),
+    ],
+    ids=["constant", "of the input", "of all predictions", "of the weights"],
+)
+def test_a_loss_with_another_term_is_refused(term):
+    model = broken(make_mae, forward_loss=_plus(term))
+    before = snapshot_of(model)
+    with pytest.raises(HostInterfaceError, match="weighted by the mask, without other terms"):
+        patch(model)
+    assert snapshot_of(model) == before
+
+
+@pytest.mark.parametrize(
+    "error", [F.mse_loss, F.l1_loss, F.smooth_l1_loss, lambda *both, **how: 3 * F.huber_loss(*both, **how)]
+)
+def test_a_mean_of_other_errors_is_taken(error):
+    model = patch(broken(make_mae, forward_loss=_mean_of(partial(error, reduction="none"))).train())
+    model(torch.randn(2, 3, 32, 32))[0].backward()
 
 
 def _raise(self, imgs):

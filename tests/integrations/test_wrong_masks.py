@@ -7,8 +7,9 @@ from unittest import mock
 import pytest
 import small_hosts
 import torch
+from einops import rearrange
 from host_checks import model_computes_loss, snapshot_of
-from hosts import CASES, random_sample
+from hosts import CASES, checkout, import_from, make_videomae, random_sample
 
 from adamae_sampler import patch, unpatch
 from adamae_sampler.integrations import HostInterfaceError
@@ -139,6 +140,40 @@ def test_a_fork_that_computes_its_loss_twice():
         return self.forward_loss(imgs, pred, mask) + self.forward_loss(imgs, 2 * pred, mask), pred, mask
 
     refuses(changed(MAE(), forward=forward), images(), "its loss a second time")
+
+
+def test_an_encoder_that_cuts_visible_tokens_into_regions():
+    """MAE-DFER's: with a sampler's mask its own code puts tokens into wrong regions, without an error."""
+
+    def forward(self, x, mask):
+        x = self.patch_embed(x) + self.pos_embed
+        x = x[~mask].reshape(x.shape[0], -1, x.shape[2])
+        return rearrange(x, "b (t r s) d -> b (r t s) d", t=8, r=2)
+
+    model = changed(make_videomae(), "encoder", forward=forward)
+    model.encoder.attn_type = "local_global"
+    before = snapshot_of(model)
+    with pytest.raises(HostInterfaceError, match=r"each region must show equally many.*attn_type='joint'"):
+        patch(model)
+    assert snapshot_of(model) == before
+    model.encoder.attn_type = "joint"
+    patch(model)
+
+
+@pytest.mark.skipif(checkout("MAE-DFER") is None, reason="ADAMAE_SAMPLER_HOSTS names no folder with MAE-DFER")
+def test_mae_dfer():
+    module = import_from(checkout("MAE-DFER"), "modeling_pretrain")
+
+    def make(**options):
+        return module.PretrainVisionTransformer(
+            img_size=32, patch_size=4, encoder_embed_dim=32, encoder_depth=1, encoder_num_heads=2, decoder_depth=1,
+            decoder_num_classes=3 * 2 * 16, decoder_embed_dim=16, decoder_num_heads=2, mlp_ratio=2, **options,
+        )  # fmt: skip
+
+    with pytest.raises(HostInterfaceError, match="each region must show equally many"):
+        patch(make(attn_type="local_global", lg_region_size=(2, 4, 8)))
+    prediction, sample = patch(make().train(), 0.75)(torch.randn(2, 3, 16, 32, 32))
+    assert prediction.shape[:2] == sample.masked_idx.shape
 
 
 # ---- every host, made to use a mask of its own, or to give no loss ----
