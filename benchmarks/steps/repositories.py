@@ -29,9 +29,14 @@ def import_from(path: Path, module: str) -> Any:
 
     if not hasattr(np, "float"):
         setattr(np, "float", float)  # noqa: B010  # mae asks for it, NumPy has dropped it
+    own = {name for file in path.glob("*.py") if (name := file.stem) in sys.modules}
+    others = {  # of another checkout, under the same name
+        name: sys.modules.pop(name) for name in own if Path(sys.modules[name].__file__ or "").parent != path
+    }
     sys.path.insert(0, str(path))
     try:
         with mock.patch.object(timm.models.vision_transformer, "Block", block_of_old):
             return importlib.import_module(module)
     finally:
         sys.path.remove(str(path))
+        sys.modules.update(others)
