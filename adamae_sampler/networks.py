@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -108,7 +109,7 @@ class PooledScoreNetwork(nn.Module):
         self.norm = LayerNorm(width, eps=1e-5)
         self.head = nn.Linear(width, 1)
         init_linear_layers(self)
-        nn.init.zeros_(self.head.weight)  # starts as random masking
+        start_even(self)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """[B, N, D] -> [B, N] fp32."""
@@ -183,6 +184,12 @@ class MLPScoreNetwork(nn.Module):
 
 def _score(head: nn.Linear, x: Tensor) -> Tensor:
     return token_scores(x, head.weight.flatten(), head.bias)
+
+
+def start_even(network: Any) -> None:
+    """Zeroes the last layer of a score network, so that all scores are equal and the masks are random ones."""
+    nn.init.zeros_(network.head.weight)
+    nn.init.zeros_(network.head.bias)
 
 
 def init_linear_layers(network: nn.Module) -> None:

@@ -4,6 +4,7 @@ python examples/quickstart.py     # three minutes on two CPU cores
 
 Trains a small VideoMAE on clips of a sprite that moves over a still background. The sampler learns to show the moving
 tokens. The script prints p(moving) / p(still), and the share of moving tokens among the visible and among all tokens.
+The masks of the first step are random ones. With `patch(..., sampling_weight=0)` they stay so.
 `tour.ipynb` does the same with pictures.
 """
 
@@ -21,10 +22,10 @@ from adamae_sampler import patch
 from video_data.sprites import Sprites
 
 
-def main(steps: int = 200) -> float:
+def main(steps: int = 200, sampling_weight: float = 1e-4, seed: int = 0) -> float:
     """Trains; returns p(moving) / p(still) of the last step, for a moving and a still token."""
-    torch.manual_seed(0)
-    model: Any = patch(VideoMAEForPreTraining(small_config()), mask_ratio=0.95)
+    torch.manual_seed(seed)
+    model: Any = patch(VideoMAEForPreTraining(small_config()), mask_ratio=0.95, sampling_weight=sampling_weight)
     return train(model, steps)[-1]
 
 

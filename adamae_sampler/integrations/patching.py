@@ -16,6 +16,7 @@ from adamae_sampler.integrations.mae_st import AdaptiveMAEST
 from adamae_sampler.integrations.patched import patched_type
 from adamae_sampler.integrations.videomae import AdaptiveVideoMAE
 from adamae_sampler.integrations.videomae_v2 import AdaptiveVideoMAEv2
+from adamae_sampler.networks import start_even
 from adamae_sampler.sampler import AdaptiveTokenSampler, TokenSampler
 from adamae_sampler.sampler.maskings import PAPER_RATIO
 
@@ -46,14 +47,15 @@ def patch(
     """Gives an existing masked autoencoder adaptive masking, in place.
 
     The model keeps its type (as a subclass), parameters and outputs. It draws its masks with `model.sampler`, a new
-    submodule. In training it adds the sampling loss to its loss. `model.last_step` has the latest mask and both losses
-    separately. Patch before you make the optimizer, and before DDP or `torch.compile` wraps the model. Other models of
-    the same class do not change. Patching again with the same settings, or without any, changes nothing.
+    submodule. All tokens are equally likely at first, so training starts with random masks. In training it adds the
+    sampling loss to its loss. `model.last_step` has the latest mask and both losses separately. Patch before you make
+    the optimizer, and before DDP or `torch.compile` wraps the model. Other models of the same class do not change.
+    Patching again with the same settings, or without any, changes nothing.
 
     Args:
         model: one of the hosts in adamae_sampler/integrations/README.md, or a subclass of one.
         mask_ratio: share of tokens to mask; if None the host's own, or 0.95 if it has none.
-        network: the score network, see `AdaptiveTokenSampler`; "mha" if None.
+        network: the score network, see `AdaptiveTokenSampler`; "mha" if None. A module keeps the weights it has.
         sampler: any sampler of the package, or one of your own, instead of `mask_ratio` and `network`.
         sampling_weight: weight of the sampling loss, 1e-4 if None.
         host: a key of `adamae_sampler.integrations.HOSTS`, for a fork that renamed the host's class.
@@ -78,6 +80,8 @@ def patch(
         ratio = next(each for each in (mask_ratio, shape.mask_ratio, PAPER_RATIO) if each is not None)
         network = "mha" if network is None else network
         sampler = AdaptiveTokenSampler(shape.embed_dim, shape.grid_size, ratio, network)
+        if isinstance(network, str):
+            start_even(sampler.network)
         settings = {"mask_ratio": ratio, "network": network} if isinstance(network, str) else None
     elif mask_ratio is not None or network is not None:
         raise ValueError("a sampler has a mask_ratio and a network already: give these or a sampler, not both.")

@@ -1,5 +1,7 @@
 """The Hugging Face hosts: configuration, saving and loading, Trainer, and weights from and for the reference model."""
 
+import math
+
 import pytest
 import torch
 from accelerate.state import AcceleratorState
@@ -86,6 +88,13 @@ def test_loading_without_the_sampler_is_noticed(make, shape, argument, tmp_path)
 def test_patched_class_is_for_hugging_face():
     with pytest.raises(TypeError, match="expected a Hugging Face class"):
         patched_class(torch.nn.Linear)
+
+
+def test_p_of_videomae_b_starts_uniform():
+    model = patch(transformers.VideoMAEForPreTraining(transformers.VideoMAEConfig()), 0.9).eval()
+    log_probs = model.draw_mask(torch.randn(1, 16, 3, 224, 224)).log_probs
+    assert -(log_probs.exp() * log_probs).sum().item() == pytest.approx(math.log(1568), abs=1e-4)
+    assert log_probs.exp().max().item() == pytest.approx(1 / 1568, rel=1e-4)
 
 
 @each_host
@@ -380,3 +389,4 @@ def test_a_folder_and_mean_pooling(tmp_path):
 
 def test_the_quickstart():
     assert 0.5 < quickstart.main(steps=2) < 2  # too few to learn anything, enough to see that it runs
+    assert quickstart.main(steps=2, sampling_weight=0) == pytest.approx(1)
