@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from typing import Any
 
 import torch
@@ -15,7 +16,58 @@ from adamae_sampler.transformer import LayerNorm, Transformer
 _MOST_CELLS = 200
 
 
-class MHAScoreNetwork(nn.Module):
+class ScoreMlp(nn.Module):
+    """The MLP of a score network's block. Its layers have names that no library of hosts rewrites.
+
+    transformers renames every `mlp.fc1` and `mlp.fc2` of a ViTMAE in its files, also those of a submodule that it does
+    not know.
+
+    Args:
+        width: D.
+        hidden: hidden width.
+        drop: dropout rates after the activation and after the second layer.
+    """
+
+    def __init__(self, width: int, hidden: int, drop: tuple[float, float]) -> None:
+        super().__init__()
+        self.expand = nn.Linear(width, hidden)
+        self.drop1 = nn.Dropout(drop[0])
+        self.shrink = nn.Linear(hidden, width)
+        self.drop2 = nn.Dropout(drop[1])
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., D] -> [..., D]."""
+        x = self.drop1(F.gelu(self.expand(x)))
+        return self.drop2(self.shrink(x))
+
+
+class BlockScoreNetwork(nn.Module):
+    """Base of the score networks with transformer blocks. Modifications:
+
+    - weights of older files load, under the names that their layers had.
+    """
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        for name in [name for name in state_dict if name.startswith(prefix)]:
+            state_dict[prefix + current_name(name.removeprefix(prefix))] = state_dict.pop(name)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def current_name(name: str) -> str:
+    """The name of a score network's parameter, from its name in a file of any version."""
+    for pattern, current in OLD_NAMES.items():
+        name = re.sub(f"^{pattern}", current, name)
+    return name
+
+
+# Until 0.2 the layers were fc1 and fc2, which transformers 5 may have written as intermediate.dense and output.dense.
+OLD_NAMES = {
+    r"blocks\.(\d+)\.(?:mlp\.fc1|intermediate\.dense)\.": r"blocks.\1.mlp.expand.",
+    r"blocks\.(\d+)\.(?:mlp\.fc2|output\.dense)\.": r"blocks.\1.mlp.shrink.",
+}
+
+
+class MHAScoreNetwork(BlockScoreNetwork):
     """Pre-norm transformer blocks over all tokens, then one linear layer to a score (Figure 1b).
 
     The defaults are those of the official code: one block of the tokens' full width with 8 heads, qkv without
@@ -53,7 +105,9 @@ class MHAScoreNetwork(nn.Module):
             )
         self.project = nn.Linear(embed_dim, width, bias=False) if width != embed_dim else nn.Identity()
         self.pos_embed = nn.Parameter(torch.zeros(1, num_tokens, width))
-        self.blocks = Transformer(depth, width, num_heads, mlp_ratio, qkv_bias=False, drop=drop, eps=1e-5)
+        self.blocks = Transformer(
+            depth, width, num_heads, mlp_ratio, qkv_bias=False, drop=drop, eps=1e-5, mlp_layer=ScoreMlp
+        )
         self.head = nn.Linear(width, 1)
         init_linear_layers(self)
 
@@ -64,7 +118,7 @@ class MHAScoreNetwork(nn.Module):
         return _score(self.head, self.blocks(x))
 
 
-class PooledScoreNetwork(nn.Module):
+class PooledScoreNetwork(BlockScoreNetwork):
     """Attention over cells of the grid instead of tokens. In ViT-B it costs a few percent of `MHAScoreNetwork`.
 
     Tokens are projected to a narrower width and averaged over each cell. The blocks run on the cells. Their output is
@@ -105,7 +159,9 @@ class PooledScoreNetwork(nn.Module):
         self.cells = _cells(grid_size, self.pool)
         self.project = nn.Linear(embed_dim, width, bias=False)
         self.pos_embed = nn.Parameter(torch.zeros(1, math.prod(self.cells), width))
-        self.blocks = Transformer(depth, width, num_heads, mlp_ratio, qkv_bias=False, drop=drop, eps=1e-5)
+        self.blocks = Transformer(
+            depth, width, num_heads, mlp_ratio, qkv_bias=False, drop=drop, eps=1e-5, mlp_layer=ScoreMlp
+        )
         self.norm = LayerNorm(width, eps=1e-5)
         self.head = nn.Linear(width, 1)
         init_linear_layers(self)

@@ -37,6 +37,7 @@ class Block(nn.Module):
         drop: dropout rate of the outputs of attention and MLP.
         drop_path: rate of stochastic depth.
         eps: eps of the norms.
+        mlp_layer: class of the MLP, with the arguments of timm's `Mlp`.
     """
 
     def __init__(
@@ -48,12 +49,15 @@ class Block(nn.Module):
         drop: float = 0.0,
         drop_path: float = 0.0,
         eps: float = 1e-6,
+        mlp_layer: type[nn.Module] = Mlp,
     ) -> None:
         super().__init__()
         self.norm1 = LayerNorm(width, eps)
         self.attn = Attention(width, num_heads, qkv_bias=qkv_bias, proj_drop=drop, scale_norm=False)
         self.norm2 = LayerNorm(width, eps)
-        self.mlp = Mlp(width, int(width * mlp_ratio), drop=(0.0, drop))  # VideoMAE drops after the second layer only
+        self.mlp = mlp_layer(
+            width, int(width * mlp_ratio), drop=(0.0, drop)
+        )  # VideoMAE drops after the second layer only
         self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
 
     def forward(self, x: Tensor, branch: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -75,6 +79,7 @@ class Transformer(nn.ModuleList):
         drop: see `Block`.
         drop_path: stochastic depth of the last block, rising linearly from 0 at the first.
         eps: see `Block`.
+        mlp_layer: see `Block`.
 
     Raises:
         ValueError: the heads do not divide the width.
@@ -90,6 +95,7 @@ class Transformer(nn.ModuleList):
         drop: float = 0.0,
         drop_path: float = 0.0,
         eps: float = 1e-6,
+        mlp_layer: type[nn.Module] = Mlp,
     ) -> None:
         if width % num_heads:
             raise ValueError(
@@ -97,7 +103,7 @@ class Transformer(nn.ModuleList):
                 "decoder decoder_num_heads and decoder_embed_dim."
             )
         rates = [drop_path * index / max(depth - 1, 1) for index in range(depth)]
-        super().__init__(Block(width, num_heads, mlp_ratio, qkv_bias, drop, rate, eps) for rate in rates)
+        super().__init__(Block(width, num_heads, mlp_ratio, qkv_bias, drop, rate, eps, mlp_layer) for rate in rates)
         self.grad_checkpointing = False
 
     def __getitem__(self, index: int | slice) -> nn.Module:  # type: ignore[override]

@@ -10,6 +10,7 @@ from torch import Tensor
 from adamae_sampler.integrations.host import AdaptiveHost
 from adamae_sampler.integrations.patched import Patched
 from adamae_sampler.mask import MaskSample
+from adamae_sampler.networks import OLD_NAMES
 from adamae_sampler.sampler import AdaptiveTokenSampler, TokenSampler
 
 SETTINGS = "adaptive_masking"  # attribute of the model's config
@@ -59,7 +60,14 @@ class HuggingFaceHost(AdaptiveHost):
         Raises:
             ValueError: the file lacks weights of the sampler.
         """
+        old_names = {rf"^sampler\.network\.{old}": f"sampler.network.{new}" for old, new in OLD_NAMES.items()}
+        kwargs["key_mapping"] = {**old_names, **(kwargs.get("key_mapping") or {})}
         model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)  # type: ignore[misc]
+        if conversions := getattr(model, "_weight_conversions", None):
+            # transformers 5 undoes the renaming of a load in the next save; the old names are not to come back.
+            model._weight_conversions = [
+                each for each in conversions if not old_names.keys() & set(getattr(each, "source_patterns", ()))
+            ]
         if missing := sorted(name for name in info["missing_keys"] if name.startswith("sampler.")):
             raise ValueError(
                 f"the file lacks {len(missing)} weights of the sampler, such as {missing[0]}, so it comes from a model "

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from adamae_sampler.models import huggingface
+from adamae_sampler.networks import current_name
 
 
 @dataclass(frozen=True)
@@ -241,7 +242,8 @@ def _recognise(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> Form
 def _rename(name: str, file_format: Format) -> str:
     for pattern, replacement in file_format.renames:
         name = re.sub(pattern, replacement, name)
-    return name
+    model, network, layer = name.partition("sampler.network.")
+    return model + network + current_name(layer)
 
 
 def _summary(names: Sequence[str]) -> str:

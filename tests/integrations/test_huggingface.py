@@ -97,24 +97,29 @@ def test_p_of_videomae_b_starts_uniform():
     assert log_probs.exp().max().item() == pytest.approx(1 / 1568, rel=1e-4)
 
 
+class Clips(torch.utils.data.Dataset):
+    def __init__(self, shape):
+        self.shape = shape
+
+    def __len__(self):
+        return 12
+
+    def __getitem__(self, index):
+        return {"pixel_values": structured(1, self.shape, index)[0]}
+
+
+def training_arguments(folder, steps, **more):
+    return transformers.TrainingArguments(
+        output_dir=str(folder), per_device_train_batch_size=2, max_steps=steps, learning_rate=1e-3, logging_steps=1,
+        save_steps=3, report_to=[], use_cpu=True, disable_tqdm=True, **more,
+    )  # fmt: skip
+
+
 @each_host
 def test_trainer_runs_unchanged(make, shape, argument, tmp_path):
-    class Clips(torch.utils.data.Dataset):
-        def __len__(self):
-            return 12
-
-        def __getitem__(self, index):
-            return {"pixel_values": structured(1, shape, index)[0]}
-
-    def arguments(steps):
-        return transformers.TrainingArguments(
-            output_dir=str(tmp_path), per_device_train_batch_size=2, max_steps=steps, learning_rate=1e-3,
-            logging_steps=1, save_steps=3, report_to=[], use_cpu=True, disable_tqdm=True,
-        )  # fmt: skip
-
     model = patch(make(), 0.75)
     before = {name: each.clone() for name, each in model.sampler.state_dict().items()}
-    trainer = transformers.Trainer(model=model, args=arguments(3), train_dataset=Clips())
+    trainer = transformers.Trainer(model=model, args=training_arguments(tmp_path, 3), train_dataset=Clips(shape))
     trainer.train()
     assert all(
         not torch.equal(each, before[name]) for name, each in model.sampler.named_parameters() if "bias" not in name
@@ -122,7 +127,9 @@ def test_trainer_runs_unchanged(make, shape, argument, tmp_path):
     history = [each["loss"] for each in trainer.state.log_history if "loss" in each]
     assert len(history) == 3
 
-    resumed = transformers.Trainer(model=patch(make(), 0.75), args=arguments(5), train_dataset=Clips())
+    resumed = transformers.Trainer(
+        model=patch(make(), 0.75), args=training_arguments(tmp_path, 5), train_dataset=Clips(shape)
+    )
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
     assert resumed.state.global_step == 5
     saved = patched_class(type(model).host_class).from_pretrained(tmp_path / "checkpoint-3")
