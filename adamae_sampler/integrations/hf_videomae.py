@@ -51,17 +51,18 @@ class AdaptiveHFVideoMAE(HuggingFaceHost):
         *,
         mask: Tensor | MaskSample | None = None,
         mask_ratio: float | None = None,
+        return_loss: bool = True,  # tells Trainer.evaluate that there is a loss without labels
         **kwargs: Any,
     ) -> Any:
         """pixel_values [B, T, C, H, W]; bool_masked_pos or mask [B, N] bool, True = masked -> the host's output."""
         self.check_ratio(mask_ratio)
         with self.masking(pixel_values, one_of(bool_masked_pos, mask)) as sample:
-            output = super().forward(pixel_values, indexed_mask(sample, self.mask_use), return_dict=True, **kwargs)
+            output, loss, logits = self.host_output(pixel_values, indexed_mask(sample, self.mask_use), **kwargs)
 
             def token_error() -> Tensor:
-                return self.token_error(output.logits, pixel_values, sample)
+                return self.token_error(logits, pixel_values, sample)
 
-            output.loss = self.total(output.loss, token_error=token_error)
+            output["loss"] = self.total(loss, token_error=token_error)
         return self.finish(output, return_dict)
 
     def as_video(self, inputs: Tensor) -> Tensor:

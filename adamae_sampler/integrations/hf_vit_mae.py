@@ -71,21 +71,23 @@ class AdaptiveHFViTMAE(HuggingFaceHost):
         mask: Tensor | MaskSample | None = None,
         bool_masked_pos: Tensor | MaskSample | None = None,
         mask_ratio: float | None = None,
+        return_loss: bool = True,  # tells Trainer.evaluate that there is a loss without labels
         **kwargs: Any,
     ) -> Any:
         """pixel_values [B, C, H, W]; mask [B, N] bool, True = masked -> the host's output."""
         if noise is not None:
             raise ValueError("noise chooses the host's random mask, and a patched model has its own. Pass mask=.")
         self.check_ratio(mask_ratio)
-        kwargs["interpolate_pos_encoding"] = interpolate_pos_encoding
+        if interpolate_pos_encoding:  # not every subclass takes it
+            kwargs["interpolate_pos_encoding"] = True
         with self.masking(pixel_values, one_of(mask, bool_masked_pos)) as sample:
-            output = super().forward(pixel_values, return_dict=True, **kwargs)
+            output, loss, logits = self.host_output(pixel_values, **kwargs)
 
             def token_error() -> Tensor:
-                error = self.token_error(output.logits.detach(), pixel_values, interpolate_pos_encoding)
+                error = self.token_error(logits.detach(), pixel_values, interpolate_pos_encoding)
                 return error.gather(1, sample.masked_idx)
 
-            output.loss = self.total(output.loss, token_error=token_error)
+            output["loss"] = self.total(loss, token_error=token_error)
         return self.finish(output, return_dict)
 
     def token_error(self, prediction: Tensor, pixel_values: Tensor, interpolate_pos_encoding: bool) -> Tensor:

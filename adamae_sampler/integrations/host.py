@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, ClassVar, NamedTuple, cast
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -179,6 +180,8 @@ class AdaptiveHost(Patched):
                 "mask. Leave the mask out of the batch.",
                 stacklevel=6,  # the caller of model(...)
             )
+        if self.training and not torch.compiler.is_compiling():
+            self._warn_if_frozen()
         if self._use is not None:
             raise RuntimeError(
                 f"a forward of this patched {type(self).__name__} is under way, in another thread or from within. The "
@@ -211,6 +214,18 @@ class AdaptiveHost(Patched):
                 module._use = None
             for each in tokenizers:
                 each._keep, each._kept = False, None
+
+    def _warn_if_frozen(self) -> None:
+        if self in _WARNED_OF_FROZEN or any(each.requires_grad for each in self.sampler.parameters()):
+            return
+        if next(self.sampler.parameters(), None) is not None:
+            _WARNED_OF_FROZEN.add(self)
+            warnings.warn(
+                f"the sampler of this {type(self).__name__} has no trainable parameter, so its masks learn nothing. "
+                'For LoRA pass LoraConfig(modules_to_save=["sampler"]); otherwise '
+                "model.sampler.requires_grad_(True).",
+                stacklevel=7,  # the caller of model(...)
+            )
 
     def patched_modules(self) -> list[PatchedSubmodule]:
         """The patched submodules, even inside wrappers that were added later (activation checkpointing, FSDP)."""
@@ -316,6 +331,7 @@ def default_ratio(model: nn.Module) -> float | None:
     return default if isinstance(default, float) else None
 
 
+_WARNED_OF_FROZEN: WeakSet[AdaptiveHost] = WeakSet()
 _RENAMED_ATTRIBUTES = {"seams": "expected_interface", "parts": "patched_submodules", "describe": "host_shape"}
 _RENAMED_CLASSES = {
     "HandedOnTokens": "CachedTokenizer",

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from adamae_sampler.integrations.host import AdaptiveHost
-from adamae_sampler.integrations.patched import Patched
+from adamae_sampler.integrations.patched import HostInterfaceError, Patched
 from adamae_sampler.mask import MaskSample
 from adamae_sampler.networks import OLD_NAMES
 from adamae_sampler.sampler import AdaptiveTokenSampler, TokenSampler
@@ -71,7 +71,8 @@ class HuggingFaceHost(AdaptiveHost):
         if missing := sorted(name for name in info["missing_keys"] if name.startswith("sampler.")):
             raise ValueError(
                 f"the file lacks {len(missing)} weights of the sampler, such as {missing[0]}, so it comes from a model "
-                f"that was not patched. Use {cls.host_class.__name__}.from_pretrained, then patch(model)."
+                f"that was not patched. Use model = {cls.host_class.__name__}.from_pretrained(folder), then "
+                f"del model.config.{SETTINGS} and patch(model): its configuration still describes a sampler."
             )
         return (model, info) if output_loading_info else model
 
@@ -99,13 +100,33 @@ class HuggingFaceHost(AdaptiveHost):
         super().install(sampler, sampling_weight, settings)
         self._settings = settings
 
+    def host_output(self, *args: Any, **kwargs: Any) -> tuple[Any, Tensor, Tensor]:
+        """The output of the host's own forward, a ModelOutput or a dictionary; and its loss and logits.
+
+        Raises:
+            HostInterfaceError: it has no loss or no logits.
+        """
+        output = super().forward(*args, return_dict=True, **kwargs)
+        loss, logits = (
+            getattr(output, name, None) if hasattr(output, "to_tuple") else output.get(name)
+            for name in ("loss", "logits")
+        )
+        if loss is None or logits is None:
+            raise HostInterfaceError(
+                f"the forward of {self.host_class.__name__} was expected to compute a loss and logits, and returned "
+                f"{', '.join(output)}. The sampler learns from both. unpatch(model), or leave the option out."
+            )
+        return output, loss, logits
+
     def remove(self) -> None:
         """Does what `AdaptiveHost.remove` does, and drops the settings."""
         self.__dict__.pop("_settings", None)
         super().remove()
 
     def finish(self, output: Any, return_dict: bool | None) -> Any:
-        """The output; as a tuple if the caller or the configuration asks for one."""
+        """The output; as a tuple if the caller or the configuration asks for one, and the host knows such tuples."""
+        if not hasattr(output, "to_tuple"):
+            return output
         wanted = getattr(self.config, "return_dict", True) if return_dict is None else return_dict
         return output if wanted else output.to_tuple()
 

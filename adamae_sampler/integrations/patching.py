@@ -143,6 +143,11 @@ def patched_class(host_class: type[nn.Module]) -> type[Any]:
     for mixin in (AdaptiveHFVideoMAE, AdaptiveHFViTMAE):
         if set(mixin.names) & {base.__name__ for base in host_class.__mro__}:
             return cast(type[Any], patched_type(host_class, mixin))
+    if hasattr(host_class, "_model_mapping"):
+        raise TypeError(
+            f"{host_class.__name__} chooses the host's own class, which leaves the sampler out. Name the class: "
+            "patched_class(VideoMAEForPreTraining).from_pretrained(folder), or ViTMAEForPreTraining."
+        )
     raise TypeError(
         f"{host_class.__name__} has no from_pretrained that loads a sampler: expected a Hugging Face class, "
         "VideoMAEForPreTraining or ViTMAEForPreTraining. For other hosts build the model, patch it, then call "
@@ -172,7 +177,11 @@ def find_host(model: nn.Module, host: str | None = None) -> type[AdaptiveHost]:
     got = f"cannot patch {type(model).__module__}.{type(model).__qualname__}"
     inner = _inner(model)
     if inner is not None:
-        raise TypeError(f"{got}: it wraps a {type(inner).__name__}. Patch that first, then wrap it again.")
+        lora = " For LoRA: get_peft_model(patch(model), LoraConfig(..., modules_to_save=['sampler']))."
+        raise TypeError(
+            f"{got}: it wraps a {type(inner).__name__}. Patch that first, then wrap it again."
+            + (lora if hasattr(model, "peft_config") else "")
+        )
     raise TypeError(
         f"{got}: expected one of {known}, or a subclass of one; found the classes {', '.join(names[:-2])}. If a fork "
         f"renamed the class, use patch(model, host=...) with one of {', '.join(HOSTS)}. For other models use "
@@ -181,6 +190,8 @@ def find_host(model: nn.Module, host: str | None = None) -> type[AdaptiveHost]:
 
 
 def _inner(model: nn.Module) -> nn.Module | None:
-    """The model inside DDP, DataParallel or torch.compile; None if the model is not wrapped."""
+    """The model inside DDP, DataParallel, torch.compile or peft; None if the model is not wrapped."""
+    if hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
+        return cast(Any, model).get_base_model()
     inner = getattr(model, "module", getattr(model, "_orig_mod", None))
     return inner if isinstance(inner, nn.Module) else None

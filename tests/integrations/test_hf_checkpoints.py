@@ -9,7 +9,7 @@ from hosts import make_hf_videomae, make_hf_vit_mae
 from test_huggingface import Clips, train_a_little, training_arguments
 
 from adamae_sampler import AdaptiveTokenSampler, patch
-from adamae_sampler.integrations import patched_class
+from adamae_sampler.integrations import HostInterfaceError, patched_class
 from adamae_sampler.networks import OLD_NAMES
 
 transformers = pytest.importorskip("transformers")
@@ -83,3 +83,62 @@ def test_a_resumed_trainer_has_the_samplers_weights(make, shape, tmp_path):
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))  # nothing is left to train
     for name, each in model.sampler.state_dict().items():
         assert torch.equal(each, resumed.model.sampler.state_dict()[name]), name
+
+
+@each_host
+def test_a_save_without_the_sampler_ends_in_advice_that_works(make, shape, tmp_path):
+    patch(make(), 0.75).save_pretrained(tmp_path / "patched")
+    host_class = type(make())
+    plain = host_class.from_pretrained(tmp_path / "patched")
+    plain.save_pretrained(tmp_path / "plain")  # its configuration describes a sampler that the file lacks
+    with pytest.raises(
+        ValueError, match=rf"model = {host_class.__name__}\.from_pretrained\(folder\), then del"
+    ) as caught:
+        patched_class(host_class).from_pretrained(tmp_path / "plain")
+    advice = re.search(r"(model = .*?folder\)), then (del \S+) and (patch\(model\))", str(caught.value))
+    names = {host_class.__name__: host_class, "folder": tmp_path / "plain", "patch": patch}
+    exec("\n".join(advice.groups()), names)
+    assert names["model"].sampler.num_tokens == 64
+    names["model"].save_pretrained(tmp_path / "again")
+    patched_class(host_class).from_pretrained(tmp_path / "again")
+
+
+def test_auto_classes_are_told_to_name_the_class():
+    with pytest.raises(TypeError, match=r"leaves the sampler out\. Name the class: patched_class\(VideoMAE"):
+        patched_class(transformers.AutoModelForPreTraining)
+
+
+@each_host
+def test_evaluate_gives_the_hosts_loss(make, shape, tmp_path):
+    model = patch(make(), 0.75)
+    clips = Clips(shape)
+    inputs = torch.stack([clips[i]["pixel_values"] for i in range(len(clips))])
+    masks = model.eval().draw_mask(inputs).mask
+    items = [{**clips[i], "mask": masks[i]} for i in range(len(clips))]
+    found = transformers.Trainer(model=model, args=training_arguments(tmp_path, 1), eval_dataset=items).evaluate()
+    with torch.no_grad():
+        assert found["eval_loss"] == pytest.approx(model(inputs, mask=masks).loss.item(), rel=1e-4)
+
+
+class PlainViTMAE(transformers.ViTMAEForPreTraining):
+    """A subclass with a signature and an output of its own, as beast-backbones has."""
+
+    def forward(self, pixel_values, noise=None, return_dict=None, return_recon=False):
+        output = super().forward(pixel_values, noise)
+        if return_recon:
+            return {"loss": output.loss, "reconstructions": self.unpatchify(output.logits)}
+        return {"latents": output.logits.mean(1), "loss": output.loss, "logits": output.logits}
+
+
+def test_a_subclass_that_takes_and_returns_less():
+    model = make_hf_vit_mae()
+    model.__class__ = PlainViTMAE
+    x = torch.randn(2, 3, 32, 32)
+    output = patch(model.train(), 0.75)(x)
+    output["loss"].backward()
+    assert set(output) == {"latents", "loss", "logits"}
+    torch.testing.assert_close(
+        output["loss"].detach(), model.last_step.reconstruction + 1e-4 * model.last_step.sampling
+    )
+    with pytest.raises(HostInterfaceError, match="a loss and logits, and returned loss, reconstructions"):
+        model(x, return_recon=True)
