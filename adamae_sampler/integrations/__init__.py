@@ -8,6 +8,7 @@
     mask_use.py       what a host's forward did with the mask
     token_errors.py   the errors of single tokens, for hosts that compute their mean alone
     indexed_mask.py   boolean masks that index without waiting for the device
+    old_timm.py       names that research code imports and today's packages lack; import it by name
     huggingface.py    the base of the Hugging Face hosts
     other files       one host each
 

@@ -6,11 +6,8 @@ import importlib
 import sys
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
-import numpy as np
-import timm.models.vision_transformer
-from torch import nn
+from adamae_sampler.integrations import old_timm
 
 
 def import_from(path: Path, module: str) -> Any:
@@ -22,21 +19,14 @@ def import_from(path: Path, module: str) -> Any:
     """
     if not path.is_dir():
         raise FileNotFoundError(f"no checkout in {path}.")
-    block = timm.models.vision_transformer.Block
-
-    def block_of_old(*args: Any, qk_scale: None = None, **kwargs: Any) -> nn.Module:
-        return block(*args, **kwargs)
-
-    if not hasattr(np, "float"):
-        setattr(np, "float", float)  # noqa: B010  # mae asks for it, NumPy has dropped it
+    old_timm.install()
     own = {name for file in path.glob("*.py") if (name := file.stem) in sys.modules}
     others = {  # of another checkout, under the same name
         name: sys.modules.pop(name) for name in own if Path(sys.modules[name].__file__ or "").parent != path
     }
     sys.path.insert(0, str(path))
     try:
-        with mock.patch.object(timm.models.vision_transformer, "Block", block_of_old):
-            return importlib.import_module(module)
+        return importlib.import_module(module)
     finally:
         sys.path.remove(str(path))
         sys.modules.update(others)
