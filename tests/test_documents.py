@@ -118,9 +118,7 @@ def test_python_blocks_parse_and_import_what_is_there(page):
     for block in blocks(page, "python"):
         for node in ast.walk(ast.parse(block)):
             if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("adamae_sampler"):
-                module = importlib.import_module(node.module)
-                missing = [alias.name for alias in node.names if not hasattr(module, alias.name)]
-                assert not missing, f"{node.module} has no {missing}"
+                exec(ast.unparse(node), {})
 
 
 @pytest.mark.parametrize("page", WRITTEN, ids=name_of)
