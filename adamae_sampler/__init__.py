@@ -2,6 +2,7 @@
 
     mask.py        MaskSample, and the number of tokens that a mask ratio leaves visible
     sampler/       tokens [B, N, D] -> MaskSample: adaptive, hard, motion, random, tube, frame, block, grid
+    positions.py   position tables at other grids
     networks.py    the score networks of the learned samplers
     transformer.py the blocks of all networks here
     attention.py   their attention, and the choice of torch's kernels for it

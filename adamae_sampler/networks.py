@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from adamae_sampler.ops import token_scores
+from adamae_sampler.positions import GridSize, resample
 from adamae_sampler.transformer import LayerNorm, Transformer
 
 _MOST_CELLS = 200
@@ -81,6 +82,7 @@ class MHAScoreNetwork(BlockScoreNetwork):
         width: width of the blocks, D if None. A narrower network projects the tokens first.
         mlp_ratio: hidden width of a block's MLP over its width.
         drop: dropout rate.
+        grid_size: (T, H, W) of the N tokens, to score tokens of other grids. A sampler gives its own.
 
     Raises:
         ValueError: the heads do not divide the width.
@@ -95,8 +97,10 @@ class MHAScoreNetwork(BlockScoreNetwork):
         width: int | None = None,
         mlp_ratio: float = 4.0,
         drop: float = 0.1,
+        grid_size: GridSize | None = None,
     ) -> None:
         super().__init__()
+        self.grid_size = grid_size
         width = width or embed_dim
         if width % num_heads:
             raise ValueError(
@@ -111,10 +115,18 @@ class MHAScoreNetwork(BlockScoreNetwork):
         self.head = nn.Linear(width, 1)
         init_linear_layers(self)
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """[B, N, D] -> [B, N] fp32."""
+    def forward(self, tokens: Tensor, grid_size: GridSize | None = None) -> Tensor:
+        """[B, N, D] -> [B, N] fp32. At another grid the position embedding is resampled."""
+        positions: Tensor = self.pos_embed
+        if grid_size is not None:
+            if self.grid_size is None:
+                raise ValueError(
+                    f"tokens of the grid {grid_size}, and the network does not know the grid of its own "
+                    f"{positions.shape[1]} tokens. Give MHAScoreNetwork grid_size=(T, H, W)."
+                )
+            positions = resample(positions, self.grid_size, grid_size)
         x = self.project(tokens)
-        x = x + self.pos_embed.to(x.dtype)  # an fp32 embedding would make the sum fp32 under autocast
+        x = x + positions.to(x.dtype)  # an fp32 embedding would make the sum fp32 under autocast
         return _score(self.head, self.blocks(x))
 
 
@@ -126,7 +138,8 @@ class PooledScoreNetwork(BlockScoreNetwork):
 
     Args:
         embed_dim: D, width of the tokens.
-        grid_size: (T, H, W) tokens. Any size works, since the last cells of an axis may be smaller.
+        grid_size: (T, H, W) tokens. Any size works, since the last cells of an axis may be smaller. At another grid the
+            cells keep their size, and the embedding of their positions is resampled.
         pool: tokens of a cell in time, height and width. None means (2, 2, 2), doubled along the axis with the most
             cells until there are 200 cells or fewer. The cost then grows with the tokens, not with their square.
         width: width of the blocks, independent of D; choose less for a narrow model.
@@ -142,8 +155,8 @@ class PooledScoreNetwork(BlockScoreNetwork):
     def __init__(
         self,
         embed_dim: int,
-        grid_size: tuple[int, int, int],
-        pool: tuple[int, int, int] | None = None,
+        grid_size: GridSize,
+        pool: GridSize | None = None,
         width: int = 192,
         depth: int = 1,
         num_heads: int = 3,
@@ -167,33 +180,36 @@ class PooledScoreNetwork(BlockScoreNetwork):
         init_linear_layers(self)
         start_even(self)
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """[B, N, D] -> [B, N] fp32."""
-        if tokens.shape[1] != math.prod(self.grid_size):
+    def forward(self, tokens: Tensor, grid_size: GridSize | None = None) -> Tensor:
+        """[B, N, D] -> [B, N] fp32. At another grid the cells keep their size."""
+        grid_size = grid_size or self.grid_size
+        if tokens.shape[1] != math.prod(grid_size):
             raise ValueError(
-                f"tokens have shape {tuple(tokens.shape)}, expected {math.prod(self.grid_size)} tokens, for the "
-                f"network's grid {self.grid_size}. Build the network with the sampler's grid_size."
+                f"tokens have shape {tuple(tokens.shape)}, expected {math.prod(grid_size)} tokens, for the grid "
+                f"{grid_size}. Build the network with the sampler's grid_size."
             )
+        cells = _cells(grid_size, self.pool)
         own = self.project(tokens)  # [B, N, width]
-        x = self._pool(own) + self.pos_embed.to(own.dtype)  # [B, cells, width]
-        _, normed = self.norm.of_sum(own, self._expand(self.blocks(x)))
+        positions = resample(self.pos_embed, self.cells, cells)
+        x = self._pool(own, grid_size) + positions.to(own.dtype)  # [B, cells, width]
+        _, normed = self.norm.of_sum(own, self._expand(self.blocks(x), grid_size, cells))
         return _score(self.head, F.gelu(normed))
 
-    def _pool(self, x: Tensor) -> Tensor:
+    def _pool(self, x: Tensor, grid_size: GridSize) -> Tensor:
         """[B, N, width] -> [B, cells, width], the mean of each cell's tokens."""
         # Axis by axis, since avg_pool3d wants the width first and has no deterministic gradient on a GPU.
-        grid = x.unflatten(1, self.grid_size)  # [B, T, H, W, width]
-        for axis, (cell, side) in enumerate(zip(self.pool, self.grid_size, strict=True), start=1):
+        grid = x.unflatten(1, grid_size)  # [B, T, H, W, width]
+        for axis, (cell, side) in enumerate(zip(self.pool, grid_size, strict=True), start=1):
             whole = side - side % cell
-            means = grid.narrow(axis, 0, whole).unflatten(axis, (-1, cell)).mean(axis + 1)
+            means = [grid.narrow(axis, 0, whole).unflatten(axis, (-1, cell)).mean(axis + 1)] if whole else []
             rest = [grid.narrow(axis, whole, side - whole).mean(axis, keepdim=True)] if whole < side else []
-            grid = torch.cat([means, *rest], axis)
+            grid = torch.cat([*means, *rest], axis)
         return grid.flatten(1, 3)
 
-    def _expand(self, x: Tensor) -> Tensor:
+    def _expand(self, x: Tensor, grid_size: GridSize, cells: GridSize) -> Tensor:
         """[B, cells, width] -> [B, N, width]: each token gets the values of its cell."""
-        grid = x.unflatten(1, self.cells)  # [B, cells in T, H, W, width]
-        for axis, (cell, side) in enumerate(zip(self.pool, self.grid_size, strict=True), start=1):
+        grid = x.unflatten(1, cells)  # [B, cells in T, H, W, width]
+        for axis, (cell, side) in enumerate(zip(self.pool, grid_size, strict=True), start=1):
             grid = grid.repeat_interleave(cell, axis).narrow(axis, 0, side)
         return grid.flatten(1, 3)
 
@@ -202,13 +218,13 @@ class PooledScoreNetwork(BlockScoreNetwork):
         return f"grid_size={self.grid_size}, pool={self.pool}"
 
 
-def _cells(grid_size: tuple[int, int, int], pool: tuple[int, int, int]) -> tuple[int, int, int]:
+def _cells(grid_size: GridSize, pool: GridSize) -> GridSize:
     """The number of cells along each axis."""
     t, h, w = (-(-side // cell) for side, cell in zip(grid_size, pool, strict=True))
     return t, h, w
 
 
-def _default_pool(grid_size: tuple[int, int, int]) -> tuple[int, int, int]:
+def _default_pool(grid_size: GridSize) -> GridSize:
     pool = [min(2, side) for side in grid_size]
     while math.prod(cells := _cells(grid_size, (pool[0], pool[1], pool[2]))) > _MOST_CELLS:
         pool[cells.index(max(cells))] *= 2

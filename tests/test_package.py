@@ -54,7 +54,7 @@ def test_data_flows_one_way():
     layers = [
         ["mask"],
         ["ops", "estimators"],
-        ["attention", "transformer", "networks", "sampler", "losses"],
+        ["attention", "transformer", "positions", "networks", "sampler", "losses"],
         ["models", "integrations", "visualize", "env"],
     ]
     level = {name: height for height, names in enumerate(layers) for name in names}

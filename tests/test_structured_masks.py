@@ -189,7 +189,7 @@ def test_a_lattice_of_a_quarter_is_shown_whole():
     [
         ("scale=0, expected a share", lambda: BlockTokenSampler((2, 4, 4), scale=0)),
         (
-            "1000 blocks with scale=0.01 and temporal_scale=0.05 masked .* of 1568 tokens, expected 1490",
+            "1000 blocks with scale=0.01 and temporal_scale=0.05 masked fewer than 1490 of 1568 tokens",
             lambda: BlockTokenSampler((8, 14, 14), 0.95, scale=0.01, temporal_scale=0.05),
         ),
         ("temporal_scale=1.5, expected a share", lambda: BlockTokenSampler((2, 4, 4), temporal_scale=1.5)),

@@ -12,6 +12,7 @@ from adamae_sampler.integrations.mae import visible_first
 from adamae_sampler.integrations.patched import HostInterfaceError
 from adamae_sampler.integrations.submodules import CachedTokenizer, PatchedSubmodule
 from adamae_sampler.mask import MaskSample
+from adamae_sampler.positions import GridSize
 
 
 class GivenMask(PatchedSubmodule):
@@ -60,6 +61,11 @@ class AdaptiveHFViTMAE(HuggingFaceHost):
     def host_shape(model: Any) -> HostShape:
         """The shape and the ratio that the configuration gives."""
         return HostShape(model.config.hidden_size, (1, *image_grid(model.config)), model.config.mask_ratio)
+
+    def grid_of(self, inputs: Tensor) -> GridSize:
+        """Images of any size, with interpolate_pos_encoding=True."""
+        patch = self.config.patch_size
+        return 1, inputs.shape[2] // patch, inputs.shape[3] // patch
 
     def forward(
         self,

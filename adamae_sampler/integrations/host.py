@@ -125,10 +125,16 @@ class AdaptiveHost(Patched):
         """The host's input -> its pixels [B, C, T, H, W], for samplers that look at them. Images have T = 1."""
         return inputs[:, :, None] if inputs.dim() == 4 else inputs
 
+    def grid_of(self, inputs: Tensor) -> GridSize | None:
+        """The grid (T, H, W) of an input's tokens; None for that of `host_shape`, if the host takes no other."""
+        return None
+
     def sampled(self, inputs: Tensor, tokens: Tensor, **how: Any) -> MaskSample:
         """The sampler's result for the host's input and the tokens of its tokenizer, in training and in evaluation."""
         if self.sampler.uses_video:
             how["video"] = self.as_video(inputs)
+        if (grid := self.grid_of(inputs)) is not None:
+            how["grid_size"] = grid
         sample: MaskSample = self.sampler(self.scored(tokens), **how)
         return sample
 

@@ -20,6 +20,7 @@ from adamae_sampler.networks import init_linear_layers
 from adamae_sampler.ops import assemble_tokens
 from adamae_sampler.ops.patch_format import PatchSize
 from adamae_sampler.ops.thumbnail import shrink, shrunk
+from adamae_sampler.positions import GridSize, resample
 from adamae_sampler.sampler import Masking, Ramp, TokenSampler, draw_decoded, make_sampler
 from adamae_sampler.transformer import LayerNorm, Transformer
 
@@ -74,6 +75,8 @@ class AdaMAE(nn.Module):
         decode_ratio: share of the masked tokens that is decoded in training, drawn uniformly. Evaluation decodes all.
         mean: the channel means of uint8 video, as a share of 255. With three channels None means ImageNet's.
         std: the standard deviations that go with `mean`.
+        dynamic_img_size: whether clips of other sizes and lengths are taken, if patches divide them (timm's name).
+            Position tables are resampled, and the number of visible tokens follows from the mask ratio.
         fused_head: in training return `HeadInputs` instead of the prediction. `AdaMAELoss(fused_head=True)` takes it
             and computes the last layer and the error together.
 
@@ -106,6 +109,7 @@ class AdaMAE(nn.Module):
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
         fused_head: bool = False,
+        dynamic_img_size: bool = False,
     ) -> None:
         super().__init__()
         if sample_from not in ("tokens", "pixels"):
@@ -115,6 +119,7 @@ class AdaMAE(nn.Module):
         self.sample_from = sample_from
         self.decode_ratio = decode_ratio
         self.fused_head = fused_head
+        self.dynamic_img_size = dynamic_img_size
         self.size = VideoSize.of(img_size, num_frames, patch_size, tubelet_size, in_chans, mean, std)
         num_tokens = self.size.num_tokens
 
@@ -152,13 +157,14 @@ class AdaMAE(nn.Module):
             TypeError: the video is neither uint8 nor floating point.
             ValueError: the video has another size than the model, or the mask does not fit the video.
         """
-        self.size.check(video)
-        x, sample = self._encode(video, mask, generator)  # [B, K, D], B times num_masks
+        grid = self.size.grid_of(video, self.dynamic_img_size)
+        x, sample = self._encode(video, mask, generator, grid)  # [B, K, D], B times num_masks
         if self.training and self.decode_ratio < 1 and sample.decoded_idx is None:
             num_masked = sample.masked_idx.shape[1]
             sample = draw_decoded(sample, max(1, int(num_masked * self.decode_ratio + 1e-9)), generator)
         x = self.encoder_to_decoder(x)  # [B, K, decoder D]
-        x = assemble_tokens(x, self.mask_token, self.decoder_pos_embed, sample)  # [B, K + M, decoder D]
+        positions = resample(self.decoder_pos_embed, self.size.grid, grid)
+        x = assemble_tokens(x, self.mask_token, positions, sample)  # [B, K + M, decoder D]
         num_masked = sample.target_idx.shape[1]
         if self.training and self.fused_head:
             # Copies: FSDP2 takes parameters back after the forward pass, and DDP counts returned parameters as unused.
@@ -168,34 +174,34 @@ class AdaMAE(nn.Module):
         return prediction, sample
 
     def _encode(
-        self, video: Tensor, mask: Tensor | MaskSample | None, generator: torch.Generator | None
+        self, video: Tensor, mask: Tensor | MaskSample | None, generator: torch.Generator | None, grid: GridSize
     ) -> tuple[Tensor, MaskSample]:
         """The encoded visible tokens [B, K, D], and the mask."""
         embed = self.encoder.patch_embed
         layer = embed.layer_for(video)
         if self.sample_from == "tokens":
             tokens = embed(video, layer=layer)  # [B, N, D]
-            sample: MaskSample = self.sampler(tokens, video=video, mask=mask, generator=generator)
+            sample: MaskSample = self.sampler(tokens, video=video, mask=mask, generator=generator, grid_size=grid)
             if sample.log_probs is None:
-                return self.encoder(tokens, sample.visible_idx), sample
+                return self.encoder(tokens, sample.visible_idx, grid), sample
         else:
             sample = self.draw_mask(video, mask=mask, generator=generator)
         # Where the scores give the tokens a gradient, the visible tokens are embedded again. That costs a few rows of a
         # matrix product. A gather would cost more: its gradient has a row for every token, and is summed over them all.
         visible = embed(video, sample.visible_idx, layer=layer)
-        return self.encoder.of_visible(visible, sample.visible_idx), sample
+        return self.encoder.of_visible(visible, sample.visible_idx, grid), sample
 
     def draw_mask(
         self, video: Tensor, mask: Tensor | MaskSample | None = None, generator: torch.Generator | None = None
     ) -> MaskSample:
         """A mask for each clip, as `forward` draws it. Use it for pictures, and for `forward(video, mask=...)`."""
-        tokens = self.sampler_tokens(video)
-        sample: MaskSample = self.sampler(tokens, video=video, mask=mask, generator=generator)
+        tokens, grid = self.sampler_tokens(video), self.size.grid_of(video, self.dynamic_img_size)
+        sample: MaskSample = self.sampler(tokens, video=video, mask=mask, generator=generator, grid_size=grid)
         return sample
 
     def sampler_tokens(self, video: Tensor) -> Tensor:
         """The tokens of a video that the sampler looks at, [B, N, D]; with `sample_from="pixels"` shrunk patches."""
-        self.size.check(video)
+        self.size.grid_of(video, self.dynamic_img_size)
         embed = self.encoder.patch_embed
         if self.sample_from == "pixels":
             return shrink(video, self.size.patches, embed.dtype_for(video))

@@ -15,6 +15,7 @@ from adamae_sampler.models.layers import PatchEmbed3d, sinusoid_table
 from adamae_sampler.ops import gather_tokens
 from adamae_sampler.ops.gather import select_rows
 from adamae_sampler.ops.patch_format import PatchFormat, PatchSize
+from adamae_sampler.positions import GridSize, resample
 from adamae_sampler.transformer import LayerNorm, Transformer
 
 
@@ -77,14 +78,36 @@ class VideoSize:
         """P, values of a patch."""
         return self.patches.pixels * self.video[0]
 
-    def check(self, video: Tensor) -> None:
-        """Raises TypeError for integers other than uint8, and ValueError unless the shape is [B, *self.video]."""
+    def grid_of(self, video: Tensor, dynamic: bool = False) -> GridSize:
+        """The grid (T, H, W) of a video's tokens.
+
+        Args:
+            video: [B, C, T, H, W].
+            dynamic: whether clips of other sizes are taken, if patches divide them.
+
+        Raises:
+            TypeError: the video has integers other than uint8.
+            ValueError: the shape is not [B, *self.video]; with `dynamic`, other channels, or a size that patches do not
+                divide.
+        """
+        if dynamic and video.ndim == 5 and video.shape[1] == self.video[0]:
+            self._check_dtype(video)
+            return self.patches.grid(video.shape)
+        self.check(video)
+        return self.grid
+
+    def _check_dtype(self, video: Tensor) -> None:
         if not video.is_floating_point() and video.dtype != torch.uint8:
             raise TypeError(f"video has dtype {video.dtype}, expected uint8 pixels or normalised floating point.")
+
+    def check(self, video: Tensor) -> None:
+        """Raises TypeError for integers other than uint8, and ValueError unless the shape is [B, *self.video]."""
+        self._check_dtype(video)
         if tuple(video.shape[1:]) != self.video:
             raise ValueError(
                 f"video has shape {tuple(video.shape)}, expected [B, {', '.join(map(str, self.video))}] (clips, "
-                "channels, frames, height, width). Build the model with img_size, num_frames and in_chans to fit."
+                "channels, frames, height, width). Build the model with img_size, num_frames and in_chans to fit, or "
+                "AdaMAE with dynamic_img_size=True to take other sizes too."
             )
 
 
@@ -112,25 +135,40 @@ class Encoder(nn.Module):
         norm: bool = True,
     ) -> None:
         super().__init__()
+        self.grid_size = size.grid
         self.patch_embed = PatchEmbed3d(size.patches, size.video[0], width)
         self.register_buffer("pos_embed", sinusoid_table(size.num_tokens, width), persistent=False)
         self.blocks = Transformer(depth, width, num_heads, drop_path=drop_path)
         self.norm = LayerNorm(width) if norm else None
 
-    def forward(self, tokens: Tensor, visible_idx: Tensor | None = None) -> Tensor:
-        """All tokens [B, N, D] -> all encoded [B, N, D]; or with visible_idx [B, K], those encoded [B, K, D]."""
+    def forward(self, tokens: Tensor, visible_idx: Tensor | None = None, grid_size: GridSize | None = None) -> Tensor:
+        """Encodes all tokens, or the visible ones.
+
+        Args:
+            tokens: [B, N, D], without position embedding.
+            visible_idx: [B, K], the tokens to encode; None for all.
+            grid_size: (T, H, W) of the tokens, if it is not the encoder's own; positions are resampled.
+
+        Returns:
+            [B, N, D]; or [B, K, D].
+        """
+        positions = self.positions(grid_size)
         if visible_idx is None:
-            x = tokens + self.pos_embed.to(tokens.dtype)
+            x = tokens + positions.to(tokens.dtype)
         else:
-            x = gather_tokens(tokens, visible_idx, self.pos_embed)
+            x = gather_tokens(tokens, visible_idx, positions)
         encoded: Tensor = self.blocks(x, self.norm)
         return encoded
 
-    def of_visible(self, visible: Tensor, visible_idx: Tensor) -> Tensor:
+    def of_visible(self, visible: Tensor, visible_idx: Tensor, grid_size: GridSize | None = None) -> Tensor:
         """Visible tokens [B, K, D] without position embedding, and visible_idx [B, K] -> encoded [B, K, D]."""
-        x = visible + select_rows(self.pos_embed.to(visible.dtype), visible_idx)
+        x = visible + select_rows(self.positions(grid_size).to(visible.dtype), visible_idx)
         encoded: Tensor = self.blocks(x, self.norm)
         return encoded
+
+    def positions(self, grid_size: GridSize | None = None) -> Tensor:
+        """The position embedding [1, N, D] at a grid; None for the encoder's own."""
+        return resample(self.pos_embed, self.grid_size, grid_size or self.grid_size)
 
 
 @torch.no_grad()

@@ -15,8 +15,9 @@
 All have the same call, so a training script compares them by changing one argument.
 """
 
+from adamae_sampler.positions import GridSize
 from adamae_sampler.sampler.adaptive import AdaptiveTokenSampler
-from adamae_sampler.sampler.base import GridSize, TokenSampler
+from adamae_sampler.sampler.base import TokenSampler
 from adamae_sampler.sampler.block import BlockTokenSampler
 from adamae_sampler.sampler.draws import draw_decoded
 from adamae_sampler.sampler.fixed import FrameTokenSampler, RandomTokenSampler, TubeTokenSampler

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from adamae_sampler.mask import MaskSample
 from adamae_sampler.ops import draw_mask
 from adamae_sampler.ops.draw import token_log_probs
-from adamae_sampler.sampler.base import GridSize
+from adamae_sampler.positions import GridSize
 from adamae_sampler.sampler.draws import repeat_rows
 from adamae_sampler.sampler.schedule import Ramp
 from adamae_sampler.sampler.scored import Network, ScoredTokenSampler
@@ -63,16 +63,16 @@ class AdaptiveTokenSampler(ScoredTokenSampler):
         self.temperature = temperature
         self.exploration = exploration
 
-    def logits(self, tokens: Tensor) -> Tensor:
+    def logits(self, tokens: Tensor, grid_size: GridSize | None = None) -> Tensor:
         """[B, N, D] -> [B, N]; p = softmax(logits). This is no step of an exploration's ramp; a draw is one."""
-        scores = self.scores(tokens)
+        scores, num_tokens = self.scores(tokens, grid_size), tokens.shape[1]
         if self.temperature != 1:
             scores = scores / self.temperature
         if isinstance(self.exploration, Ramp):
             share = self.exploration.value().clamp(_TINY, 1.0)
-            return self._explore(scores, torch.log1p(-share), (share / self.num_tokens).log())
+            return self._explore(scores, torch.log1p(-share), (share / num_tokens).log())
         if self.exploration:
-            own, even = math.log1p(-self.exploration), math.log(self.exploration / self.num_tokens)
+            own, even = math.log1p(-self.exploration), math.log(self.exploration / num_tokens)
             return self._explore(scores, own, even)
         return scores
 
@@ -83,16 +83,20 @@ class AdaptiveTokenSampler(ScoredTokenSampler):
         mixed = torch.logaddexp(log_probs + own, torch.zeros_like(log_probs) + even)
         return torch.where(finite, mixed, scores.to(mixed.dtype))
 
-    def draw(self, tokens: Tensor, generator: torch.Generator | None) -> MaskSample:
+    def draw(
+        self, tokens: Tensor, generator: torch.Generator | None, *, grid_size: GridSize | None = None
+    ) -> MaskSample:
         """Draws K tokens of each clip from p, without replacement; with R masks, R times."""
-        logits = repeat_rows(self.logits(tokens), self.num_masks)
+        logits = repeat_rows(self.logits(tokens, grid_size), self.num_masks)
         if isinstance(self.exploration, Ramp):
             self.exploration.count()
-        return draw_mask(logits, self.num_visible, generator=generator)
+        return draw_mask(logits, self.num_visible_at(grid_size or self.grid_size), generator=generator)
 
-    def complete(self, tokens: Tensor, given: MaskSample, video: Tensor | None = None) -> MaskSample:
+    def complete(
+        self, tokens: Tensor, given: MaskSample, video: Tensor | None = None, grid_size: GridSize | None = None
+    ) -> MaskSample:
         """The given mask with the sampler's log-probabilities, so the losses work as for a drawn mask."""
-        logits = repeat_rows(self.logits(tokens), given.mask.shape[0] // max(tokens.shape[0], 1))
+        logits = repeat_rows(self.logits(tokens, grid_size), given.mask.shape[0] // max(tokens.shape[0], 1))
         log_probs, num_nonfinite = token_log_probs(logits)
         return super().complete(tokens, given, video)._replace(log_probs=log_probs, num_nonfinite=num_nonfinite)
 

@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import abc
+import inspect
 import math
+import operator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from adamae_sampler.mask import MaskSample
+from adamae_sampler.mask import MaskSample, num_visible_tokens
 from adamae_sampler.ops.checks import check_tokens
-
-GridSize = tuple[int, int, int]
+from adamae_sampler.positions import GridSize
 
 
 class TokenSampler(nn.Module, abc.ABC):
     """Base of all samplers: the grid, the ratio, the checks, and masks that the caller passes.
 
     A sampler of your own sets `num_visible` and defines `draw(tokens, generator)`. To see the pixels too, it sets
-    `uses_video = True`, and both `draw` and `complete` get `video=`.
+    `uses_video = True`, and both `draw` and `complete` get `video=`. To take other grids than its own, both have
+    an argument `grid_size=None`; `num_visible_at` says K there, if it is not floor(N (1 - ratio)).
 
     Args:
         grid_size: (T, H, W), tokens in time, height and width; N = T H W tokens in t-h-w order.
@@ -29,27 +31,36 @@ class TokenSampler(nn.Module, abc.ABC):
 
     num_visible: int  # K; set by each sampler, since each rounds to whole units of its own
     uses_video: bool = False  # whether a draw needs the pixels
+    takes_grids: bool  # whether it draws for other grids than its own, which the arguments of its methods say
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if "describe" in vars(cls):
             raise TypeError(f"{cls.__name__}.describe is now called complete; rename it.")
+        cls.takes_grids = all(
+            "grid_size" in inspect.signature(method).parameters for method in (cls.draw, cls.complete)
+        )
 
     def __init__(self, grid_size: GridSize, mask_ratio: float, num_masks: int = 1) -> None:
         super().__init__()
         if not isinstance(num_masks, int) or num_masks < 1:
             raise ValueError(f"num_masks={num_masks!r}, expected a whole number of masks for each clip, 1 or more.")
         self.num_masks = num_masks
-        is_triple = isinstance(grid_size, (tuple, list)) and len(grid_size) == 3
-        if not is_triple or any(not isinstance(each, int) or each < 1 for each in grid_size):
-            raise ValueError(f"grid_size={grid_size}, expected three positive integers (T, H, W); T is 1 for images.")
-        self.grid_size: GridSize = (grid_size[0], grid_size[1], grid_size[2])
+        self.grid_size = checked_grid(grid_size)
         self.mask_ratio = mask_ratio
 
     @property
     def num_tokens(self) -> int:
         """N, tokens of a clip."""
         return math.prod(self.grid_size)
+
+    def num_visible_at(self, grid_size: GridSize) -> int:
+        """K at a grid: the same mask ratio, rounded as at the sampler's own.
+
+        Raises:
+            ValueError: the ratio leaves nothing to show or to hide.
+        """
+        return num_visible_tokens(math.prod(grid_size), self.mask_ratio)
 
     def forward(
         self,
@@ -58,6 +69,7 @@ class TokenSampler(nn.Module, abc.ABC):
         video: Tensor | None = None,
         mask: Tensor | MaskSample | None = None,
         generator: torch.Generator | None = None,
+        grid_size: GridSize | None = None,
     ) -> MaskSample:
         """Draws a mask for each clip, or takes the given one.
 
@@ -69,21 +81,34 @@ class TokenSampler(nn.Module, abc.ABC):
                 MaskSample, which may leave any number visible. It has B or B `num_masks` rows, clip by clip.
             generator: source of the draw's randomness; None means torch's default generator of the tokens' device.
                 Dropout in the score network always takes the default generator.
+            grid_size: (T, H, W) of these tokens, if it is not the sampler's own. K follows from the mask ratio, and
+                learned positions are resampled.
 
         Raises:
-            TypeError, ValueError: the tokens are not [B, N, D] or do not fill the grid; the video is missing or does
-                not fit the tokens; or the mask does not fit the tokens.
+            TypeError, ValueError: the tokens are not [B, N, D] or do not fill the grid; the sampler takes its own grid
+                alone; the video is missing or does not fit the tokens; or the mask does not fit the tokens.
         """
         check_tokens("tokens", tokens)
-        if tokens.shape[1] != self.num_tokens:
+        grid = self.grid_size if grid_size is None else checked_grid(grid_size)
+        if tokens.shape[1] != math.prod(grid):
             raise ValueError(
-                f"tokens have shape {tuple(tokens.shape)}: {tokens.shape[1]} tokens, but the grid {self.grid_size} "
-                f"has {self.num_tokens}. Build the sampler with grid_size=(frames // tubelet_size, height "
-                "// patch_size, width // patch_size) of your input, and leave out class tokens."
+                f"tokens have shape {tuple(tokens.shape)}: {tokens.shape[1]} tokens, but the grid {grid} has "
+                f"{math.prod(grid)}. Leave out class tokens. For an input of another size call the sampler with "
+                "grid_size=(frames // tubelet_size, height // patch_size, width // patch_size)."
             )
+        num_visible = self.num_visible
+        more: dict[str, Any] = {}
+        if grid != self.grid_size:
+            if not self.takes_grids:
+                raise ValueError(
+                    f"{type(self).__name__} draws for its own grid {self.grid_size}, and got {grid}. To draw for "
+                    "others, give draw and complete an argument grid_size=None."
+                )
+            num_visible, more["grid_size"] = self.num_visible_at(grid), grid
         if mask is None:
-            seen = {"video": self.check_video(tokens, video)} if self.uses_video else {}
-            return self.draw(tokens, generator, **seen)
+            if self.uses_video:
+                more["video"] = self.check_video(tokens, video, grid)
+            return self.draw(tokens, generator, **more)
         if not isinstance(mask, (Tensor, MaskSample)):
             kind = type(mask).__name__
             raise TypeError(f"mask is {kind}, expected a bool tensor [B, N], True = masked, or a MaskSample.")
@@ -97,10 +122,12 @@ class TokenSampler(nn.Module, abc.ABC):
                 f"mask has shape {shape}, expected {tuple(tokens.shape[:2])}: clips, tokens; or num_masks="
                 f"{self.num_masks} rows for each clip."
             )
-        given = mask if isinstance(mask, MaskSample) else MaskSample.from_mask(mask, self.num_visible)
-        return self.complete(tokens, given, **({"video": video} if self.uses_video else {}))
+        given = mask if isinstance(mask, MaskSample) else MaskSample.from_mask(mask, num_visible)
+        if self.uses_video:
+            more["video"] = video
+        return self.complete(tokens, given, **more)
 
-    def check_video(self, tokens: Tensor, video: Tensor | None) -> Tensor:
+    def check_video(self, tokens: Tensor, video: Tensor | None, grid_size: GridSize) -> Tensor:
         """The video, if it is one of the tokens' clips.
 
         Raises:
@@ -117,10 +144,10 @@ class TokenSampler(nn.Module, abc.ABC):
             kind = video.dtype if isinstance(video, Tensor) else type(video).__name__
             raise TypeError(f"video is {kind}, expected a uint8 or floating-point tensor [B, C, T, H, W].")
         shape = tuple(video.shape)
-        if len(shape) != 5 or any(size % cells for size, cells in zip(shape[2:], self.grid_size, strict=True)):
+        if len(shape) != 5 or any(size % cells for size, cells in zip(shape[2:], grid_size, strict=True)):
             raise ValueError(
                 f"video has shape {shape}, expected [B, C, T, H, W] with T, H and W multiples of the grid "
-                f"{self.grid_size}. For [B, T, C, H, W] pass video.transpose(1, 2); for images video[:, :, None]."
+                f"{grid_size}. For [B, T, C, H, W] pass video.transpose(1, 2); for images video[:, :, None]."
             )
         if shape[0] != tokens.shape[0]:
             raise ValueError(f"video has {shape[0]} clips and tokens have {tokens.shape[0]}, expected the same clips.")
@@ -132,13 +159,16 @@ class TokenSampler(nn.Module, abc.ABC):
     def draw(self, tokens: Tensor, generator: torch.Generator | None) -> MaskSample:
         """A fresh mask for each clip."""
 
-    def complete(self, tokens: Tensor, given: MaskSample, video: Tensor | None = None) -> MaskSample:
+    def complete(
+        self, tokens: Tensor, given: MaskSample, video: Tensor | None = None, grid_size: GridSize | None = None
+    ) -> MaskSample:
         """The sample of a given mask, with the fields that this sampler adds to its own draws.
 
         Args:
             tokens: [B, N, D].
             given: the mask.
             video: what the caller passed, unchecked, with `uses_video`; else None.
+            grid_size: the grid of the tokens; None for the sampler's own.
         """
         return MaskSample(given.visible_idx, given.masked_idx, given.mask, decoded_idx=given.decoded_idx)
 
@@ -146,3 +176,13 @@ class TokenSampler(nn.Module, abc.ABC):
         """For print(model)."""
         text = f"grid_size={self.grid_size}, mask_ratio={self.mask_ratio}, num_visible={self.num_visible}"
         return text if self.num_masks == 1 else f"{text}, num_masks={self.num_masks}"
+
+
+def checked_grid(grid_size: GridSize) -> GridSize:
+    """The grid as a tuple. Raises ValueError unless it is three positive integers."""
+    is_triple = isinstance(grid_size, (tuple, list, torch.Size)) and len(grid_size) == 3
+    if not is_triple or any(not isinstance(each, (int, torch.SymInt)) or each < 1 for each in grid_size):
+        raise ValueError(f"grid_size={grid_size}, expected three positive integers (T, H, W); T is 1 for images.")
+    # index() makes plain numbers of torch.compile's symbols: each grid has its own graph.
+    t, h, w = (operator.index(each) for each in grid_size)
+    return t, h, w

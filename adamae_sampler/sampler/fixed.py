@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from adamae_sampler.mask import MaskSample, num_masked_units, num_visible_tokens
-from adamae_sampler.sampler.base import GridSize, TokenSampler
+from adamae_sampler.mask import MaskSample, num_masked_units
+from adamae_sampler.positions import GridSize
+from adamae_sampler.sampler.base import TokenSampler
 from adamae_sampler.sampler.draws import draw_uniform
 
 
@@ -15,11 +16,14 @@ class RandomTokenSampler(TokenSampler):
 
     def __init__(self, grid_size: GridSize, mask_ratio: float = 0.9, num_masks: int = 1) -> None:
         super().__init__(grid_size, mask_ratio, num_masks)
-        self.num_visible = num_visible_tokens(self.num_tokens, mask_ratio)
+        self.num_visible = self.num_visible_at(self.grid_size)
 
-    def draw(self, tokens: Tensor, generator: torch.Generator | None) -> MaskSample:
+    def draw(
+        self, tokens: Tensor, generator: torch.Generator | None, *, grid_size: GridSize | None = None
+    ) -> MaskSample:
         """Draws K of N tokens uniformly."""
-        return draw_uniform(tokens, self.num_masks, self.num_tokens, self.num_visible, generator)
+        num_visible = self.num_visible_at(grid_size or self.grid_size)
+        return draw_uniform(tokens, self.num_masks, tokens.shape[1], num_visible, generator)
 
 
 class TubeTokenSampler(TokenSampler):
@@ -27,14 +31,22 @@ class TubeTokenSampler(TokenSampler):
 
     def __init__(self, grid_size: GridSize, mask_ratio: float = 0.9, num_masks: int = 1) -> None:
         super().__init__(grid_size, mask_ratio, num_masks)
-        frames, positions = grid_size[0], grid_size[1] * grid_size[2]
-        self.visible_positions = positions - num_masked_units(positions, mask_ratio, "spatial positions in a frame")
-        self.num_visible = frames * self.visible_positions
+        self.num_visible = self.num_visible_at(self.grid_size)
 
-    def draw(self, tokens: Tensor, generator: torch.Generator | None) -> MaskSample:
+    def num_visible_at(self, grid_size: GridSize) -> int:
+        """K at a grid: the visible positions of a frame, in all frames."""
+        positions = grid_size[1] * grid_size[2]
+        masked = num_masked_units(positions, self.mask_ratio, "spatial positions in a frame")
+        return grid_size[0] * (positions - masked)
+
+    def draw(
+        self, tokens: Tensor, generator: torch.Generator | None, *, grid_size: GridSize | None = None
+    ) -> MaskSample:
         """Draws spatial positions uniformly, then repeats them over time."""
-        frames, positions = self.grid_size[0], self.grid_size[1] * self.grid_size[2]
-        frame = draw_uniform(tokens, self.num_masks, positions, self.visible_positions, generator)
+        grid_size = grid_size or self.grid_size
+        frames, positions = grid_size[0], grid_size[1] * grid_size[2]
+        visible_positions = self.num_visible_at(grid_size) // frames
+        frame = draw_uniform(tokens, self.num_masks, positions, visible_positions, generator)
         start = torch.arange(frames, device=tokens.device)[:, None] * positions  # [T, 1]
         return MaskSample(
             visible_idx=(start + frame.visible_idx[:, None]).flatten(1),  # [B, T, positions] -> [B, K]
@@ -48,13 +60,21 @@ class FrameTokenSampler(TokenSampler):
 
     def __init__(self, grid_size: GridSize, mask_ratio: float = 0.875, num_masks: int = 1) -> None:
         super().__init__(grid_size, mask_ratio, num_masks)
-        self.visible_frames = grid_size[0] - num_masked_units(grid_size[0], mask_ratio, "time steps")
-        self.num_visible = self.visible_frames * grid_size[1] * grid_size[2]
+        self.num_visible = self.num_visible_at(self.grid_size)
 
-    def draw(self, tokens: Tensor, generator: torch.Generator | None) -> MaskSample:
+    def num_visible_at(self, grid_size: GridSize) -> int:
+        """K at a grid: all positions of the visible time steps."""
+        frames, height, width = grid_size
+        return (frames - num_masked_units(frames, self.mask_ratio, "time steps")) * height * width
+
+    def draw(
+        self, tokens: Tensor, generator: torch.Generator | None, *, grid_size: GridSize | None = None
+    ) -> MaskSample:
         """Draws time steps uniformly; all spatial positions of a step go with it."""
-        frames, positions = self.grid_size[0], self.grid_size[1] * self.grid_size[2]
-        steps = draw_uniform(tokens, self.num_masks, frames, self.visible_frames, generator)
+        grid_size = grid_size or self.grid_size
+        frames, positions = grid_size[0], grid_size[1] * grid_size[2]
+        visible_frames = self.num_visible_at(grid_size) // positions
+        steps = draw_uniform(tokens, self.num_masks, frames, visible_frames, generator)
         position = torch.arange(positions, device=tokens.device)  # [positions]
         return MaskSample(
             # [B, steps, positions] -> [B, K]

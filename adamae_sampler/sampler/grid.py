@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 
 import torch
 from torch import Tensor
 
-from adamae_sampler.mask import MaskSample, num_visible_tokens
+from adamae_sampler.mask import MaskSample
 from adamae_sampler.ops.draw import uniform_noise
-from adamae_sampler.sampler.base import GridSize, TokenSampler
+from adamae_sampler.positions import GridSize
+from adamae_sampler.sampler.base import TokenSampler
 from adamae_sampler.sampler.draws import draw_classes
 
 
@@ -29,35 +31,46 @@ class GridTokenSampler(TokenSampler):
         num_masks: R, masks of each clip, see `TokenSampler`; each has an offset of its own.
 
     Attributes:
-        cell: (t, h, w), the distance of the lattice's tokens.
+        cell: (t, h, w), the distance of the lattice's tokens in the sampler's own grid.
     """
 
     def __init__(self, grid_size: GridSize, mask_ratio: float = 0.75, num_masks: int = 1) -> None:
         super().__init__(grid_size, mask_ratio, num_masks)
-        self.num_visible = num_visible_tokens(self.num_tokens, mask_ratio)
+        self.num_visible = self.num_visible_at(self.grid_size)
         self.cell = lattice_cell(self.grid_size, self.num_visible)
 
-    def draw(self, tokens: Tensor, generator: torch.Generator | None) -> MaskSample:
+    def draw(
+        self, tokens: Tensor, generator: torch.Generator | None, *, grid_size: GridSize | None = None
+    ) -> MaskSample:
         """Draws an offset for each mask, then K tokens of its lattice."""
+        grid_size = grid_size or self.grid_size
+        num_visible = self.num_visible_at(grid_size)
+        cells = self.cell if grid_size == self.grid_size else lattice_cell(grid_size, num_visible)
         rows, device = tokens.shape[0] * self.num_masks, tokens.device
         uniform = uniform_noise((rows, 3), device, generator)
         on_lattice = torch.ones(rows, 1, 1, 1, dtype=torch.bool, device=device)  # grows to [rows, T, H, W]
-        for axis, (side, cell) in enumerate(zip(self.grid_size, self.cell, strict=True)):
+        for axis, (side, cell) in enumerate(zip(grid_size, cells, strict=True)):
             offset = (uniform[:, axis, None] * cell).long()  # [rows, 1]
             along = torch.arange(side, device=device) % cell == offset  # [rows, side]
             on_lattice = on_lattice & along.view(rows, *(side if each == axis else 1 for each in range(3)))
-        return draw_classes(on_lattice.flatten(1).float(), self.num_visible, generator)
+        return draw_classes(on_lattice.flatten(1).float(), num_visible, generator)
 
     def extra_repr(self) -> str:
         """For print(model)."""
         return f"{super().extra_repr()}, cell={self.cell}"
 
 
+@torch.compiler.assume_constant_result
 def lattice_cell(grid_size: GridSize, num_visible: int) -> GridSize:
     """The cell of the smallest lattice that has `num_visible` tokens at every offset.
 
     The size of a lattice is that at its worst offset. Of several the cell is the most cubic, and of these the largest.
     """
+    return _best_cell(grid_size, num_visible)
+
+
+@functools.cache
+def _best_cell(grid_size: GridSize, num_visible: int) -> GridSize:
     cells = itertools.product(*(range(1, side + 1) for side in grid_size))
     smallest = {  # tokens of a lattice at the worst offset, by cell
         (t, h, w): math.prod(side // length for side, length in zip(grid_size, (t, h, w), strict=True))

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from adamae_sampler.mask import MaskSample
 from adamae_sampler.ops.checks import at_least_fp32
 from adamae_sampler.ops.draw import uniform_noise
-from adamae_sampler.sampler.base import GridSize
+from adamae_sampler.positions import GridSize
 from adamae_sampler.sampler.draws import draw_classes, repeat_rows
 from adamae_sampler.sampler.schedule import Ramp
 from adamae_sampler.sampler.scored import Network, ScoredTokenSampler
@@ -64,18 +64,23 @@ class HardTokenSampler(ScoredTokenSampler):
             raise ValueError(f"ramp_steps={ramp_steps!r}, expected a whole number of draws in training, 1 or more.")
         self.share = Ramp(0.0, hard_share, ramp_steps)
 
-    def draw(self, tokens: Tensor, generator: torch.Generator | None) -> MaskSample:
+    def draw(
+        self, tokens: Tensor, generator: torch.Generator | None, *, grid_size: GridSize | None = None
+    ) -> MaskSample:
         """Masks the hardest tokens, and draws the others uniformly."""
-        difficulty = at_least_fp32(self.scores(tokens))
+        num_visible = self.num_visible_at(grid_size or self.grid_size)
+        difficulty = at_least_fp32(self.scores(tokens, grid_size))
         rank = repeat_rows(_random_ties(difficulty.detach(), generator), self.num_masks)
-        num_hard = (self.share() * (self.num_tokens - self.num_visible) + _ROUNDING).floor()
-        drawn = draw_classes((rank >= num_hard).float(), self.num_visible, generator)
+        num_hard = (self.share() * (tokens.shape[1] - num_visible) + _ROUNDING).floor()
+        drawn = draw_classes((rank >= num_hard).float(), num_visible, generator)
         return _with_difficulty(drawn, repeat_rows(difficulty, self.num_masks))
 
-    def complete(self, tokens: Tensor, given: MaskSample, video: Tensor | None = None) -> MaskSample:
+    def complete(
+        self, tokens: Tensor, given: MaskSample, video: Tensor | None = None, grid_size: GridSize | None = None
+    ) -> MaskSample:
         """The given mask with the predicted errors, so that the ranking loss works as for a drawn mask."""
         times = given.mask.shape[0] // max(tokens.shape[0], 1)
-        difficulty = repeat_rows(at_least_fp32(self.scores(tokens)), times)
+        difficulty = repeat_rows(at_least_fp32(self.scores(tokens, grid_size)), times)
         return _with_difficulty(super().complete(tokens, given, video), difficulty)
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal
 
+from adamae_sampler.positions import GridSize
 from adamae_sampler.sampler.adaptive import AdaptiveTokenSampler
-from adamae_sampler.sampler.base import GridSize, TokenSampler
+from adamae_sampler.sampler.base import TokenSampler
 from adamae_sampler.sampler.block import BlockTokenSampler
 from adamae_sampler.sampler.fixed import FrameTokenSampler, RandomTokenSampler, TubeTokenSampler
 from adamae_sampler.sampler.grid import GridTokenSampler

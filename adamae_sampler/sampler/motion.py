@@ -7,9 +7,10 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from adamae_sampler.mask import MaskSample, num_visible_tokens
+from adamae_sampler.mask import MaskSample
 from adamae_sampler.ops import draw_mask
-from adamae_sampler.sampler.base import GridSize, TokenSampler
+from adamae_sampler.positions import GridSize
+from adamae_sampler.sampler.base import TokenSampler
 from adamae_sampler.sampler.draws import repeat_rows
 
 Source = Literal["tokens", "pixels"]
@@ -48,11 +49,6 @@ class MotionTokenSampler(TokenSampler):
         floor: float = 0.2,
     ) -> None:
         super().__init__(grid_size, mask_ratio, num_masks)
-        if self.grid_size[0] < 2:
-            raise ValueError(
-                f"grid_size={self.grid_size} has one time step, expected two or more: in an image nothing moves. Use "
-                "another sampler for images."
-            )
         if source not in get_args(Source):
             raise ValueError(f"source={source!r}, expected 'tokens' or 'pixels'.")
         if not 0 < floor <= 1:
@@ -60,9 +56,18 @@ class MotionTokenSampler(TokenSampler):
                 f"floor={floor}, expected a share of p above 0, up to 1, such as 0.2. With 0, a token that does not "
                 "change could never be drawn."
             )
-        self.num_visible = num_visible_tokens(self.num_tokens, mask_ratio)
+        self.num_visible = self.num_visible_at(self.grid_size)
         self.source = source
         self.floor = floor
+
+    def num_visible_at(self, grid_size: GridSize) -> int:
+        """K at a grid of two time steps or more."""
+        if grid_size[0] < 2:
+            raise ValueError(
+                f"grid_size={grid_size} has one time step, expected two or more: in an image nothing moves. Use "
+                "another sampler for images."
+            )
+        return super().num_visible_at(grid_size)
 
     @property
     def uses_video(self) -> bool:  # type: ignore[override]
@@ -70,7 +75,7 @@ class MotionTokenSampler(TokenSampler):
         return self.source == "pixels"
 
     @torch.no_grad()
-    def log_probs(self, tokens: Tensor, video: Tensor | None = None) -> Tensor:
+    def log_probs(self, tokens: Tensor, video: Tensor | None = None, grid_size: GridSize | None = None) -> Tensor:
         """log p, [B, N] fp32, without a gradient.
 
         The samples of this sampler have no `log_probs`, since no loss trains this p.
@@ -78,42 +83,57 @@ class MotionTokenSampler(TokenSampler):
         Args:
             tokens: [B, N, D].
             video: [B, C, T, H, W], needed with "pixels", see `TokenSampler.forward`.
+            grid_size: (T, H, W) of the tokens, if it is not the sampler's own.
 
         Raises:
             TypeError, ValueError: the video is missing or does not fit the tokens.
         """
-        change = self._of_pixels(self.check_video(tokens, video)) if self.uses_video else self._of_tokens(tokens)
+        grid_size = grid_size or self.grid_size
+        if self.uses_video:
+            change = _of_pixels(self.check_video(tokens, video, grid_size), grid_size)
+        else:
+            change = _of_tokens(tokens, grid_size)
         change = torch.cat([change[:, :1], change], 1).flatten(1)  # [B, N]
         finite = change.isfinite()
         total = change.where(finite, 0).sum(1, keepdim=True)
-        share = torch.where(total == 0, 1 / self.num_tokens, change / total)
-        log_probs = ((1 - self.floor) * share + self.floor / self.num_tokens).log()
+        share = torch.where(total == 0, 1 / tokens.shape[1], change / total)
+        log_probs = ((1 - self.floor) * share + self.floor / tokens.shape[1]).log()
         return log_probs.where(finite, change)
 
-    def _of_tokens(self, tokens: Tensor) -> Tensor:
-        """[B, N, D] -> [B, T - 1, H W]."""
-        steps = tokens.unflatten(1, (self.grid_size[0], -1))  # [B, T, H W, D]
-        return torch.linalg.vector_norm(steps.diff(dim=1), dim=-1, dtype=_fp32_or_fp64(tokens))
-
-    def _of_pixels(self, video: Tensor) -> Tensor:
-        """[B, C, frames, height, width] -> [B, T - 1, H, W]."""
-        time, height, width = self.grid_size
-        frames = video.shape[2] // time
-        before, after = video[:, :, :-frames], video[:, :, frames:]
-        # The larger minus the smaller is right for uint8 too, without a copy of the video in fp32.
-        change = torch.maximum(before, after) - torch.minimum(before, after)
-        cells = change.unflatten(4, (width, -1)).unflatten(3, (height, -1)).unflatten(2, (time - 1, -1))
-        # [B, C, T - 1, frames, H, height, W, width]. A sum does for the mean: c is divided by its sum.
-        return cells.sum((1, 3, 5, 7), dtype=_fp32_or_fp64(video))
-
-    def draw(self, tokens: Tensor, generator: torch.Generator | None, video: Tensor | None = None) -> MaskSample:
+    def draw(
+        self,
+        tokens: Tensor,
+        generator: torch.Generator | None,
+        video: Tensor | None = None,
+        *,
+        grid_size: GridSize | None = None,
+    ) -> MaskSample:
         """Draws K tokens of each clip from p, without replacement; with R masks, R times."""
-        log_probs = repeat_rows(self.log_probs(tokens, video), self.num_masks)
-        return draw_mask(log_probs, self.num_visible, generator=generator)._replace(log_probs=None)
+        log_probs = repeat_rows(self.log_probs(tokens, video, grid_size), self.num_masks)
+        num_visible = self.num_visible_at(grid_size or self.grid_size)
+        return draw_mask(log_probs, num_visible, generator=generator)._replace(log_probs=None)
 
     def extra_repr(self) -> str:
         """For print(model)."""
         return f"{super().extra_repr()}, source={self.source!r}, floor={self.floor}"
+
+
+def _of_tokens(tokens: Tensor, grid_size: GridSize) -> Tensor:
+    """[B, N, D] -> [B, T - 1, H W]."""
+    steps = tokens.unflatten(1, (grid_size[0], -1))  # [B, T, H W, D]
+    return torch.linalg.vector_norm(steps.diff(dim=1), dim=-1, dtype=_fp32_or_fp64(tokens))
+
+
+def _of_pixels(video: Tensor, grid_size: GridSize) -> Tensor:
+    """[B, C, frames, height, width] -> [B, T - 1, H, W]."""
+    time, height, width = grid_size
+    frames = video.shape[2] // time
+    before, after = video[:, :, :-frames], video[:, :, frames:]
+    # The larger minus the smaller is right for uint8 too, without a copy of the video in fp32.
+    change = torch.maximum(before, after) - torch.minimum(before, after)
+    cells = change.unflatten(4, (width, -1)).unflatten(3, (height, -1)).unflatten(2, (time - 1, -1))
+    # [B, C, T - 1, frames, H, height, W, width]. A sum does for the mean: c is divided by its sum.
+    return cells.sum((1, 3, 5, 7), dtype=_fp32_or_fp64(video))
 
 
 def _fp32_or_fp64(x: Tensor) -> torch.dtype:

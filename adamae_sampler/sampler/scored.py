@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Literal
 
 from torch import Tensor, nn
 
-from adamae_sampler.mask import num_visible_tokens
 from adamae_sampler.networks import MHAScoreNetwork, MLPScoreNetwork, PooledScoreNetwork
-from adamae_sampler.sampler.base import GridSize, TokenSampler
+from adamae_sampler.positions import GridSize
+from adamae_sampler.sampler.base import TokenSampler
 
 Network = Literal["mha", "mlp", "pooled"]
 
@@ -21,7 +22,8 @@ class ScoredTokenSampler(TokenSampler):
         grid_size: (T, H, W), see `TokenSampler`.
         mask_ratio: share of tokens to mask.
         network: "mha" (the paper's), "mlp", "pooled" (`PooledScoreNetwork`, a few percent of the cost), or a module
-            [B, N, D] -> [B, N], such as `MHAScoreNetwork` with a depth and width of your choice.
+            [B, N, D] -> [B, N], such as `MHAScoreNetwork` with a depth and width of your choice. At another grid than
+            the sampler's own a module whose forward has `grid_size` gets it.
         detach_tokens: whether to stop the gradient of the scores before the tokenizer.
         num_masks: R, masks of each clip, see `TokenSampler`.
 
@@ -39,13 +41,15 @@ class ScoredTokenSampler(TokenSampler):
         num_masks: int,
     ) -> None:
         super().__init__(grid_size, mask_ratio, num_masks)
-        self.num_visible = num_visible_tokens(self.num_tokens, mask_ratio)
+        self.num_visible = self.num_visible_at(self.grid_size)
         self.embed_dim = embed_dim
         self.detach_tokens = detach_tokens
         if isinstance(network, nn.Module):
             self.network = network
+            if isinstance(network, MHAScoreNetwork) and network.grid_size is None:
+                network.grid_size = self.grid_size
         elif network == "mha":
-            self.network = MHAScoreNetwork(embed_dim, self.num_tokens)
+            self.network = MHAScoreNetwork(embed_dim, self.num_tokens, grid_size=self.grid_size)
         elif network == "mlp":
             self.network = MLPScoreNetwork(embed_dim)
         elif network == "pooled":
@@ -55,17 +59,23 @@ class ScoredTokenSampler(TokenSampler):
                 f"score network {network!r}, expected 'mha', 'mlp', 'pooled' or a module [B, N, D] -> [B, N]."
             )
 
-    def scores(self, tokens: Tensor) -> Tensor:
-        """[B, N, D] -> [B, N], the network's output."""
+    def scores(self, tokens: Tensor, grid_size: GridSize | None = None) -> Tensor:
+        """[B, N, D] -> [B, N], the network's output; of tokens of another grid if it is given."""
         if tokens.shape[-1] != self.embed_dim:
             raise ValueError(
                 f"tokens are {tokens.shape[-1]} wide, expected embed_dim={self.embed_dim}. Build the sampler with the "
                 "width of the tokens."
             )
-        scores: Tensor = self.network(tokens.detach() if self.detach_tokens else tokens)
+        # A network without positions need not know the grid.
+        grid = {"grid_size": grid_size} if grid_size is not None and self._network_takes_grids else {}
+        scores: Tensor = self.network(tokens.detach() if self.detach_tokens else tokens, **grid)
         if scores.shape != tokens.shape[:2]:
             raise ValueError(
                 f"the score network gave {tuple(scores.shape)} for tokens {tuple(tokens.shape)}, expected "
                 f"{tuple(tokens.shape[:2])}: one score for each token. Use squeeze(-1) if the last axis is 1."
             )
         return scores
+
+    @property
+    def _network_takes_grids(self) -> bool:
+        return "grid_size" in inspect.signature(self.network.forward).parameters

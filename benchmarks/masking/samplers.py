@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from adamae_sampler import AdaptiveTokenSampler, HardTokenSampler, MaskSample, MotionTokenSampler, Ramp
 from adamae_sampler.networks import MHAScoreNetwork
 from adamae_sampler.ops import draw_mask
+from adamae_sampler.positions import GridSize
 from adamae_sampler.sampler import TokenSampler
 from benchmarks.masking.train import Setting
 
@@ -27,9 +28,9 @@ def motion(floor: float) -> Maker:
 class HidingSampler(MotionTokenSampler):
     """Hides what moves: p in inverse proportion to `MotionTokenSampler`'s."""
 
-    def log_probs(self, tokens: Tensor, video: Tensor | None = None) -> Tensor:
+    def log_probs(self, tokens: Tensor, video: Tensor | None = None, grid_size: GridSize | None = None) -> Tensor:
         """log p, [B, N], without a gradient."""
-        return (-super().log_probs(tokens, video)).log_softmax(1)
+        return (-super().log_probs(tokens, video, grid_size)).log_softmax(1)
 
 
 def hiding(floor: float) -> Maker:
@@ -74,14 +75,23 @@ class MotionPriorSampler(AdaptiveTokenSampler):
         super().__init__(*args, **kwargs)
         self._prior = MotionTokenSampler(self.grid_size, self.mask_ratio, source="pixels", floor=floor)
 
-    def draw(self, tokens: Tensor, generator: torch.Generator | None, video: Tensor | None = None) -> MaskSample:
+    def draw(
+        self,
+        tokens: Tensor,
+        generator: torch.Generator | None,
+        video: Tensor | None = None,
+        *,
+        grid_size: GridSize | None = None,
+    ) -> MaskSample:
         """Draws K tokens of each clip from p, without replacement."""
-        logits = self.logits(tokens) + self._prior.log_probs(tokens, video)
-        return draw_mask(logits, self.num_visible, generator=generator)
+        logits = self.logits(tokens, grid_size) + self._prior.log_probs(tokens, video, grid_size)
+        return draw_mask(logits, self.num_visible_at(grid_size or self.grid_size), generator=generator)
 
-    def complete(self, tokens: Tensor, given: MaskSample, video: Tensor | None = None) -> MaskSample:
+    def complete(
+        self, tokens: Tensor, given: MaskSample, video: Tensor | None = None, grid_size: GridSize | None = None
+    ) -> MaskSample:
         """The given mask with the log-probabilities of both."""
-        logits = self.logits(tokens) + self._prior.log_probs(tokens, video)
+        logits = self.logits(tokens, grid_size) + self._prior.log_probs(tokens, video, grid_size)
         return TokenSampler.complete(self, tokens, given)._replace(log_probs=logits.log_softmax(1))
 
 
@@ -89,9 +99,11 @@ class TargetSetSampler(AdaptiveTokenSampler):
     """A learned sampler that hides a random quarter of a clip's tokens, another in each step. Their log p is minus
     infinity."""
 
-    def draw(self, tokens: Tensor, generator: torch.Generator | None) -> MaskSample:
+    def draw(
+        self, tokens: Tensor, generator: torch.Generator | None, *, grid_size: GridSize | None = None
+    ) -> MaskSample:
         """Draws K of each clip's other tokens from p, without replacement."""
         noise = torch.rand(tokens.shape[:2], device=tokens.device, generator=generator)
-        targets = noise.topk(round(_TARGETS * self.num_tokens), dim=1)[1]
-        logits = self.logits(tokens).scatter(1, targets, -torch.inf)
-        return draw_mask(logits, self.num_visible, generator=generator)
+        targets = noise.topk(round(_TARGETS * tokens.shape[1]), dim=1)[1]
+        logits = self.logits(tokens, grid_size).scatter(1, targets, -torch.inf)
+        return draw_mask(logits, self.num_visible_at(grid_size or self.grid_size), generator=generator)

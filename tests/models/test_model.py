@@ -282,7 +282,7 @@ def test_arguments_have_the_names_of_the_design():
     }  # fmt: skip
     assert names[13:] == [
         "score_network", "temperature", "exploration", "num_masks", "sample_from", "decode_ratio", "mean", "std",
-            "fused_head",
+            "fused_head", "dynamic_img_size",
     ]  # fmt: skip
 
 
