@@ -97,12 +97,15 @@ def visible_first(x: Tensor, use: MaskUse) -> tuple[Tensor, Tensor, Tensor]:
     Returns:
         [B, K, D]; [B, N] float; [B, N] int64, the token's index in the sequence of visible, then masked tokens.
     """
-    sample = use.sample
+    mask = use.handed = use.sample.mask.float()
+    return gather_tokens(x, use.sample.visible_idx), mask, restoring_order(use.sample)
+
+
+def restoring_order(sample: MaskSample) -> Tensor:
+    """MAE's ids_restore [B, N] int64: each token's place in the sequence of visible, then masked tokens."""
     order = torch.cat([sample.visible_idx, sample.masked_idx], dim=1)
     place = torch.arange(order.shape[1], device=order.device).expand_as(order)
-    ids_restore = torch.empty_like(order).scatter_(1, order, place)
-    mask = use.handed = sample.mask.float()
-    return gather_tokens(x, sample.visible_idx), mask, ids_restore
+    return torch.empty_like(order).scatter_(1, order, place)
 
 
 def check_forward_loss(model: Any, shape: tuple[int, ...], num_tokens: int) -> None:

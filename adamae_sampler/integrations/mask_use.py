@@ -32,20 +32,25 @@ class MaskUse:
         self.masked = 0  # times that the host masked its tokens with the sampler's mask
         self.losses = 0
 
-    def note_mask(self, tokens: Tensor | None = None, mask_ratio: float | None = None) -> None:
+    def note_mask(
+        self, tokens: Tensor | None = None, mask_ratio: float | None = None, clips: int | None = None
+    ) -> None:
         """The host takes the mask.
 
         Args:
             tokens: [B, N, D], the tokens that the host masks; None if the host gets the mask itself.
             mask_ratio: the ratio that the host asks for; None if it does not say.
+            clips: B, for hosts that mask before there are tokens.
 
         Raises:
             HostInterfaceError: the mask is used a second time, for other tokens, or at another ratio.
         """
         expected = tuple(self.sample.mask.shape)
-        if tokens is not None and tuple(tokens.shape[:2]) != expected:
+        found = expected if tokens is None else tuple(tokens.shape[:2])
+        found = found if clips is None else (clips, found[1])
+        if found != expected:
             raise self._error(
-                f"masked {tokens.shape[1]} tokens of {tokens.shape[0]} clips in {self.where}, expected {expected[1]} "
+                f"masked {found[1]} tokens of {found[0]} clips in {self.where}, expected {expected[1]} "
                 f"of {expected[0]}. The sampler's indices would name other tokens (is a class or register token "
                 "among them? several views?)"
             )

@@ -7,6 +7,7 @@ from typing import Any, TypeVar, cast
 from torch import nn
 
 from adamae_sampler.integrations.checks import check_host, check_same, check_sampler, check_weight, has_own_forward
+from adamae_sampler.integrations.hf_hiera import AdaptiveHFHiera
 from adamae_sampler.integrations.hf_videomae import AdaptiveHFVideoMAE
 from adamae_sampler.integrations.hf_vit_mae import AdaptiveHFViTMAE
 from adamae_sampler.integrations.hiera import AdaptiveHiera
@@ -23,6 +24,7 @@ from adamae_sampler.sampler.maskings import PAPER_RATIO
 HOSTS: dict[str, type[AdaptiveHost]] = {
     "hf_videomae": AdaptiveHFVideoMAE,
     "hf_vit_mae": AdaptiveHFViTMAE,
+    "hf_hiera": AdaptiveHFHiera,
     "videomae": AdaptiveVideoMAE,
     "videomae_v2": AdaptiveVideoMAEv2,
     "mae": AdaptiveMAE,
@@ -140,18 +142,18 @@ def patched_class(host_class: type[nn.Module]) -> type[Any]:
         TypeError: the class is from another library, or cannot be patched.
     """
     host_class = getattr(host_class, "host_class", host_class)  # a patched class stands for its host's
-    for mixin in (AdaptiveHFVideoMAE, AdaptiveHFViTMAE):
+    for mixin in (AdaptiveHFVideoMAE, AdaptiveHFViTMAE, AdaptiveHFHiera):
         if set(mixin.names) & {base.__name__ for base in host_class.__mro__}:
             return cast(type[Any], patched_type(host_class, mixin))
     if hasattr(host_class, "_model_mapping"):
         raise TypeError(
             f"{host_class.__name__} chooses the host's own class, which leaves the sampler out. Name the class: "
-            "patched_class(VideoMAEForPreTraining).from_pretrained(folder), or ViTMAEForPreTraining."
+            "patched_class(VideoMAEForPreTraining).from_pretrained(folder), or that of the model you saved."
         )
     raise TypeError(
         f"{host_class.__name__} has no from_pretrained that loads a sampler: expected a Hugging Face class, "
-        "VideoMAEForPreTraining or ViTMAEForPreTraining. For other hosts build the model, patch it, then call "
-        "load_state_dict."
+        "VideoMAEForPreTraining, ViTMAEForPreTraining or HieraForPreTraining. For other hosts build the model, patch "
+        "it, then call load_state_dict."
     )
 
 

@@ -105,11 +105,22 @@ def errors_of_hiera(model, x, outputs):
     return errors.flatten(1)
 
 
+def errors_of_hf_hiera(model, x, outputs):
+    """[B, units]: the mean error of each unit's predictions, patch by patch."""
+    side, units = model.pred_stride, model.hiera.embeddings.patch_embeddings.mask_spatial_shape
+    patches = rearrange(x, "b c (h p) (w q) -> b (h w) (c p q)", p=side, q=side)
+    target = (patches - patches.mean(2, keepdim=True)) / (patches.var(2, keepdim=True) + 1e-6).sqrt()
+    errors = (outputs[1] - target).square().mean(2)
+    inside = x.shape[2] // side // units[0]
+    return rearrange(errors, "b (u i v j) -> b (u v) (i j)", u=units[0], v=units[1], i=inside, j=inside).mean(2)
+
+
 ERRORS = {
     "mae": errors_of_mae,
     "mae_st": errors_of_mae,
     "hf_videomae": errors_of_hf_videomae,
     "hf_vit_mae": errors_of_vit_mae,
+    "hf_hiera": errors_of_hf_hiera,
     "hiera": errors_of_hiera,
     "hiera video": errors_of_hiera,
 }

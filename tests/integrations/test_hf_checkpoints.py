@@ -1,11 +1,13 @@
 """Files of patched Hugging Face models: names that transformers leaves alone, files of older versions, resumed runs."""
 
+import math
 import re
 
 import pytest
 import safetensors.torch
 import torch
-from hosts import make_hf_videomae, make_hf_vit_mae
+from host_checks import grid_of
+from hosts import make_hf_hiera, make_hf_videomae, make_hf_vit_mae
 from test_huggingface import Clips, train_a_little, training_arguments
 
 from adamae_sampler import AdaptiveTokenSampler, patch
@@ -16,8 +18,8 @@ transformers = pytest.importorskip("transformers")
 
 each_host = pytest.mark.parametrize(
     ("make", "shape"),
-    [(make_hf_videomae, (8, 3, 32, 32)), (make_hf_vit_mae, (3, 32, 32))],
-    ids=["videomae", "vit_mae"],
+    [(make_hf_videomae, (8, 3, 32, 32)), (make_hf_vit_mae, (3, 32, 32)), (make_hf_hiera, (3, 128, 128))],
+    ids=["videomae", "vit_mae", "hiera"],
 )
 each_network = pytest.mark.parametrize("network", ["mha", "pooled", "mlp"])
 OLD = {"transformers 4": ("mlp.fc1", "mlp.fc2"), "transformers 5": ("intermediate.dense", "output.dense")}
@@ -98,7 +100,7 @@ def test_a_save_without_the_sampler_ends_in_advice_that_works(make, shape, tmp_p
     advice = re.search(r"(model = .*?folder\)), then (del \S+) and (patch\(model\))", str(caught.value))
     names = {host_class.__name__: host_class, "folder": tmp_path / "plain", "patch": patch}
     exec("\n".join(advice.groups()), names)
-    assert names["model"].sampler.num_tokens == 64
+    assert names["model"].sampler.num_tokens == math.prod(grid_of(make()))
     names["model"].save_pretrained(tmp_path / "again")
     patched_class(host_class).from_pretrained(tmp_path / "again")
 

@@ -7,7 +7,8 @@ import torch
 from accelerate.state import AcceleratorState
 from accelerate.utils import extract_model_from_parallel
 from conftest import tiny_model
-from hosts import CASES, checkout, import_from, make_hf_videomae, make_hf_vit_mae, structured
+from host_checks import grid_of
+from hosts import CASES, checkout, import_from, make_hf_hiera, make_hf_videomae, make_hf_vit_mae, structured
 
 from adamae_sampler import RandomTokenSampler, patch, unpatch
 from adamae_sampler.integrations import patched_class
@@ -16,11 +17,10 @@ from adamae_sampler.models import load_checkpoint, save_encoder
 transformers = pytest.importorskip("transformers")
 quickstart = pytest.importorskip("quickstart")
 
-each_host = pytest.mark.parametrize(
-    ("make", "shape", "argument"),
-    [(make_hf_videomae, (8, 3, 32, 32), "bool_masked_pos"), (make_hf_vit_mae, (3, 32, 32), "mask")],
-    ids=["videomae", "vit_mae"],
-)
+VITS = [(make_hf_videomae, (8, 3, 32, 32), "bool_masked_pos"), (make_hf_vit_mae, (3, 32, 32), "mask")]
+HIERA = (make_hf_hiera, (3, 128, 128), "mask")
+each_host = pytest.mark.parametrize(("make", "shape", "argument"), [*VITS, HIERA], ids=["videomae", "vit_mae", "hiera"])
+each_vit = pytest.mark.parametrize(("make", "shape", "argument"), VITS, ids=["videomae", "vit_mae"])
 
 
 @pytest.fixture(autouse=True)
@@ -79,7 +79,7 @@ def test_loading_without_the_sampler_is_noticed(make, shape, argument, tmp_path)
         patched_class(host_class).from_pretrained(tmp_path / "plain")
 
     model = make()
-    patch(model, sampler=RandomTokenSampler((4, 4, 4) if len(shape) == 4 else (1, 8, 8), 0.75))
+    patch(model, sampler=RandomTokenSampler(grid_of(model), 0.75))
     model.save_pretrained(tmp_path / "own")
     with pytest.raises(ValueError, match="RandomTokenSampler"):
         patched_class(host_class).from_pretrained(tmp_path / "own")
@@ -155,7 +155,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(make, shape, argument):
         assert torch.equal(each, grads[1][name]), name
 
 
-@each_host
+@each_vit
 def test_outputs_as_a_tuple(make, shape, argument):
     model = patch(make(), 0.75).eval()
     x = structured(2, shape)
@@ -354,7 +354,7 @@ def test_weights_without_the_sampler_are_refused(make, shape, argument, tmp_path
         patched_class(type(plain)).from_pretrained(tmp_path / "plain")
 
 
-@each_host
+@each_vit
 def test_the_mask_under_either_name_and_the_ratio(make, shape, argument):
     model = patch(make(), 0.75).eval()
     x = structured(2, shape)

@@ -63,7 +63,7 @@ def test_a_call_with_another_ratio_is_an_error():
 def test_the_ratio_is_the_hosts_own_if_none_is_given():
     ratios = {case.name: patch(case.make()).sampler.mask_ratio for case in CASES}
     assert ratios == {
-        "hf_videomae": 0.95, "hf_vit_mae": 0.75, "mae": 0.75, "mae_st": 0.75, "videomae": 0.95, "videomae_v2": 0.95,
+        "hf_videomae": 0.95, "hf_vit_mae": 0.75, "hf_hiera": 0.6, "mae": 0.75, "mae_st": 0.75, "videomae": 0.95, "videomae_v2": 0.95,
         "hiera": 0.6, "hiera video": 0.6,
     }  # fmt: skip
 

@@ -232,6 +232,8 @@ MUTATIONS = [
     ("videomae_v2", "", "forward", with_own_mask),
     ("videomae_v2", "encoder", "forward", with_own_mask),
     ("hf_vit_mae", "vit.embeddings", "forward", with_own_masking),
+    ("hf_hiera", "hiera.embeddings.patch_embeddings", "forward", with_own_masking),
+    ("hf_hiera", "", "forward", without_loss),
     ("mae", "", "forward_encoder", with_own_masking),
     ("mae_st", "", "forward_encoder", with_own_masking),
     ("hiera", "", "forward_encoder", without_mask),

@@ -1,0 +1,115 @@
+"""Small models of the hosts that `patch` is tested with.
+
+transformers and hiera are the real packages. The research repositories are the real code if the environment variable
+ADAMAE_SAMPLER_HOSTS names a folder that holds checkouts in mae, mae_st, VideoMAE, VideoMAEv2 (mae_st needs iopath and
+simplejson); otherwise models of `small_hosts.py` stand in for them.
+"""
+
+import os
+from functools import partial
+from pathlib import Path
+
+import pytest
+import small_hosts
+from torch import nn
+
+from benchmarks.steps.repositories import import_from
+
+CHECKOUTS = os.environ.get("ADAMAE_SAMPLER_HOSTS")
+layer_norm = partial(nn.LayerNorm, eps=1e-6)
+
+
+def checkout(name: str) -> Path | None:
+    path = Path(CHECKOUTS or "/nowhere") / name
+    return path if CHECKOUTS and path.is_dir() else None
+
+
+def make_mae(img_size=32, patch_size=4, **options):
+    if not checkout("mae"):
+        return small_hosts.MaskedAutoencoderViT(img_size, patch_size, **options)
+    sizes = {"embed_dim": 32, "depth": 2, "num_heads": 4, "decoder_embed_dim": 16, "decoder_depth": 1}
+    model = import_from(checkout("mae"), "models_mae").MaskedAutoencoderViT
+    return model(img_size, patch_size, **sizes, decoder_num_heads=4, norm_layer=layer_norm, norm_pix_loss=True)
+
+
+def make_mae_st(frames=8, pred_t_dim=4, **options):
+    if not checkout("mae_st"):
+        return small_hosts.VideoMaskedAutoencoderViT(frames=frames, pred_t_dim=pred_t_dim)
+    sizes = {"embed_dim": 32, "depth": 2, "num_heads": 4, "decoder_embed_dim": 16, "decoder_depth": 1}
+    model = import_from(checkout("mae_st").parent, "mae_st.models_mae").MaskedAutoencoderViT
+    video = {"img_size": 32, "patch_size": 8, "num_frames": frames, "t_patch_size": 2, "pred_t_dim": pred_t_dim}
+    options = {"cls_embed": True, "sep_pos_embed": True, "norm_pix_loss": True, **options}
+    return model(**sizes, **video, **options, decoder_num_heads=4, norm_layer=layer_norm)
+
+
+def _make_pretrain(folder, module, img_size=32, patch_size=8, in_chans=3, **options):
+    sizes = {"encoder_embed_dim": 32, "encoder_depth": 2, "encoder_num_heads": 4, "encoder_in_chans": in_chans}
+    decoder = {"decoder_embed_dim": 16, "decoder_depth": 1, "decoder_num_heads": 4}
+    return import_from(checkout(folder), module).PretrainVisionTransformer(
+        img_size,
+        patch_size,
+        **sizes,
+        **decoder,
+        decoder_num_classes=2 * 3 * patch_size**2,
+        qkv_bias=True,
+        norm_layer=layer_norm,
+        **options,
+    )
+
+
+def make_videomae(checkpointing=False, **options):
+    """A model for 16 frames, the only number that VideoMAE's encoder supports."""
+    if not checkout("VideoMAE"):
+        return small_hosts.PretrainVisionTransformer(frames=16, checkpointing=checkpointing, **options)
+    return _make_pretrain("VideoMAE", "modeling_pretrain", use_checkpoint=checkpointing, **options)
+
+
+def make_videomae_v2(frames=16, checkpointing=False, **options):
+    if not checkout("VideoMAEv2"):
+        return small_hosts.PretrainVisionTransformerV2(frames=frames, checkpointing=checkpointing, **options)
+    return _make_pretrain("VideoMAEv2", "models.modeling_pretrain", all_frames=frames, with_cp=checkpointing, **options)
+
+
+def make_hf_videomae(**options):
+    transformers = pytest.importorskip("transformers")
+    config = {
+        "image_size": 32, "patch_size": 8, "num_frames": 8, "hidden_size": 32, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "intermediate_size": 64, "decoder_hidden_size": 16, "decoder_num_hidden_layers": 1,
+        "decoder_num_attention_heads": 4, "decoder_intermediate_size": 32, "use_mean_pooling": False, **options,
+    }  # fmt: skip
+    return transformers.VideoMAEForPreTraining(transformers.VideoMAEConfig(**config))
+
+
+def make_hf_vit_mae(**options):
+    transformers = pytest.importorskip("transformers")
+    config = {
+        "image_size": 32, "patch_size": 4, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "intermediate_size": 64, "decoder_hidden_size": 16, "decoder_num_hidden_layers": 1,
+        "decoder_num_attention_heads": 4, "decoder_intermediate_size": 32, "mask_ratio": 0.75, "norm_pix_loss": True,
+        **options,
+    }  # fmt: skip
+    return transformers.ViTMAEForPreTraining(transformers.ViTMAEConfig(**config))
+
+
+def make_hf_hiera(**options):
+    transformers = pytest.importorskip("transformers")
+    config = {
+        "embed_dim": 16, "image_size": [128, 128], "depths": [1, 1, 1, 1], "num_heads": [1, 1, 2, 2],
+        "decoder_hidden_size": 16, "decoder_depth": 1, "decoder_num_heads": 2, "num_query_pool": 2, **options,
+    }  # fmt: skip
+    return transformers.HieraForPreTraining(transformers.HieraConfig(**config))
+
+
+def make_hiera(**options):
+    hiera = pytest.importorskip("hiera.hiera_mae")
+    sizes = {"input_size": (128, 128), "embed_dim": 16, "num_heads": 1, "stages": (1, 1, 1, 1), "q_pool": 2}
+    decoder = {"decoder_embed_dim": 16, "decoder_depth": 1, "decoder_num_heads": 2}
+    return hiera.MaskedAutoencoderHiera(**{**sizes, **decoder, **options})
+
+
+def make_hiera_video(**options):
+    video = {
+        "input_size": (8, 64, 64), "q_stride": (1, 2, 2), "mask_unit_size": (1, 8, 8), "patch_kernel": (3, 7, 7),
+        "patch_stride": (2, 4, 4), "patch_padding": (1, 3, 3), "sep_pos_embed": True,
+    }  # fmt: skip
+    return make_hiera(**{**video, **options})
