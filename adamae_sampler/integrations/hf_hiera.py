@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from adamae_sampler.integrations.hiera import unit_mean
 from adamae_sampler.integrations.host import HostShape
 from adamae_sampler.integrations.huggingface import HuggingFaceHost
-from adamae_sampler.integrations.mae import restoring_order
 from adamae_sampler.integrations.patched import HostInterfaceError
+from adamae_sampler.integrations.random_masking import restoring_order
 from adamae_sampler.integrations.submodules import PatchedSubmodule
 from adamae_sampler.mask import MaskSample
 
@@ -29,8 +29,9 @@ class GivenUnits(PatchedSubmodule):
                 "a whole. For features, unpatch(model)."
             )
         self._use.note_mask(clips=pixel_values.shape[0])
-        kept = self._use.handed = ~self._use.sample.mask
-        return kept, restoring_order(self._use.sample)
+        sample = self._use.sample
+        kept = self._use.handed = ~sample.mask
+        return kept, restoring_order(sample.visible_idx, sample.masked_idx)
 
 
 class AdaptiveHFHiera(HuggingFaceHost):

@@ -8,29 +8,10 @@ from torch import Tensor, nn
 
 from adamae_sampler.integrations.host import HostShape
 from adamae_sampler.integrations.huggingface import HuggingFaceHost, image_grid, one_of
-from adamae_sampler.integrations.mae import visible_first
-from adamae_sampler.integrations.patched import HostInterfaceError
+from adamae_sampler.integrations.random_masking import GivenMask
 from adamae_sampler.integrations.submodules import CachedTokenizer, PatchedSubmodule
 from adamae_sampler.mask import MaskSample
 from adamae_sampler.positions import GridSize
-
-
-class GivenMask(PatchedSubmodule):
-    """Mixin of the embeddings. Modifications:
-
-    - random_masking follows the sampler's mask.
-    """
-
-    def random_masking(self, sequence: Tensor, noise: Tensor | None = None) -> tuple[Tensor, ...]:
-        """Sequence [B, N, D] -> its visible tokens [B, K, D], the mask [B, N] with 1 = masked, ids_restore [B, N]."""
-        if self._use is None:
-            raise HostInterfaceError(
-                "the encoder of a patched ViTMAEForPreTraining was called by itself, without a mask; or the backward "
-                "pass recomputes its embeddings, when the mask is gone. Call the model as a whole, and leave the "
-                "embeddings out of activation checkpointing. For features, unpatch(model)."
-            )
-        self._use.note_mask(sequence)
-        return visible_first(sequence, self._use)
 
 
 class AdaptiveHFViTMAE(HuggingFaceHost):

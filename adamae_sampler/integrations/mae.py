@@ -3,26 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 
-from adamae_sampler.integrations.host import AdaptiveHost, HostShape, default_ratio
-from adamae_sampler.integrations.mask_use import MaskUse
-from adamae_sampler.integrations.patched import HostInterfaceError
+from adamae_sampler.integrations.host import HostShape, default_ratio
+from adamae_sampler.integrations.random_masking import visible_first
+from adamae_sampler.integrations.weighted_loss import WeightedLossHost, check_forward_loss
 from adamae_sampler.mask import MaskSample
-from adamae_sampler.ops import gather_tokens
-from adamae_sampler.ops.sampling import LOG_PROB_RANGE
 
 
-class AdaptiveMAE(AdaptiveHost):
+class AdaptiveMAE(WeightedLossHost):
     """`loss, pred, mask = model(imgs)`. Modifications:
 
     - forward takes `mask=`, and the ratio may be left out;
     - random_masking follows the sampler's mask;
-    - forward_loss adds the sampling loss, computed from the errors of the host's own forward_loss.
+    - forward_loss adds the sampling loss.
     """
 
     names: ClassVar[tuple[str, ...]] = ("MaskedAutoencoderViT",)
@@ -39,8 +35,8 @@ class AdaptiveMAE(AdaptiveHost):
 
     @staticmethod
     def fits(model: Any) -> bool:
-        """Whether the host takes images; mae_st has the same class name."""
-        return not hasattr(model, "t_pred_patch_size")
+        """Whether the host takes images and has one mask; mae_st and AudioMAE have the same class name."""
+        return not hasattr(model, "t_pred_patch_size") and not hasattr(model, "mask_2d")
 
     @staticmethod
     def host_shape(model: Any) -> HostShape:
@@ -53,9 +49,8 @@ class AdaptiveMAE(AdaptiveHost):
     def probe(model: Any) -> None:
         """Raises HostInterfaceError unless forward_loss is a mean weighted by the mask; the sampling loss needs one."""
         embed = model.patch_embed
-        check_forward_loss(
-            model, (1, embed.proj.in_channels, *embed.img_size), math.prod(AdaptiveMAE.host_shape(model).grid_size)
-        )
+        shape = (1, embed.proj.in_channels, *embed.img_size)
+        check_forward_loss(model, model.decoder_pred, shape, math.prod(AdaptiveMAE.host_shape(model).grid_size))
 
     def forward(
         self, imgs: Tensor, mask_ratio: float | None = None, *, mask: Tensor | MaskSample | None = None, **more: Any
@@ -69,119 +64,3 @@ class AdaptiveMAE(AdaptiveHost):
         """x [B, N, D] -> its visible tokens [B, K, D], the mask [B, N] with 1 = masked, ids_restore [B, N]."""
         self.mask_use.note_mask(x, mask_ratio)
         return visible_first(x, self.mask_use)
-
-    def forward_loss(self, imgs: Tensor, pred: Tensor, mask: Tensor, *more: Any, **named: Any) -> Tensor:
-        """The host's arguments -> the host's loss, and in training the weighted sampling loss with it."""
-        host_loss = super().forward_loss  # type: ignore[misc]
-        loss: Tensor = host_loss(imgs, pred, mask, *more, **named)
-        if self._use is None:  # the method was called by itself
-            return loss
-        self._use.check_loss_mask(mask)
-
-        def sampling(log_probs: Tensor) -> Tensor:
-            # The host's loss is sum(e w) / sum(w) for a mask w. With w = -log p on masked tokens it gives L_S.
-            weight = -log_probs.clamp(*LOG_PROB_RANGE) * mask
-            mean: Tensor = host_loss(imgs, pred.detach(), weight, *more, **named)
-            return mean * weight.sum() / mask.sum()
-
-        return self.total(loss, sampling)
-
-
-def visible_first(x: Tensor, use: MaskUse) -> tuple[Tensor, Tensor, Tensor]:
-    """The results of MAE's random_masking: visible tokens, the mask with 1 = masked, and ids_restore.
-
-    Args:
-        x: [B, N, D].
-        use: the record of the host's forward, which gets the mask that the host is handed.
-
-    Returns:
-        [B, K, D]; [B, N] float; [B, N] int64, the token's index in the sequence of visible, then masked tokens.
-    """
-    mask = use.handed = use.sample.mask.float()
-    return gather_tokens(x, use.sample.visible_idx), mask, restoring_order(use.sample)
-
-
-def restoring_order(sample: MaskSample) -> Tensor:
-    """MAE's ids_restore [B, N] int64: each token's place in the sequence of visible, then masked tokens."""
-    order = torch.cat([sample.visible_idx, sample.masked_idx], dim=1)
-    place = torch.arange(order.shape[1], device=order.device).expand_as(order)
-    return torch.empty_like(order).scatter_(1, order, place)
-
-
-def check_forward_loss(model: Any, shape: tuple[int, ...], num_tokens: int) -> None:
-    """Raises HostInterfaceError unless forward_loss is the mean of the tokens' errors, weighted by the mask.
-
-    Args:
-        model: the unpatched host.
-        shape: the shape of its input for one clip.
-        num_tokens: N.
-    """
-    weight = model.decoder_pred.weight
-    imgs, pred = (
-        torch.arange(math.prod(each), device=weight.device).sin().to(weight.dtype).view(each)
-        for each in (shape, (1, num_tokens, weight.shape[0]))
-    )
-    first = (torch.arange(num_tokens, device=weight.device) < num_tokens // 2).float()[None]
-    second, everywhere = 1 - first, torch.ones_like(first)
-    elsewhere = pred + second[..., None].to(pred.dtype)  # another prediction of the tokens that `first` leaves out
-    tolerance = 1e-2 if weight.dtype.itemsize < 4 else 1e-4
-    attributes = dict(model.__dict__)  # mae_st's patchify leaves an attribute behind
-    try:
-        with torch.no_grad():
-            of_first, of_second, of_all, weighted, with_others = (
-                float(model.forward_loss(imgs, *each))
-                for each in (
-                    (pred, first), (pred, second), (pred, everywhere), (pred, 3 * first + second), (elsewhere, first)
-                )
-            )  # fmt: skip
-        least = _least_loss(
-            lambda prediction: model.forward_loss(imgs, prediction, everywhere), pred, tolerance * abs(of_all)
-        )
-    except (RuntimeError, AssertionError) as error:
-        raise HostInterfaceError(
-            f"forward_loss of {type(model).__name__} was expected to take imgs {list(shape)} and pred "
-            f"{list(pred.shape)}, and raised {type(error).__name__}: {error}. The model was left as it was."
-        ) from error
-    finally:
-        model.__dict__.clear()
-        model.__dict__.update(attributes)
-    shares = 3 * float(first.sum()), float(second.sum())
-    mean = (shares[0] * of_first + shares[1] * of_second) / sum(shares)
-    for what, found, expected in (
-        ("for tokens of unequal weights", weighted, mean),
-        ("with other predictions of tokens that are not masked", with_others, of_first),
-        ("for the best prediction", least, 0.0),
-    ):
-        if not math.isclose(found, expected, rel_tol=tolerance, abs_tol=tolerance * abs(of_all)):
-            raise HostInterfaceError(
-                f"forward_loss of {type(model).__name__} was expected to be a mean over tokens weighted by the mask, "
-                f"without other terms. On a trial input it gave {found:.6g} {what}, expected {expected:.6g}, so it "
-                "cannot give the sampling loss. Add other terms in forward, or use AdaptiveTokenSampler directly, see "
-                "the README. The model was left as it was."
-            )
-
-
-def _least_loss(loss_of: Callable[[Tensor], Tensor], start: Tensor, enough: float) -> float:
-    """The least loss, or one below `enough`, of a loss that falls towards a target of each value."""
-
-    def slope_at(prediction: Tensor) -> Tensor:
-        with torch.enable_grad():
-            prediction = prediction.detach().requires_grad_()
-            return torch.autograd.grad(loss_of(prediction), prediction)[0]
-
-    def at(prediction: Tensor) -> float:
-        with torch.no_grad():
-            return float(loss_of(prediction))
-
-    # The slope of squared errors is linear, so two slopes give the target.
-    slope = slope_at(start)
-    change = slope_at(start + 1) - slope
-    least = at(start - slope / torch.where(change == 0, 1.0, change))
-    if least <= enough:
-        return least
-    low, high = torch.full_like(start, -1024.0), torch.full_like(start, 1024.0)
-    for _ in range(32):  # other errors: by bisection
-        middle = (low + high) / 2
-        slope = slope_at(middle)
-        low, high = torch.where(slope <= 0, middle, low), torch.where(slope >= 0, middle, high)
-    return min(least, at((low + high) / 2))

@@ -8,8 +8,9 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from adamae_sampler.integrations.host import HostShape, default_ratio
-from adamae_sampler.integrations.mae import AdaptiveMAE, check_forward_loss
+from adamae_sampler.integrations.mae import AdaptiveMAE
 from adamae_sampler.integrations.patched import HostInterfaceError
+from adamae_sampler.integrations.weighted_loss import check_forward_loss
 
 
 class AdaptiveMAEST(AdaptiveMAE):
@@ -47,7 +48,7 @@ class AdaptiveMAEST(AdaptiveMAE):
                 "that is a multiple of its time steps."
             )
         shape = (1, embed.proj.in_channels, embed.frames, *embed.img_size)
-        check_forward_loss(model, shape, math.prod(embed.input_size))
+        check_forward_loss(model, model.decoder_pred, shape, math.prod(embed.input_size))
 
     def scored(self, tokens: Tensor) -> Tensor:
         """[B, T, H W, D] -> [B, N, D]."""

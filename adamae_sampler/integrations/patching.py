@@ -6,6 +6,7 @@ from typing import Any, TypeVar, cast
 
 from torch import nn
 
+from adamae_sampler.integrations.audiomae import AdaptiveAudioMAE
 from adamae_sampler.integrations.checks import check_host, check_same, check_sampler, check_weight, has_own_forward
 from adamae_sampler.integrations.hf_hiera import AdaptiveHFHiera
 from adamae_sampler.integrations.hf_videomae import AdaptiveHFVideoMAE
@@ -14,7 +15,10 @@ from adamae_sampler.integrations.hiera import AdaptiveHiera
 from adamae_sampler.integrations.host import AdaptiveHost
 from adamae_sampler.integrations.mae import AdaptiveMAE
 from adamae_sampler.integrations.mae_st import AdaptiveMAEST
+from adamae_sampler.integrations.monai import AdaptiveMONAI
 from adamae_sampler.integrations.patched import patched_type
+from adamae_sampler.integrations.pixio import AdaptivePixio
+from adamae_sampler.integrations.prithvi import AdaptivePrithvi
 from adamae_sampler.integrations.videomae import AdaptiveVideoMAE
 from adamae_sampler.integrations.videomae_v2 import AdaptiveVideoMAEv2
 from adamae_sampler.networks import start_even
@@ -29,7 +33,11 @@ HOSTS: dict[str, type[AdaptiveHost]] = {
     "videomae_v2": AdaptiveVideoMAEv2,
     "mae": AdaptiveMAE,
     "mae_st": AdaptiveMAEST,
+    "audiomae": AdaptiveAudioMAE,
+    "pixio": AdaptivePixio,
     "hiera": AdaptiveHiera,
+    "prithvi": AdaptivePrithvi,
+    "monai": AdaptiveMONAI,
 }
 
 PAPER_WEIGHT = 1e-4
@@ -171,10 +179,10 @@ def find_host(model: nn.Module, host: str | None = None) -> type[AdaptiveHost]:
             raise ValueError(f"host={host!r}, expected one of {', '.join(HOSTS)}.")
         return HOSTS[host]
     names = [base.__name__ for base in type(model).__mro__]
-    named = [mixin for mixin in HOSTS.values() if set(names) & set(mixin.names)]
-    for mixin in named:
-        if mixin.fits(model):
-            return mixin
+    for name in names:  # a subclass's name says more than that of its base
+        for mixin in HOSTS.values():
+            if name in mixin.names and mixin.fits(model):
+                return mixin
     known = ", ".join(sorted({name for mixin in HOSTS.values() for name in mixin.names}))
     got = f"cannot patch {type(model).__module__}.{type(model).__qualname__}"
     inner = _inner(model)

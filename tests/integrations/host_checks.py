@@ -115,12 +115,30 @@ def errors_of_hf_hiera(model, x, outputs):
     return rearrange(errors, "b (u i v j) -> b (u v) (i j)", u=units[0], v=units[1], i=inside, j=inside).mean(2)
 
 
+def errors_of_prithvi(model, x, outputs):
+    """[B, N], from the picture that the host makes of its prediction."""
+    target, predicted = (
+        rearrange(each, "b c (t s) (h p) (w q) -> b (t h w) (s p q c)", s=1, p=8, q=8) for each in (x, outputs[1])
+    )
+    target = (target - target.mean(2, keepdim=True)) / (target.var(2, keepdim=True) + 1e-6).sqrt()
+    return (predicted - target).square().mean(2)
+
+
+def errors_of_audiomae(model, x, outputs):
+    patches = rearrange(x, "b 1 (h p) (w q) -> b (h w) (p q)", p=4, q=4)
+    target = (patches - patches.mean(2, keepdim=True)) / (patches.var(2, keepdim=True) + 1e-6).sqrt()
+    return (outputs[1] - target).square().mean(2)
+
+
 ERRORS = {
     "mae": errors_of_mae,
     "mae_st": errors_of_mae,
+    "audiomae": errors_of_audiomae,
+    "audiomae 2d": errors_of_audiomae,
     "hf_videomae": errors_of_hf_videomae,
     "hf_vit_mae": errors_of_vit_mae,
     "hf_hiera": errors_of_hf_hiera,
     "hiera": errors_of_hiera,
     "hiera video": errors_of_hiera,
+    "prithvi": errors_of_prithvi,
 }

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 from unittest import mock
 
@@ -11,6 +12,7 @@ from make_hosts import (
     CHECKOUTS,
     checkout,
     import_from,
+    make_audiomae,
     make_hf_hiera,
     make_hf_videomae,
     make_hf_vit_mae,
@@ -18,6 +20,9 @@ from make_hosts import (
     make_hiera_video,
     make_mae,
     make_mae_st,
+    make_monai,
+    make_pixio,
+    make_prithvi,
     make_videomae,
     make_videomae_v2,
 )
@@ -30,6 +35,8 @@ __all__ = [
     "CHECKOUTS",
     "HostCase",
     "checkout",
+    "make_audiomae",
+    "make_pixio",
     "import_from",
     "make_hf_hiera",
     "make_hf_videomae",
@@ -38,6 +45,8 @@ __all__ = [
     "make_hiera_video",
     "make_mae",
     "make_mae_st",
+    "make_monai",
+    "make_prithvi",
     "make_videomae",
     "make_videomae_v2",
     "noise_of",
@@ -104,7 +113,23 @@ def noise_of(sample: MaskSample):
 
 def _mae_with_mask(model, imgs, sample):
     with noise_of(sample):
-        return model(imgs, sample.masked_idx.shape[1] / sample.num_tokens)
+        return model(imgs, mask_ratio=sample.masked_idx.shape[1] / sample.num_tokens)
+
+
+def _pixio_with_mask(model, imgs, sample):
+    ratio = (sample.masked_idx.shape[1] - 0.5) / sample.num_tokens  # the host rounds K down
+    with noise_of(sample):
+        return model(imgs, ratio)
+
+
+def _audiomae_2d_own_loss(model, x, ratio):
+    with mock.patch.object(model, "mask_2d", False):  # masks of rows and columns are easier or harder than random ones
+        return model(x, ratio)[0]
+
+
+def _audiomae_2d_with_mask(model, imgs, sample):
+    with mock.patch.object(model, "mask_2d", False):  # any mask goes through its other way
+        return _mae_with_mask(model, imgs, sample)
 
 
 def _vit_mae_with_mask(model, imgs, sample):
@@ -117,6 +142,27 @@ def _hf_hiera_with_mask(model, imgs, sample):
     ratio = (sample.masked_idx.shape[1] - 0.5) / sample.num_tokens  # the host rounds K down
     with noise_of(sample) as noise, mock.patch.object(embed, "mask_ratio", ratio):
         return model(imgs, noise=noise)
+
+
+def _monai_with_mask(model, x, sample):
+    """The prediction of the masked tokens."""
+    with mock.patch.object(torch, "multinomial", return_value=sample.visible_idx):
+        prediction, _ = model(x)
+    return prediction.gather(1, sample.masked_idx[..., None].expand(-1, -1, prediction.shape[2]))
+
+
+def _monai_loss(output, x):
+    prediction, sample = output
+    size = (4, 8, 8) if x.dim() == 5 else (1, 8, 8)
+    video = x if x.dim() == 5 else x[:, :, None]
+    return AdaMAELoss(tubelet_size=size[0], patch_size=size[1:])(prediction, video, sample).loss
+
+
+def _monai_own_loss(model, x, ratio):
+    prediction, mask = model(x, ratio)
+    sample = MaskSample.from_mask(mask.bool(), int((1 - ratio) * mask.shape[1]))
+    prediction = prediction.gather(1, sample.masked_idx[..., None].expand(-1, -1, prediction.shape[2]))
+    return _monai_loss((prediction, sample), x)
 
 
 def random_sample(clips: int, tokens: int, visible: int, seed: int = 0) -> MaskSample:
@@ -171,6 +217,7 @@ _VIDEOMAE = {
 }
 _HF = {"comparable": lambda output: tuple(output.values()), "loss": lambda output, _: output.loss}
 
+AUDIO = (1, 256, 32) if checkout("AudioMAE") else (1, 64, 16)
 CASES = (
     HostCase(
         "hf_videomae",
@@ -217,6 +264,22 @@ CASES = (
         **_HF,
     ),
     HostCase("mae", make_mae, (3, 32, 32), **_MAE),
+    HostCase("audiomae", make_audiomae, AUDIO, **_MAE),
+    HostCase(
+        "audiomae 2d",
+        partial(make_audiomae, mask_2d=True),
+        AUDIO,
+        **{**_MAE, "with_mask": _audiomae_2d_with_mask, "own_loss": _audiomae_2d_own_loss},
+    ),
+    HostCase(
+        "pixio",
+        make_pixio,
+        (3, 32, 32),
+        with_mask=_pixio_with_mask,
+        comparable=lambda output: (output,),
+        loss=lambda output, _: output,
+        own_loss=lambda model, x, ratio: model(x, ratio),
+    ),
     HostCase(
         "mae_st",
         make_mae_st,
@@ -269,5 +332,33 @@ CASES = (
             ({"in_chans": 4}, (4, 8, 64, 64)),
         ),
         **_HIERA,
+    ),
+    HostCase(
+        "prithvi",
+        make_prithvi,
+        (6, 4, 32, 32),
+        with_mask=_mae_with_mask,
+        comparable=lambda output: (output[0]["loss"], *output[1:]),
+        loss=lambda output, _: output[0]["loss"],
+        own_loss=lambda model, x, ratio: model(x, mask_ratio=ratio)[0]["loss"],
+        sizes=(
+            ({"num_frames": 1}, (6, 32, 32)),
+            ({"patch_size": (2, 8, 8), "in_chans": 2}, (2, 4, 32, 32)),
+            ({"norm_pix_loss": False, "img_size": (16, 40)}, (6, 4, 16, 40)),
+            ({"coords_encoding": ["time", "location"]}, (6, 4, 32, 32)),
+        ),
+    ),
+    HostCase(
+        "monai",
+        make_monai,
+        (1, 16, 32, 16),
+        with_mask=_monai_with_mask,
+        comparable=_VIDEOMAE["comparable"],
+        loss=_monai_loss,
+        own_loss=_monai_own_loss,
+        sizes=(
+            ({"in_channels": 2, "proj_type": "perceptron"}, (2, 16, 32, 16)),
+            ({"spatial_dims": 2, "img_size": 32, "patch_size": 8}, (1, 32, 32)),
+        ),
     ),
 )

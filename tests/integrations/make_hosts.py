@@ -1,16 +1,19 @@
 """Small models of the hosts that `patch` is tested with.
 
-transformers and hiera are the real packages. The research repositories are the real code if the environment variable
-ADAMAE_SAMPLER_HOSTS names a folder that holds checkouts in mae, mae_st, VideoMAE, VideoMAEv2 (mae_st needs iopath and
+transformers, hiera, MONAI and terratorch are the real packages. The research repositories are the real code if the environment variable
+ADAMAE_SAMPLER_HOSTS names a folder that holds checkouts in mae, mae_st, VideoMAE, VideoMAEv2, AudioMAE, pixio (mae_st needs iopath and
 simplejson); otherwise models of `small_hosts.py` stand in for them.
 """
 
+import importlib.util
 import os
-from functools import partial
+import sys
+from functools import cache, partial
 from pathlib import Path
 
 import pytest
 import small_hosts
+import torch
 from torch import nn
 
 from benchmarks.steps.repositories import import_from
@@ -30,6 +33,26 @@ def make_mae(img_size=32, patch_size=4, **options):
     sizes = {"embed_dim": 32, "depth": 2, "num_heads": 4, "decoder_embed_dim": 16, "decoder_depth": 1}
     model = import_from(checkout("mae"), "models_mae").MaskedAutoencoderViT
     return model(img_size, patch_size, **sizes, decoder_num_heads=4, norm_layer=layer_norm, norm_pix_loss=True)
+
+
+def make_audiomae(mask_2d=False):
+    if not checkout("AudioMAE"):
+        return small_hosts.AudioMaskedAutoencoderViT(mask_2d=mask_2d)
+    if not torch.cuda.is_available():
+        torch.Tensor.cuda = lambda self: self  # its forward moves a zero to the GPU
+    model = import_from(checkout("AudioMAE"), "models_mae").MaskedAutoencoderViT
+    sizes = {"embed_dim": 32, "depth": 2, "num_heads": 4, "decoder_embed_dim": 16, "decoder_depth": 1}
+    audio = {"img_size": (256, 32), "patch_size": 4, "in_chans": 1, "audio_exp": True, "mask_2d": mask_2d}
+    return model(**sizes, **audio, decoder_num_heads=4, norm_pix_loss=True, norm_layer=layer_norm)
+
+
+def make_pixio(mask_grid=2):
+    if not checkout("pixio"):
+        return small_hosts.PixioViT(mask_grid=mask_grid)
+    model = import_from(checkout("pixio") / "pretraining", "models_pixio").PixioViT
+    sizes = {"img_size": 32, "patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 4, "mask_grid": mask_grid}
+    decoder = {"decoder_embed_dim": 16, "decoder_depth": 1, "decoder_num_heads": 4}
+    return model(**sizes, **decoder, norm_layer=layer_norm)
 
 
 def make_mae_st(frames=8, pred_t_dim=4, **options):
@@ -113,3 +136,30 @@ def make_hiera_video(**options):
         "patch_stride": (2, 4, 4), "patch_padding": (1, 3, 3), "sep_pos_embed": True,
     }  # fmt: skip
     return make_hiera(**{**video, **options})
+
+
+def make_monai(**options):
+    nets = pytest.importorskip("monai.networks.nets")
+    sizes = {"in_channels": 1, "img_size": (16, 32, 16), "patch_size": (4, 8, 8), "hidden_size": 48, "mlp_dim": 64}
+    depth = {"num_layers": 2, "num_heads": 4, "decoder_num_layers": 1, "decoder_num_heads": 4}
+    decoder = {"decoder_hidden_size": 24, "decoder_mlp_dim": 48}
+    return nets.MaskedAutoEncoderViT(**{**sizes, **depth, **decoder, **options})
+
+
+def make_prithvi(**options):
+    sizes = {"img_size": 32, "patch_size": (1, 8, 8), "num_frames": 4, "in_chans": 6, "embed_dim": 32, "depth": 2}
+    decoder = {"num_heads": 4, "decoder_embed_dim": 16, "decoder_depth": 1, "decoder_num_heads": 4}
+    return prithvi_module().PrithviMAE(**{**sizes, **decoder, "norm_pix_loss": True, **options})
+
+
+@cache
+def prithvi_module():
+    """terratorch's file alone, which needs none of the package's many dependencies."""
+    package = importlib.util.find_spec("terratorch")
+    if package is None:
+        pytest.skip("needs PrithviMAE: pip install --no-deps terratorch")
+    file = Path(package.submodule_search_locations[0]) / "models" / "backbones" / "prithvi_mae.py"
+    spec = importlib.util.spec_from_file_location("prithvi_mae", file)
+    sys.modules["prithvi_mae"] = module = importlib.util.module_from_spec(spec)  # pickle looks there
+    spec.loader.exec_module(module)
+    return module

@@ -20,8 +20,9 @@ class ImageEmbed(nn.Module):
 
     def __init__(self, img_size, patch_size, in_chans, width):
         super().__init__()
-        self.img_size, self.patch_size = (img_size, img_size), (patch_size, patch_size)
-        self.num_patches = (img_size // patch_size) ** 2
+        self.img_size = img_size if isinstance(img_size, tuple) else (img_size, img_size)
+        self.patch_size = (patch_size, patch_size)
+        self.num_patches = self.img_size[0] // patch_size * (self.img_size[1] // patch_size)
         self.proj = nn.Conv2d(in_chans, width, patch_size, patch_size)
 
     def forward(self, x):
@@ -131,6 +132,75 @@ class VideoMaskedAutoencoderViT(MaskedAutoencoderViT):
         positions = self.pos_embed[:, 1:].expand(x.shape[0], -1, -1)
         x = x + positions.gather(1, keep[..., None].expand(-1, -1, x.shape[2]))
         return self.encode(x), mask, restore
+
+
+class AudioMaskedAutoencoderViT(MaskedAutoencoderViT):
+    """Stands in for AudioMAE's model."""
+
+    def __init__(self, img_size=(64, 16), mask_2d=False, **options):
+        nn.Module.__init__(self)
+        embed = ImageEmbed(img_size, 4, 1, 32)
+        self.make(embed, 32, 2, 16, norm_pix_loss=True)
+        self.decoder_pred = nn.Linear(16, 16)
+        self.mask_2d, self.mask_t_prob, self.mask_f_prob = mask_2d, 0.6, 0.5
+
+    def random_masking_2d(self, x, mask_t_prob, mask_f_prob):
+        times, pitches = (size // 4 for size in self.patch_embed.img_size)
+        rows, columns = (torch.rand(x.shape[0], each, device=x.device).argsort(1) for each in (times, pitches))
+        rows, columns = rows >= int(times * (1 - mask_t_prob)), columns >= int(pitches * (1 - mask_f_prob))
+        mask = (rows[:, :, None] | columns[:, None]).flatten(1)
+        order = mask.to(torch.uint8).argsort(dim=1, stable=True)
+        keep = order[:, : int((~mask[0]).sum()), None].expand(-1, -1, x.shape[2])
+        return x.gather(1, keep), mask.float(), order.argsort(1)
+
+    def forward_encoder(self, x, mask_ratio, mask_2d=False):
+        tokens = self.patch_embed(x) + self.pos_embed[:, 1:]
+        if mask_2d:
+            x, mask, restore = self.random_masking_2d(tokens, self.mask_t_prob, self.mask_f_prob)
+        else:
+            x, mask, restore, *_ = self.random_masking(tokens, mask_ratio)
+        return self.encode(x), mask, restore
+
+    def forward_loss(self, imgs, pred, mask, norm_pix_loss=False):
+        target = self.target(imgs) if norm_pix_loss else self.patchify(imgs)
+        return ((pred - target).square().mean(-1) * mask).sum() / mask.sum()
+
+    def forward(self, imgs, mask_ratio=0.8):
+        latent, mask, restore = self.forward_encoder(imgs, mask_ratio, mask_2d=self.mask_2d)
+        pred = self.forward_decoder(latent, restore)
+        loss = self.forward_loss(imgs, pred, mask, norm_pix_loss=self.norm_pix_loss)
+        return loss, pred, mask, torch.zeros(1, device=imgs.device)
+
+
+AudioMaskedAutoencoderViT.__name__ = "MaskedAutoencoderViT"
+
+
+class PixioViT(MaskedAutoencoderViT):
+    """Stands in for Pixio's model, with one class token."""
+
+    def __init__(self, img_size=32, mask_grid=2):
+        super().__init__(img_size, 4)
+        self.mask_grid = mask_grid
+        self.patch_embed.grid_size = (img_size // 4, img_size // 4)
+
+    def random_masking(self, x, mask_ratio, grid):
+        side = int(x.shape[1] ** 0.5)
+        units = (side // grid) ** 2
+        noise = torch.rand(x.shape[0], units, device=x.device)
+        tokens = rearrange(torch.arange(x.shape[1]), "(h p w q) -> (h w) (p q)", h=side // grid, w=side // grid, p=grid)
+        order = tokens[noise.argsort(1)].flatten(1)
+        keep, restore = int(units * (1 - mask_ratio)) * grid**2, order.argsort(1)
+        shown = order[:, :keep, None].expand(-1, -1, x.shape[2])
+        return x.gather(1, shown), (restore >= keep).float(), restore
+
+    def forward_encoder(self, x, mask_ratio):
+        tokens = self.patch_embed(x) + self.pos_embed[:, 1:]
+        x, mask, restore = self.random_masking(tokens, mask_ratio, self.mask_grid)
+        return self.encode(x), mask, restore
+
+    def forward(self, imgs, mask_ratio):
+        latent, mask, restore = self.forward_encoder(imgs, mask_ratio)
+        return self.forward_loss(imgs, self.forward_decoder(latent, restore), mask)
 
 
 def positions(tokens, width):

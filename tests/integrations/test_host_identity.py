@@ -52,10 +52,11 @@ def test_in_training_the_hosts_loss_stays_and_the_sampling_loss_is_added(case):
     model = case.make().train()
     x, sample = case.inputs(), sample_for(model)
     host_outputs = case.comparable(case.with_mask(model, x, sample))
-    patch(model, 0.75, sampling_weight=0.5 if model_computes_loss(model) else None)
+    computes_loss = model_computes_loss(model)
+    patch(model, 0.75, sampling_weight=0.5 if computes_loss else None)
     with pytest.warns(UserWarning, match=MASK_GIVEN):
         outputs = case.comparable(model(x, **{case.mask_argument: sample}))
-    if len(outputs) == 1:  # VideoMAE leaves the loss to its engine
+    if not computes_loss:  # its engine does
         assert_equal(outputs, host_outputs)
         return
     assert_equal(outputs[1:], host_outputs[1:])
@@ -121,7 +122,7 @@ def test_with_a_random_sampler_it_trains_as_the_host_does(case):
     own = losses(host, case, 50, lambda model, x: case.own_loss(model, x, ratio))
     ours = losses(patched, case, 50, lambda model, x: case.loss(model(x), x))
     difference = ours - own
-    noise = difference.std() / math.sqrt(len(difference))
+    noise = difference.view(5, 10).mean(1).std() / math.sqrt(5)  # of blocks, since runs drift apart
     assert difference.abs().max() > 0  # their masks differ
     assert difference.mean().abs() < 4 * noise + 1e-3, (difference.mean(), noise)
     assert difference.mean().abs() < 0.02 * own.mean()

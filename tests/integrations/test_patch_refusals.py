@@ -64,7 +64,7 @@ def test_the_ratio_is_the_hosts_own_if_none_is_given():
     ratios = {case.name: patch(case.make()).sampler.mask_ratio for case in CASES}
     assert ratios == {
         "hf_videomae": 0.95, "hf_vit_mae": 0.75, "hf_hiera": 0.6, "mae": 0.75, "mae_st": 0.75, "videomae": 0.95, "videomae_v2": 0.95,
-        "hiera": 0.6, "hiera video": 0.6,
+        "audiomae": 0.8, "audiomae 2d": 0.8, "pixio": 0.75, "hiera": 0.6, "hiera video": 0.6, "prithvi": 0.75, "monai": 0.75,
     }  # fmt: skip
 
 

@@ -201,10 +201,14 @@ def with_own_mask(host, x, mask=None, *args, **kwargs):
     return host(x, None if mask is None else own_mask(mask), *args, **kwargs)
 
 
-def with_own_masking(host, *args, **kwargs):
+def with_own_masking(host, *args, method="random_masking", **kwargs):
     module = host.args[0]
-    with mock.patch.object(module, "random_masking", partial(type(module).host_class.random_masking, module)):
+    with mock.patch.object(module, method, partial(getattr(type(module).host_class, method), module)):
         return host(*args, **kwargs)
+
+
+with_own_masking_2d = partial(with_own_masking, method="random_masking_2d")
+with_own_masking_of_monai = partial(with_own_masking, method="_masking")
 
 
 def without_mask(host, x, ratio, mask=None):
@@ -238,6 +242,15 @@ MUTATIONS = [
     ("mae_st", "", "forward_encoder", with_own_masking),
     ("hiera", "", "forward_encoder", without_mask),
     ("hiera video", "", "forward_encoder", without_mask),
+    ("audiomae", "", "forward_encoder", with_own_masking),
+    ("audiomae 2d", "", "forward_encoder", with_own_masking_2d),
+    ("pixio", "", "forward_encoder", with_own_masking),
+    ("prithvi", "encoder", "forward", with_own_masking),
+    ("monai", "", "forward", with_own_masking_of_monai),
+    ("audiomae", "", "forward", with_a_loss_elsewhere),
+    ("audiomae 2d", "", "forward", with_a_loss_elsewhere),
+    ("pixio", "", "forward", with_a_loss_elsewhere),
+    ("prithvi", "", "forward", with_a_loss_elsewhere),
     ("hf_videomae", "", "forward", without_loss),
     ("hf_vit_mae", "", "forward", without_loss),
     ("mae", "", "forward", with_a_loss_elsewhere),
@@ -245,7 +258,7 @@ MUTATIONS = [
     ("hiera", "", "forward", without_loss),
     ("hiera video", "", "forward", without_loss),
 ]
-MASKS = (with_own_mask, with_own_masking, without_mask)
+MASKS = (with_own_mask, with_own_masking, with_own_masking_2d, with_own_masking_of_monai, without_mask)
 
 
 @pytest.mark.parametrize(("name", "where", "method", "function"), MUTATIONS)

@@ -1,0 +1,56 @@
+"""facebookresearch/AudioMAE, for spectrograms: random masks, and masks of whole time steps and frequencies."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from adamae_sampler.integrations.host import HostShape, default_ratio
+from adamae_sampler.integrations.mae import AdaptiveMAE
+from adamae_sampler.integrations.random_masking import visible_first
+from adamae_sampler.integrations.weighted_loss import check_forward_loss
+
+
+class AdaptiveAudioMAE(AdaptiveMAE):
+    """`loss, pred, mask, contrastive = model(imgs)`. Modifications, beside those of `AdaptiveMAE`:
+
+    - random_masking_2d, which `mask_2d=True` chooses, follows the sampler's mask too.
+    """
+
+    masks_in = "random_masking or random_masking_2d"
+    overrides = ("random_masking_2d",)
+    expected_interface: ClassVar[dict[str, Any]] = {
+        **AdaptiveMAE.expected_interface,
+        "random_masking_2d": ("x", "mask_t_prob", "mask_f_prob"),
+        "mask_2d": bool,
+    }
+
+    @staticmethod
+    def fits(model: Any) -> bool:
+        """Whether the host chooses between the two masks; mae has the same class name."""
+        return hasattr(model, "random_masking_2d") and hasattr(model, "mask_2d")
+
+    @staticmethod
+    def host_shape(model: Any) -> HostShape:
+        """The grid of patches, which may overlap; and the share that the chosen mask hides."""
+        embed = model.patch_embed
+        height, width = (
+            (size - side) // step + 1
+            for size, side, step in zip(embed.img_size, embed.proj.kernel_size, embed.proj.stride, strict=True)
+        )
+        ratio = 1 - (1 - model.mask_t_prob) * (1 - model.mask_f_prob) if model.mask_2d else default_ratio(model)
+        return HostShape(embed.proj.out_channels, (1, height, width), ratio)
+
+    @staticmethod
+    def probe(model: Any) -> None:
+        """Raises HostInterfaceError unless forward_loss is a mean weighted by the mask; the sampling loss needs one."""
+        embed = model.patch_embed
+        tokens = math.prod(AdaptiveAudioMAE.host_shape(model).grid_size)
+        check_forward_loss(model, model.decoder_pred, (1, embed.proj.in_channels, *embed.img_size), tokens)
+
+    def random_masking_2d(self, x: Tensor, *_: Any, **__: Any) -> tuple[Tensor, ...]:
+        """x [B, N, D] -> the results of `random_masking`. The host's two ratios are those of its own masks."""
+        self.mask_use.note_mask(x)
+        return visible_first(x, self.mask_use)
