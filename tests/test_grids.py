@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import tiny_model
-from hosts import make_hf_vit_mae
+from hosts import make_hf_vit_mae, make_prithvi
 
 from adamae_sampler import AdaMAELoss, AdaptiveTokenSampler, RandomTokenSampler, TubeTokenSampler, patch
 from adamae_sampler.mask import MaskSample
@@ -237,6 +237,21 @@ def test_vit_mae_trains_on_three_sizes(network):
     model(images, mask=sample, interpolate_pos_encoding=True)
     with pytest.raises(ValueError, match="doesn't match model"):  # the host's own message
         model(images, mask=sample)
+
+
+def test_prithvi_trains_on_three_sizes():
+    model = patch(make_prithvi().train(), 0.75)
+    sizes = [(4, 32, 32), (6, 32, 48), (2, 40, 24)]
+
+    def loss_of(series):
+        loss, prediction, _ = model(series)
+        tokens = series.shape[2] * (series.shape[3] // 8) * (series.shape[4] // 8)
+        assert model.last_step.sample.mask.sum(1).tolist() == [tokens - tokens // 4] * 2
+        assert prediction.shape == series.shape
+        return loss["loss"]
+
+    losses = train(model, lambda step: [torch.rand(2, 6, *size) for size in sizes], loss_of)
+    assert all(math.isfinite(each) for each in losses)
 
 
 def test_a_host_keeps_its_own_grid_for_samplers_that_know_no_other():
