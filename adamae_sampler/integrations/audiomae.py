@@ -27,6 +27,8 @@ class AdaptiveAudioMAE(AdaptiveMAE):
         "mask_2d": bool,
     }
 
+    mask_2d: bool
+
     @staticmethod
     def fits(model: Any) -> bool:
         """Whether the host chooses between the two masks; mae has the same class name."""
@@ -40,7 +42,10 @@ class AdaptiveAudioMAE(AdaptiveMAE):
             (size - side) // step + 1
             for size, side, step in zip(embed.img_size, embed.proj.kernel_size, embed.proj.stride, strict=True)
         )
-        ratio = 1 - (1 - model.mask_t_prob) * (1 - model.mask_f_prob) if model.mask_2d else default_ratio(model)
+        ratio = default_ratio(model)
+        if model.mask_2d:
+            shown = int(height * (1 - model.mask_t_prob)) * int(width * (1 - model.mask_f_prob))
+            ratio = 1 - shown / (height * width)
         return HostShape(embed.proj.out_channels, (1, height, width), ratio)
 
     @staticmethod
@@ -49,6 +54,11 @@ class AdaptiveAudioMAE(AdaptiveMAE):
         embed = model.patch_embed
         tokens = math.prod(AdaptiveAudioMAE.host_shape(model).grid_size)
         check_forward_loss(model, model.decoder_pred, (1, embed.proj.in_channels, *embed.img_size), tokens)
+
+    def check_ratio(self, mask_ratio: float | None) -> None:
+        """Raises ValueError for another ratio than the sampler's, unless the host ignores the argument."""
+        if not self.mask_2d:
+            super().check_ratio(mask_ratio)
 
     def random_masking_2d(self, x: Tensor, *_: Any, **__: Any) -> tuple[Tensor, ...]:
         """x [B, N, D] -> the results of `random_masking`. The host's two ratios are those of its own masks."""

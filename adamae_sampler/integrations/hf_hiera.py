@@ -6,12 +6,12 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from adamae_sampler.integrations.hiera import unit_mean
 from adamae_sampler.integrations.host import HostShape
-from adamae_sampler.integrations.huggingface import HuggingFaceHost
+from adamae_sampler.integrations.huggingface import HuggingFaceHost, check_no_noise, normalized
 from adamae_sampler.integrations.patched import HostInterfaceError
 from adamae_sampler.integrations.random_masking import restoring_order
 from adamae_sampler.integrations.submodules import PatchedSubmodule
+from adamae_sampler.integrations.units import unit_mean
 from adamae_sampler.mask import MaskSample
 
 
@@ -81,8 +81,7 @@ class AdaptiveHFHiera(HuggingFaceHost):
         **kwargs: Any,
     ) -> Any:
         """pixel_values [B, C, H, W]; mask [B, units] bool, True = masked -> the host's output."""
-        if noise is not None:
-            raise ValueError("noise chooses the host's random mask, and a patched model has its own. Pass mask=.")
+        check_no_noise(noise)
         self.check_ratio(mask_ratio)
         with self.masking(pixel_values, mask) as sample:
             output, loss, logits = self.host_output(pixel_values, **kwargs)
@@ -100,8 +99,6 @@ class AdaptiveHFHiera(HuggingFaceHost):
         # Values of a patch lie (c p q).
         target = pixel_values.unfold(2, side, side).unfold(3, side, side).permute(0, 2, 3, 1, 4, 5)
         target = target.flatten(1, 2).flatten(2)
-        if self.config.normalize_pixel_loss:
-            variance, mean = target.var(dim=-1, keepdim=True), target.mean(dim=-1, keepdim=True)
-            target = (target - mean) / (variance + 1e-6).sqrt()
+        target = normalized(target) if self.config.normalize_pixel_loss else target
         error = (prediction - target).square().mean(dim=-1, keepdim=True)  # [B, predictions, 1]
         return unit_mean(error, model.decoder.tokens_spatial_shape_final, units).squeeze(-1)

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from adamae_sampler.integrations.host import HostShape
-from adamae_sampler.integrations.huggingface import HuggingFaceHost, image_grid, one_of
+from adamae_sampler.integrations.huggingface import HuggingFaceHost, check_no_noise, image_grid, normalized, one_of
 from adamae_sampler.integrations.random_masking import GivenMask
 from adamae_sampler.integrations.submodules import CachedTokenizer, PatchedSubmodule
 from adamae_sampler.mask import MaskSample
@@ -62,8 +62,7 @@ class AdaptiveHFViTMAE(HuggingFaceHost):
         **kwargs: Any,
     ) -> Any:
         """pixel_values [B, C, H, W]; mask [B, N] bool, True = masked -> the host's output."""
-        if noise is not None:
-            raise ValueError("noise chooses the host's random mask, and a patched model has its own. Pass mask=.")
+        check_no_noise(noise)
         self.check_ratio(mask_ratio)
         if interpolate_pos_encoding:  # not every subclass takes it
             kwargs["interpolate_pos_encoding"] = True
@@ -80,7 +79,5 @@ class AdaptiveHFViTMAE(HuggingFaceHost):
     def token_error(self, prediction: Tensor, pixel_values: Tensor, interpolate_pos_encoding: bool) -> Tensor:
         """The errors [B, N] against the host's target, which normalises the channels of a patch together."""
         target = self.patchify(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding)
-        if self.config.norm_pix_loss:
-            variance, mean = target.var(dim=-1, keepdim=True), target.mean(dim=-1, keepdim=True)
-            target = (target - mean) / (variance + 1e-6).sqrt()
+        target = normalized(target) if self.config.norm_pix_loss else target
         return (prediction - target).square().mean(dim=-1)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from adamae_sampler.integrations.host import AdaptiveHost, HostShape, default_ratio
 from adamae_sampler.integrations.submodules import MaskedSubmodule, PatchedSubmodule
+from adamae_sampler.integrations.units import unit_mean
 from adamae_sampler.mask import MaskSample
 
 
@@ -83,17 +84,3 @@ class AdaptiveHiera(AdaptiveHost):
         everywhere = torch.zeros(masked.shape, dtype=error.dtype, device=error.device)
         everywhere = everywhere.scatter(1, masked_idx, error.view(masked_idx.shape))
         return unit_mean(everywhere[..., None], positions, units).squeeze(-1).gather(1, sample.masked_idx)
-
-
-def unit_mean(x: Tensor, positions: list[int], units: list[int]) -> Tensor:
-    """[B, positions, D] -> [B, units, D]: means over the spatial positions of each mask unit.
-
-    Args:
-        x: a vector for each spatial position.
-        positions: the grid of spatial positions, one to three axes.
-        units: the grid of mask units, with as many axes.
-    """
-    sizes = [position // unit for position, unit in zip(positions, units, strict=True)]
-    grid = [each for pair in zip(units, sizes, strict=True) for each in pair]  # axes alternate: units, positions within
-    within = tuple(range(2, 2 * len(units) + 1, 2))
-    return x.view(x.shape[0], *grid, x.shape[-1]).mean(dim=within).flatten(1, -2)

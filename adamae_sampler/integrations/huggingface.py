@@ -144,3 +144,15 @@ def one_of(mask: Tensor | MaskSample | None, other: Tensor | MaskSample | None) 
     if mask is not None and other is not None:
         raise ValueError("got both mask and bool_masked_pos, two names of one argument; pass one of them.")
     return other if mask is None else mask
+
+
+def check_no_noise(noise: None) -> None:
+    """Raises ValueError if a call passes noise, by which a host chooses its random mask."""
+    if noise is not None:
+        raise ValueError("noise chooses the host's random mask, and a patched model has its own. Pass mask=.")
+
+
+def normalized(target: Tensor) -> Tensor:
+    """Patches [..., P] with mean 0 and standard deviation 1, all channels together, as MAE's norm_pix_loss."""
+    variance, mean = target.var(dim=-1, keepdim=True), target.mean(dim=-1, keepdim=True)
+    return (target - mean) / (variance + 1e-6).sqrt()

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
 
 from adamae_sampler.integrations.patched import HostInterfaceError
-from adamae_sampler.mask import MaskSample, free_to_read
+from adamae_sampler.mask import MaskSample
 
 
 class MaskUse:
-    """The record of one forward of a host. It counts, and compares shapes and addresses; no value is read back.
+    """The record of one forward of a host. It counts, and compares shapes and addresses.
 
     Args:
         host_class: the class of the host.
@@ -87,21 +89,20 @@ class MaskUse:
             )
 
     def is_handed(self, mask: Any) -> bool:
-        """Whether a tensor is the mask that was handed to the host, or a view of it."""
+        """Whether a tensor is the mask that was handed to the host, a view or a copy of it."""
         if not isinstance(mask, Tensor) or self.handed is None or mask.numel() != self.handed.numel():
             return False
-        if torch.compiler.is_compiling():  # addresses are unknown
+        if mask is self.handed or torch.compiler.is_compiling():  # addresses are unknown there
             return True
         with torch._C.DisableTorchFunctionSubclass():
-            if mask.data_ptr() == self.handed.data_ptr():
-                return True
-            # A copy, as a device map makes one. It is compared where that costs no wait for a device.
             plain, handed = mask.as_subclass(Tensor), self.handed.as_subclass(Tensor)
-            return (
-                free_to_read(plain)
-                and free_to_read(handed)
-                and torch.equal(plain.flatten().to(handed), handed.flatten())
-            )
+            if plain.data_ptr() == handed.data_ptr() or self.host_class in _COPYING:
+                return True
+            # A class that copies its mask is found to do so once. Later steps read nothing back from the device.
+            same = torch.equal(plain.flatten().to(handed), handed.flatten())
+        if same:
+            _COPYING.add(self.host_class)
+        return same
 
     def check(self, computes_loss: bool) -> None:
         """Called after the host's forward.
@@ -127,7 +128,7 @@ class MaskUse:
             for name in dir(self.host_class)
             if "mask" in name
             and "attention" not in name
-            and not self.where.endswith(name)
+            and name not in re.split(r"\W+", self.where)
             and callable(getattr(self.host_class, name))
         ]
         found = f" It also has {', '.join(others)}: switch it to {self.where}." if others else ""
@@ -142,3 +143,6 @@ class MaskUse:
             "of the model. unpatch(model) gives the host back. To mend it, see 'A new host' in "
             "adamae_sampler/integrations/README.md."
         )
+
+
+_COPYING: WeakSet[type[nn.Module]] = WeakSet()

@@ -4,7 +4,7 @@
 
     old_timm.install()  # at the top of the script that you run
 
-Nothing on disk changes. Code that does not use the old names sees no difference.
+Nothing on disk changes. Code that looks whether an old name exists will find it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import timm.optim
 import torch
 from torch import nn
 
-# What create_model passes to every function that builds a model; old functions pass it on to their classes.
+# What create_model passes to every function that builds a model, None if not given; old functions pass all of it on.
 _NEW_ARGUMENTS = ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir")
 
 
@@ -48,14 +48,12 @@ def install() -> None:
     registry: Any = timm.models.registry
     if not hasattr(registry.register_model, "of_old"):
         registry.register_model = _register_model
-    transformer: Any = timm.models.vision_transformer
-    if not issubclass(transformer.Block, _Block):
-        transformer.Block = _Block
+    _allow_qk_scale(timm.models.vision_transformer.Block)
     torch.serialization.add_safe_globals(
         [
             argparse.Namespace,
             np.dtype,
-            type(np.dtype(np.float64)),
+            *(type(np.dtype(kind)) for kind in (np.float64, np.float32, np.int64, np.int32, np.bool_)),
             importlib.import_module(
                 "numpy._core.multiarray" if np.__version__ >= "2" else "numpy.core.multiarray"
             ).scalar,
@@ -81,7 +79,8 @@ def _register_model(function: Callable[..., nn.Module]) -> Callable[..., nn.Modu
 
     @functools.wraps(function)
     def build(*args: Any, **kwargs: Any) -> nn.Module:
-        return function(*args, **{name: value for name, value in kwargs.items() if name not in _NEW_ARGUMENTS})
+        unused = [name for name in _NEW_ARGUMENTS if name in kwargs and kwargs[name] is None]
+        return function(*args, **{name: value for name, value in kwargs.items() if name not in unused})
 
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -94,10 +93,17 @@ def _register_model(function: Callable[..., nn.Module]) -> Callable[..., nn.Modu
 _register_model.of_old = True  # type: ignore[attr-defined]
 
 
-class _Block(timm.models.vision_transformer.Block):
-    """timm's block, which no longer has an argument `qk_scale`."""
+def _allow_qk_scale(block: Any) -> None:
+    """Lets timm's block take `qk_scale=None`. The class stays the same, since code asks for it by isinstance."""
+    build = block.__init__
+    if hasattr(build, "of_old"):
+        return
 
-    def __init__(self, *args: Any, qk_scale: float | None = None, **kwargs: Any) -> None:
+    @functools.wraps(build)
+    def init(self: nn.Module, *args: Any, qk_scale: float | None = None, **kwargs: Any) -> None:
         if qk_scale is not None:
             raise TypeError(f"qk_scale={qk_scale}, expected None: today's timm always scales by the heads' width.")
-        super().__init__(*args, **kwargs)
+        build(self, *args, **kwargs)
+
+    init.of_old = True  # type: ignore[attr-defined]
+    block.__init__ = init

@@ -8,9 +8,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from adamae_sampler.integrations.hiera import unit_mean
 from adamae_sampler.integrations.host import HostShape
 from adamae_sampler.integrations.random_masking import restoring_order
+from adamae_sampler.integrations.units import unit_mean
 from adamae_sampler.integrations.weighted_loss import WeightedLossHost, check_forward_loss
 from adamae_sampler.mask import MaskSample
 from adamae_sampler.ops import gather_tokens

@@ -16,7 +16,7 @@ from adamae_sampler.positions import GridSize
 
 
 class AdaptivePrithvi(WeightedLossHost):
-    """`loss, pred, mask = model(pixel_values, temporal_coords, location_coords)`. Modifications:
+    """`loss, pred, mask = model(pixel_values, temporal_coords, location_coords)`; `loss["loss"]` trains. Modifications:
 
     - forward takes `mask=`, and the ratio may be left out;
     - the encoder's random_masking follows the sampler's mask;
@@ -30,9 +30,6 @@ class AdaptivePrithvi(WeightedLossHost):
         "forward_loss": ("pixel_values", "pred", "mask"),
         "encoder.random_masking": ("sequence", "mask_ratio", "noise"),
         "encoder.patch_embed.proj": nn.Conv3d,
-        "encoder.patch_embed.patch_size": tuple,
-        "encoder.patch_embed.grid_size": list,
-        "encoder.patch_embed.input_size": tuple,
         "decoder.decoder_pred": nn.Linear,
     }
     tokenizer = "encoder.patch_embed"

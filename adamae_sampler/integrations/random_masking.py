@@ -23,9 +23,9 @@ class GivenMask(PatchedSubmodule):
         """Sequence [B, N, D] -> its visible tokens [B, K, D], the mask [B, N] with 1 = masked, ids_restore [B, N]."""
         if self._use is None:
             raise HostInterfaceError(
-                "the encoder of a patched model was called by itself, without a mask; or the backward pass recomputes "
-                "its embeddings, when the mask is gone. Call the model as a whole, and leave the embeddings out of "
-                "activation checkpointing. For features, unpatch(model)."
+                f"{type(self).__name__} of a patched model was called by itself, without a mask; or the backward pass "
+                "recomputes it, when the mask is gone. Call the model as a whole, and checkpoint the blocks within it. "
+                "For features, unpatch(model)."
             )
         ratio = next((each for each in (*args, *kwargs.values()) if isinstance(each, float)), None)
         self._use.note_mask(sequence, ratio)

@@ -90,8 +90,13 @@ class VideoSize:
             ValueError: the shape is not [B, *self.video]; with `dynamic`, other channels, or a size that patches do not
                 divide.
         """
-        if dynamic and video.ndim == 5 and video.shape[1] == self.video[0]:
+        if dynamic:
             self._check_dtype(video)
+            if video.ndim != 5 or video.shape[1] != self.video[0]:
+                raise ValueError(
+                    f"video has shape {tuple(video.shape)}, expected [B, {self.video[0]}, T, H, W] (clips, channels, "
+                    "frames, height, width)."
+                )
             return self.patches.grid(video.shape)
         self.check(video)
         return self.grid

@@ -90,7 +90,7 @@ class AdaptiveTokenSampler(ScoredTokenSampler):
         logits = repeat_rows(self.logits(tokens, grid_size), self.num_masks)
         if isinstance(self.exploration, Ramp):
             self.exploration.count()
-        return draw_mask(logits, self.num_visible_at(grid_size or self.grid_size), generator=generator)
+        return draw_mask(logits, self.num_drawn(grid_size), generator=generator)
 
     def complete(
         self, tokens: Tensor, given: MaskSample, video: Tensor | None = None, grid_size: GridSize | None = None
@@ -98,7 +98,9 @@ class AdaptiveTokenSampler(ScoredTokenSampler):
         """The given mask with the sampler's log-probabilities, so the losses work as for a drawn mask."""
         logits = repeat_rows(self.logits(tokens, grid_size), given.mask.shape[0] // max(tokens.shape[0], 1))
         log_probs, num_nonfinite = token_log_probs(logits)
-        return super().complete(tokens, given, video)._replace(log_probs=log_probs, num_nonfinite=num_nonfinite)
+        return (
+            super().complete(tokens, given, video, grid_size)._replace(log_probs=log_probs, num_nonfinite=num_nonfinite)
+        )
 
 
 _TINY = 1e-20  # the log of a ramp's share stays finite, and so do its gradients

@@ -62,6 +62,10 @@ class TokenSampler(nn.Module, abc.ABC):
         """
         return num_visible_tokens(math.prod(grid_size), self.mask_ratio)
 
+    def num_drawn(self, grid_size: GridSize | None) -> int:
+        """K of a draw: `num_visible` at the sampler's own grid, which is None."""
+        return self.num_visible if grid_size is None else self.num_visible_at(grid_size)
+
     def forward(
         self,
         tokens: Tensor,

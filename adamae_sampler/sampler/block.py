@@ -90,7 +90,7 @@ class BlockTokenSampler(TokenSampler):
         self, tokens: Tensor, generator: torch.Generator | None, *, grid_size: GridSize | None = None
     ) -> MaskSample:
         """Numbers each token by the first block that covers it, and masks the M smallest numbers."""
-        grid_size = grid_size or self.grid_size
+        num_visible, grid_size = self.num_drawn(grid_size), grid_size or self.grid_size
         num_blocks = self.num_blocks if grid_size == self.grid_size else self._blocks_at(grid_size)
         duration, area = self._size_at(grid_size)
         rows, device = tokens.shape[0] * self.num_masks, tokens.device
@@ -115,7 +115,7 @@ class BlockTokenSampler(TokenSampler):
         block = torch.arange(num_blocks, dtype=torch.int16, device=device).view(-1, 1, 1, 1)
         first = torch.where(covered, block, num_blocks).amin(1)  # [rows, T or 1, H, W]
         first = first.expand(rows, *grid_size).flatten(1).float()
-        return draw_classes(first, self.num_visible_at(grid_size), generator)
+        return draw_classes(first, num_visible, generator)
 
     def extra_repr(self) -> str:
         """For print(model)."""

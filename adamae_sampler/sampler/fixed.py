@@ -22,7 +22,7 @@ class RandomTokenSampler(TokenSampler):
         self, tokens: Tensor, generator: torch.Generator | None, *, grid_size: GridSize | None = None
     ) -> MaskSample:
         """Draws K of N tokens uniformly."""
-        num_visible = self.num_visible_at(grid_size or self.grid_size)
+        num_visible = self.num_drawn(grid_size)
         return draw_uniform(tokens, self.num_masks, tokens.shape[1], num_visible, generator)
 
 
@@ -43,9 +43,9 @@ class TubeTokenSampler(TokenSampler):
         self, tokens: Tensor, generator: torch.Generator | None, *, grid_size: GridSize | None = None
     ) -> MaskSample:
         """Draws spatial positions uniformly, then repeats them over time."""
-        grid_size = grid_size or self.grid_size
-        frames, positions = grid_size[0], grid_size[1] * grid_size[2]
-        visible_positions = self.num_visible_at(grid_size) // frames
+        frames, height, width = grid_size or self.grid_size
+        positions = height * width
+        visible_positions = self.num_drawn(grid_size) // frames
         frame = draw_uniform(tokens, self.num_masks, positions, visible_positions, generator)
         start = torch.arange(frames, device=tokens.device)[:, None] * positions  # [T, 1]
         return MaskSample(
@@ -71,9 +71,9 @@ class FrameTokenSampler(TokenSampler):
         self, tokens: Tensor, generator: torch.Generator | None, *, grid_size: GridSize | None = None
     ) -> MaskSample:
         """Draws time steps uniformly; all spatial positions of a step go with it."""
-        grid_size = grid_size or self.grid_size
-        frames, positions = grid_size[0], grid_size[1] * grid_size[2]
-        visible_frames = self.num_visible_at(grid_size) // positions
+        frames, height, width = grid_size or self.grid_size
+        positions = height * width
+        visible_frames = self.num_drawn(grid_size) // positions
         steps = draw_uniform(tokens, self.num_masks, frames, visible_frames, generator)
         position = torch.arange(positions, device=tokens.device)  # [positions]
         return MaskSample(

@@ -43,8 +43,7 @@ class GridTokenSampler(TokenSampler):
         self, tokens: Tensor, generator: torch.Generator | None, *, grid_size: GridSize | None = None
     ) -> MaskSample:
         """Draws an offset for each mask, then K tokens of its lattice."""
-        grid_size = grid_size or self.grid_size
-        num_visible = self.num_visible_at(grid_size)
+        num_visible, grid_size = self.num_drawn(grid_size), grid_size or self.grid_size
         cells = self.cell if grid_size == self.grid_size else lattice_cell(grid_size, num_visible)
         rows, device = tokens.shape[0] * self.num_masks, tokens.device
         uniform = uniform_noise((rows, 3), device, generator)

@@ -68,7 +68,7 @@ class HardTokenSampler(ScoredTokenSampler):
         self, tokens: Tensor, generator: torch.Generator | None, *, grid_size: GridSize | None = None
     ) -> MaskSample:
         """Masks the hardest tokens, and draws the others uniformly."""
-        num_visible = self.num_visible_at(grid_size or self.grid_size)
+        num_visible = self.num_drawn(grid_size)
         difficulty = at_least_fp32(self.scores(tokens, grid_size))
         rank = repeat_rows(_random_ties(difficulty.detach(), generator), self.num_masks)
         num_hard = (self.share() * (tokens.shape[1] - num_visible) + _ROUNDING).floor()
@@ -81,7 +81,7 @@ class HardTokenSampler(ScoredTokenSampler):
         """The given mask with the predicted errors, so that the ranking loss works as for a drawn mask."""
         times = given.mask.shape[0] // max(tokens.shape[0], 1)
         difficulty = repeat_rows(at_least_fp32(self.scores(tokens, grid_size)), times)
-        return _with_difficulty(super().complete(tokens, given, video), difficulty)
+        return _with_difficulty(super().complete(tokens, given, video, grid_size), difficulty)
 
 
 def _random_ties(difficulty: Tensor, generator: torch.Generator | None) -> Tensor:

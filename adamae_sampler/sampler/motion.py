@@ -110,7 +110,7 @@ class MotionTokenSampler(TokenSampler):
     ) -> MaskSample:
         """Draws K tokens of each clip from p, without replacement; with R masks, R times."""
         log_probs = repeat_rows(self.log_probs(tokens, video, grid_size), self.num_masks)
-        num_visible = self.num_visible_at(grid_size or self.grid_size)
+        num_visible = self.num_drawn(grid_size)
         return draw_mask(log_probs, num_visible, generator=generator)._replace(log_probs=None)
 
     def extra_repr(self) -> str:

@@ -59,6 +59,9 @@ class ScoredTokenSampler(TokenSampler):
                 f"score network {network!r}, expected 'mha', 'mlp', 'pooled' or a module [B, N, D] -> [B, N]."
             )
 
+        # Asked once, since wrappers such as torch.compile hide the arguments.
+        self._network_takes_grids = "grid_size" in inspect.signature(self.network.forward).parameters
+
     def scores(self, tokens: Tensor, grid_size: GridSize | None = None) -> Tensor:
         """[B, N, D] -> [B, N], the network's output; of tokens of another grid if it is given."""
         if tokens.shape[-1] != self.embed_dim:
@@ -75,7 +78,3 @@ class ScoredTokenSampler(TokenSampler):
                 f"{tuple(tokens.shape[:2])}: one score for each token. Use squeeze(-1) if the last axis is 1."
             )
         return scores
-
-    @property
-    def _network_takes_grids(self) -> bool:
-        return "grid_size" in inspect.signature(self.network.forward).parameters

@@ -85,7 +85,7 @@ class MotionPriorSampler(AdaptiveTokenSampler):
     ) -> MaskSample:
         """Draws K tokens of each clip from p, without replacement."""
         logits = self.logits(tokens, grid_size) + self._prior.log_probs(tokens, video, grid_size)
-        return draw_mask(logits, self.num_visible_at(grid_size or self.grid_size), generator=generator)
+        return draw_mask(logits, self.num_drawn(grid_size), generator=generator)
 
     def complete(
         self, tokens: Tensor, given: MaskSample, video: Tensor | None = None, grid_size: GridSize | None = None
@@ -106,4 +106,4 @@ class TargetSetSampler(AdaptiveTokenSampler):
         noise = torch.rand(tokens.shape[:2], device=tokens.device, generator=generator)
         targets = noise.topk(round(_TARGETS * tokens.shape[1]), dim=1)[1]
         logits = self.logits(tokens, grid_size).scatter(1, targets, -torch.inf)
-        return draw_mask(logits, self.num_visible_at(grid_size or self.grid_size), generator=generator)
+        return draw_mask(logits, self.num_drawn(grid_size), generator=generator)

@@ -20,10 +20,12 @@ def import_from(path: Path, module: str) -> Any:
     if not path.is_dir():
         raise FileNotFoundError(f"no checkout in {path}.")
     old_timm.install()
-    own = {name for file in path.glob("*.py") if (name := file.stem) in sys.modules}
-    others = {  # of another checkout, under the same name
-        name: sys.modules.pop(name) for name in own if Path(sys.modules[name].__file__ or "").parent != path
-    }
+    own = {each.stem for each in path.iterdir() if each.suffix == ".py" or any(each.glob("*.py"))}
+    others = {}  # modules of another checkout, under the same names
+    for name, found in list(sys.modules.items()):
+        file = getattr(found, "__file__", None)
+        if name.partition(".")[0] in own and file and path not in Path(file).parents:
+            others[name] = sys.modules.pop(name)
     sys.path.insert(0, str(path))
     try:
         return importlib.import_module(module)

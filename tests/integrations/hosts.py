@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from adamae_sampler import AdaMAELoss, MaskSample
 
 __all__ = [
+    "AUDIO",
     "CASES",
     "CHECKOUTS",
     "HostCase",
@@ -343,7 +344,7 @@ CASES = (
         own_loss=lambda model, x, ratio: model(x, mask_ratio=ratio)[0]["loss"],
         sizes=(
             ({"num_frames": 1}, (6, 32, 32)),
-            ({"patch_size": (2, 8, 8), "in_chans": 2}, (2, 4, 32, 32)),
+            ({"patch_size": [2, 8, 8], "in_chans": 2}, (2, 4, 32, 32)),  # a list, as in terratorch's configurations
             ({"norm_pix_loss": False, "img_size": (16, 40)}, (6, 4, 16, 40)),
             ({"coords_encoding": ["time", "location"]}, (6, 4, 32, 32)),
         ),

@@ -40,7 +40,10 @@ def make_audiomae(mask_2d=False):
         return small_hosts.AudioMaskedAutoencoderViT(mask_2d=mask_2d)
     if not torch.cuda.is_available():
         torch.Tensor.cuda = lambda self: self  # its forward moves a zero to the GPU
-    model = import_from(checkout("AudioMAE"), "models_mae").MaskedAutoencoderViT
+    module = import_from(checkout("AudioMAE"), "models_mae")
+    sys.modules["audiomae"] = module  # pickle would find mae's module under the name of this one
+    model = module.MaskedAutoencoderViT
+    model.__module__ = "audiomae"
     sizes = {"embed_dim": 32, "depth": 2, "num_heads": 4, "decoder_embed_dim": 16, "decoder_depth": 1}
     audio = {"img_size": (256, 32), "patch_size": 4, "in_chans": 1, "audio_exp": True, "mask_2d": mask_2d}
     return model(**sizes, **audio, decoder_num_heads=4, norm_pix_loss=True, norm_layer=layer_norm)

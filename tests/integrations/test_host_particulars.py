@@ -9,7 +9,9 @@ import torch.distributed as dist
 from einops import rearrange
 from host_checks import assert_equal, each_host, snapshot_of
 from hosts import (
+    AUDIO,
     CASES,
+    make_audiomae,
     make_mae,
     make_videomae,
     make_videomae_v2,
@@ -96,6 +98,13 @@ def test_videomae_v2_keeps_its_decoder_mask():
     torch.testing.assert_close(out.sampling, torch.stack(terms).mean())
     out.loss.backward()
     assert all(each.grad is not None for each in model.sampler.parameters())
+
+
+def test_audiomae_ignores_a_calls_ratio_where_its_own_code_does():
+    model = patch(make_audiomae(mask_2d=True).train())
+    model(torch.randn(2, *AUDIO), mask_ratio=0.3)  # as its engine passes it
+    with pytest.raises(ValueError, match=r"patched for 0\.8"):
+        patch(make_audiomae().train())(torch.randn(2, *AUDIO), mask_ratio=0.3)
 
 
 def test_the_decoders_mask_must_fit():

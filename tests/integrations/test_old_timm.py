@@ -13,6 +13,7 @@ from timm.optim.optim_factory import add_weight_decay
 from numpy.lib.function_base import disp
 from torch._six import inf
 import numpy as np
+import timm
 import torch
 from timm.models.vision_transformer import Block
 assert inf == float("inf") and np.float is float
@@ -24,6 +25,7 @@ for kind in (Nadam, NovoGrad, RAdam):
 assert (weight < 1).all()
 assert len(add_weight_decay(torch.nn.Linear(2, 2), 0.05)) == 2
 Block(8, 2, qkv_bias=True, qk_scale=None)
+assert isinstance(timm.create_model("vit_tiny_patch16_224", depth=1).blocks[0], Block)
 """
 
 MODEL = """
@@ -48,7 +50,7 @@ import argparse, io
 import numpy as np
 import torch
 file = io.BytesIO()
-torch.save({"args": argparse.Namespace(lr=1e-3), "optimizer": {"lr": np.float64(0.5)}}, file)
+torch.save({"args": argparse.Namespace(lr=1e-3), "optimizer": {"lr": np.float64(0.5), "epoch": np.int64(3)}}, file)
 file.seek(0)
 assert torch.load(file, map_location="cpu")["optimizer"]["lr"] == 0.5
 """

@@ -123,6 +123,29 @@ def test_a_fork_with_a_schedule_of_ratios():
     refuses(changed(MAE(), forward_encoder=forward_encoder), images(), r"mask_ratio=0\.5, expected the patch's 0\.75")
 
 
+@pytest.mark.parametrize("copy", [torch.clone, lambda mask: mask.to(torch.float64), lambda mask: mask.view(-1, 8, 8)])
+def test_a_fork_whose_loss_has_a_copy_of_the_mask(copy):
+    def forward(self, imgs, mask_ratio=0.75):
+        latent, mask, restore = self.forward_encoder(imgs, mask_ratio)
+        pred = self.forward_decoder(latent, restore)
+        return self.forward_loss(imgs, pred, copy(mask).view_as(mask)), pred, mask
+
+    model = patch(changed(MAE(), forward=forward).train())
+    compared = mock.Mock(side_effect=torch.equal)
+    with mock.patch.object(torch, "equal", compared):
+        for _ in range(3):
+            model(images())[0].backward()
+    assert compared.call_count <= 1  # its class is known to copy from then on
+
+
+def test_a_part_of_a_host_may_be_compiled():
+    model = patch(make_videomae().train(), 0.75)
+    model.encoder.compile(backend="eager")
+    x = torch.randn(2, 3, 16, 32, 32)
+    prediction, sample = model(x)
+    assert prediction.shape[:2] == sample.masked_idx.shape
+
+
 @pytest.mark.parametrize("other", [lambda mask: 1 - mask, torch.ones_like], ids=["inverted", "all tokens"])
 def test_a_fork_whose_loss_has_another_mask(other):
     def forward(self, imgs, mask_ratio=0.75):
