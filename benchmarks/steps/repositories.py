@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 from adamae_sampler.integrations import old_timm
 
 
+@functools.cache  # one class of each name, however often it is asked for
 def import_from(path: Path, module: str) -> Any:
     """A module of the checkout in a folder, which was written for older timm and NumPy.
 
