@@ -186,7 +186,7 @@ class PooledScoreNetwork(BlockScoreNetwork):
         if tokens.shape[1] != math.prod(grid_size):
             raise ValueError(
                 f"tokens have shape {tuple(tokens.shape)}, expected {math.prod(grid_size)} tokens, for the grid "
-                f"{grid_size}. Build the network with the sampler's grid_size."
+                f"{grid_size}. Build the network with the sampler's grid_size, or call it with that of these tokens."
             )
         cells = _cells(grid_size, self.pool)
         own = self.project(tokens)  # [B, N, width]

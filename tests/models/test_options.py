@@ -279,7 +279,7 @@ def test_options_that_make_no_sense_are_refused(options, message):
         tiny_model(**options)
     with pytest.raises(ValueError, match="5 heads do not divide the score network's width 192"):
         PooledScoreNetwork(12, GRID, num_heads=5)
-    with pytest.raises(ValueError, match="expected 64 tokens, for the network's grid"):
+    with pytest.raises(ValueError, match=r"expected 64 tokens, for the grid \(4, 4, 4\)"):
         PooledScoreNetwork(12, GRID)(torch.randn(1, 32, 12))
 
 
