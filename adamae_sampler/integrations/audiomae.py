@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -10,7 +9,6 @@ from torch import Tensor
 from adamae_sampler.integrations.host import HostShape, default_ratio
 from adamae_sampler.integrations.mae import AdaptiveMAE
 from adamae_sampler.integrations.random_masking import visible_first
-from adamae_sampler.integrations.weighted_loss import check_forward_loss
 
 
 class AdaptiveAudioMAE(AdaptiveMAE):
@@ -47,13 +45,6 @@ class AdaptiveAudioMAE(AdaptiveMAE):
             shown = int(height * (1 - model.mask_t_prob)) * int(width * (1 - model.mask_f_prob))
             ratio = 1 - shown / (height * width)
         return HostShape(embed.proj.out_channels, (1, height, width), ratio)
-
-    @staticmethod
-    def probe(model: Any) -> None:
-        """Raises HostInterfaceError unless forward_loss is a mean weighted by the mask; the sampling loss needs one."""
-        embed = model.patch_embed
-        tokens = math.prod(AdaptiveAudioMAE.host_shape(model).grid_size)
-        check_forward_loss(model, model.decoder_pred, (1, embed.proj.in_channels, *embed.img_size), tokens)
 
     def check_ratio(self, mask_ratio: float | None) -> None:
         """Raises ValueError for another ratio than the sampler's, unless the host ignores the argument."""

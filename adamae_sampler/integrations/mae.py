@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -50,7 +49,7 @@ class AdaptiveMAE(WeightedLossHost):
         """Raises HostInterfaceError unless forward_loss is a mean weighted by the mask; the sampling loss needs one."""
         embed = model.patch_embed
         shape = (1, embed.proj.in_channels, *embed.img_size)
-        check_forward_loss(model, model.decoder_pred, shape, math.prod(AdaptiveMAE.host_shape(model).grid_size))
+        check_forward_loss(model, model.decoder_pred, shape, embed.num_patches)
 
     def forward(
         self, imgs: Tensor, mask_ratio: float | None = None, *, mask: Tensor | MaskSample | None = None, **more: Any
