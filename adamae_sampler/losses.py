@@ -35,6 +35,9 @@ def reconstruction_error(
 ) -> Tensor:
     """The error of each decoded token, [B, M] fp32. L_R is its mean.
 
+    With invalid tokens their errors are 0, and L_R is `error.sum() / sample.target_valid.sum()`. Fill their pixels with
+    any finite number: of NaN the gradient would be NaN.
+
     With R masks of each clip the prediction, the sample and the error have B R rows; the video has B.
 
     Args:
@@ -54,7 +57,7 @@ def reconstruction_error(
     """
     _check_sample(sample)
     patches = PatchFormat.of(patch_size, tubelet_size, normalize, mean, std)
-    return token_errors(prediction, video, sample.target_idx, kind, patches)
+    return _only(sample.target_valid, token_errors(prediction, video, sample.target_idx, kind, patches))
 
 
 def sampling_loss(
@@ -85,6 +88,7 @@ def sampling_loss(
         ValueError: the sample has no log-probabilities, the estimator is unknown, or shapes do not fit each other.
     """
     _check_sample(sample)
+    counted = sample.target_valid
     if sample.log_probs is None:
         raise ValueError(
             "sample.log_probs is None: these masks have no distribution to learn. Use AdaptiveTokenSampler, or "
@@ -93,8 +97,10 @@ def sampling_loss(
     if estimator not in _ESTIMATORS:
         raise ValueError(f"estimator={estimator!r}, expected one of {', '.join(map(repr, _ESTIMATORS))}.")
     if estimator == "categorical":
-        return ops.sampling_loss(sample.log_probs, sample.target_idx, error)
-    advantage = leave_one_out(error.detach().mean(1), num_masks)  # [B R]
+        loss = ops.sampling_loss(sample.log_probs, sample.target_idx, _only(counted, error))
+        return loss if counted is None else loss / counted.float().mean()
+    of_mask = error.mean(1) if counted is None else _only(counted, error).sum(1) / counted.sum(1)
+    advantage = leave_one_out(of_mask.detach(), num_masks)  # [B R]
     loss = (set_log_prob(sample) * advantage).mean()
     return loss if estimator == "plackett_luce" else -loss
 
@@ -128,6 +134,8 @@ def ranking_loss(sample: MaskSample, error: Tensor) -> Tensor:
             f"error has shape {tuple(error.shape)}, expected {tuple(sample.target_idx.shape)}: rows, decoded tokens."
         )
     predicted, error = sample.difficulty.gather(1, sample.target_idx), error.detach()  # [B, M]
+    if (counted := sample.target_valid) is not None:
+        error = error.masked_fill(~counted, torch.nan)
     count = error.shape[1]
     if count < 2:
         return (predicted * 0).sum()  # no pair
@@ -166,8 +174,8 @@ class LossOutput(NamedTuple):
         reconstruction: scalar, L_R.
         sampling: scalar, L_S before its weight, or the ranking loss of a sample with difficulties; 0 for masks without
             either.
-        token_error: [B, M], the error of each decoded token. With a fused head it has no gradient. With a decode_mask
-            it is [B, decoded tokens], and 0 for visible tokens.
+        token_error: [B, M], the error of each decoded token, 0 for invalid ones. With a fused head it has no gradient.
+            With a decode_mask it is [B, decoded tokens], and 0 for visible tokens.
     """
 
     loss: Tensor
@@ -258,19 +266,18 @@ class AdaMAELoss(nn.Module):
         if isinstance(prediction, tuple):
             reconstruction, error = self._fused(HeadInputs(*prediction), video, sample, decode_mask)
             return self._with_sampling(reconstruction, error, sample)
-        share: Tensor | float = 1.0  # share of the decoded tokens that is masked
         if decode_mask is not None:
             if self.estimator != "categorical" and sample.log_probs is not None:
                 raise ValueError(f"estimator={self.estimator!r} takes no decode_mask; use the model's decode_ratio.")
             sample = _decoded(sample, decode_mask, prediction.shape[1])
-        error = token_errors(prediction, video, sample.target_idx, self.kind, self.patches)
-        if decode_mask is not None:
-            masked = sample.mask.gather(1, sample.masked_idx)
-            error, share = error * masked, masked.float().mean()
-            if sample.difficulty is not None:
-                sampling = ranking_loss(sample, error.masked_fill(~masked, torch.nan))
-                return self._sum(error.mean() / share, sampling, error)
-        return self._with_sampling(error.mean() / share, error, sample, share)
+        error, counted = (
+            token_errors(prediction, video, sample.target_idx, self.kind, self.patches),
+            sample.target_valid,
+        )
+        if counted is None:
+            return self._with_sampling(error.mean(), error, sample)
+        error = _only(counted, error)
+        return self._with_sampling(error.sum() / counted.sum(), error, sample)
 
     def _fused(
         self, inputs: HeadInputs, video: Tensor, sample: MaskSample, decode_mask: Tensor | None
@@ -282,16 +289,14 @@ class AdaMAELoss(nn.Module):
             )
         if decode_mask is not None:
             raise ValueError("a fused head takes no decode_mask; pass the prediction itself, a tensor.")
-        return fused_error(*inputs, video, sample.target_idx, self.kind, self.patches)
+        return fused_error(*inputs, video, sample.target_idx, self.kind, self.patches, sample.target_valid)
 
-    def _with_sampling(
-        self, reconstruction: Tensor, error: Tensor, sample: MaskSample, share: Tensor | float = 1.0
-    ) -> LossOutput:
+    def _with_sampling(self, reconstruction: Tensor, error: Tensor, sample: MaskSample) -> LossOutput:
         if sample.difficulty is not None:
             return self._sum(reconstruction, ranking_loss(sample, error), error)
         if sample.log_probs is None:
             return LossOutput(reconstruction, reconstruction, error.new_zeros(()), error)
-        sampling = sampling_loss(sample, error, estimator=self.estimator, num_masks=self.num_masks) / share
+        sampling = sampling_loss(sample, error, estimator=self.estimator, num_masks=self.num_masks)
         return self._sum(reconstruction, sampling, error)
 
     def _sum(self, reconstruction: Tensor, sampling: Tensor, error: Tensor) -> LossOutput:
@@ -315,10 +320,18 @@ def _check_sample(sample: MaskSample) -> None:
 
 
 def _decoded(sample: MaskSample, decode_mask: Tensor, num_decoded: int) -> MaskSample:
-    """The sample with the decoded tokens as its masked tokens."""
+    """The sample with the decoded tokens as its masked tokens, of which those that are visible do not count."""
     if decode_mask.shape != sample.mask.shape:
         raise ValueError(
             f"decode_mask has shape {tuple(decode_mask.shape)}, expected {tuple(sample.mask.shape)}: clips, tokens."
         )
     left = MaskSample.from_mask(decode_mask, num_decoded).visible_idx  # [B, tokens left]
-    return MaskSample(sample.visible_idx, left, sample.mask, sample.log_probs, difficulty=sample.difficulty)
+    counted = sample.mask if sample.valid is None else sample.mask & sample.valid
+    return MaskSample(
+        sample.visible_idx, left, sample.mask, sample.log_probs, difficulty=sample.difficulty, valid=counted
+    )
+
+
+def _only(counted: Tensor | None, error: Tensor) -> Tensor:
+    """The errors of the tokens that count, and 0 for others, whatever theirs are."""
+    return error if counted is None else error.where(counted, 0)

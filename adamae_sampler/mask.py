@@ -8,6 +8,7 @@ and makes the host wait for the device.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -33,6 +34,8 @@ class MaskSample(NamedTuple):
             if all are.
         difficulty: [B, N] fp32, the predicted error of each token, up to order, which `ranking_loss` trains; None for
             samplers that predict none. Only `HardTokenSampler` does.
+        valid: [B, N] bool, the tokens that count; None if all do. Invalid tokens are masked, and the losses leave them
+            out.
     """
 
     visible_idx: Tensor
@@ -42,11 +45,17 @@ class MaskSample(NamedTuple):
     num_nonfinite: Tensor | None = None
     decoded_idx: Tensor | None = None
     difficulty: Tensor | None = None
+    valid: Tensor | None = None
 
     @property
     def target_idx(self) -> Tensor:
         """The tokens that a decoder predicts: `decoded_idx`, or `masked_idx` if that is None."""
         return self.masked_idx if self.decoded_idx is None else self.decoded_idx
+
+    @property
+    def target_valid(self) -> Tensor | None:
+        """Which of `target_idx` count in the losses, [B, M] bool; None if all do."""
+        return None if self.valid is None else self.valid.gather(1, self.target_idx)
 
     @property
     def num_visible(self) -> int:
@@ -163,6 +172,54 @@ def check_num_visible(num_visible: int, num_tokens: int) -> None:
             f"num_visible={num_visible} of {num_tokens} tokens, expected between 1 and {num_tokens - 1}: "
             "at least one token must be visible and one masked."
         )
+
+
+def check_valid(valid: Tensor, num_visible: int, units: str = "tokens") -> None:
+    """Raises unless each row has enough valid tokens: those to show, and one to predict.
+
+    On a GPU nothing is read back. There a row with too few ends the program with an assertion of the device, which does
+    not name the row. Call this on the CPU, where the batch is made, to have it named.
+
+    Args:
+        valid: [B, N] bool, True = a token that counts.
+        num_visible: K.
+        units: what a column is, for the message.
+
+    Raises:
+        TypeError: it is no bool tensor.
+        ValueError: it is not [B, N], or a row has fewer than K + 1 valid tokens.
+    """
+    if not isinstance(valid, Tensor) or valid.dtype != torch.bool:
+        kind = valid.dtype if isinstance(valid, Tensor) else type(valid).__name__
+        raise TypeError(f"valid is {kind}, expected a torch.bool tensor [B, N] with True = a token that counts.")
+    if valid.ndim != 2:
+        raise ValueError(f"valid has shape {tuple(valid.shape)}, expected [B, N]: clips, tokens.")
+    count = valid.sum(1)
+    require(
+        count > num_visible,
+        lambda row: (
+            f"row {row} of valid has {int(count[row])} valid {units} of {valid.shape[1]}, expected at least "
+            f"{num_visible + 1}: {num_visible} are shown, and one or more is predicted. Leave such clips out of the "
+            "batch, or mask a larger share."
+        ),
+        f"a row of valid has too few valid {units}",
+    )
+
+
+def require(rows: Tensor, message: Callable[[int], str], short: str) -> None:
+    """Raises ValueError with the message of the first row that is False. Nothing is read back from a GPU: there it is
+    an assertion of the device.
+
+    Args:
+        rows: [B] bool.
+        message: index of a row -> what is wrong with it.
+        short: the message where the row is not known.
+    """
+    if free_to_read(rows):
+        if not rows.all():
+            raise ValueError(message(int((~rows).nonzero()[0])))
+    elif not torch.compiler.is_compiling() or rows.device.type != "cpu":
+        torch._assert_async(rows.all(), short)
 
 
 def free_to_read(x: Tensor) -> bool:

@@ -76,18 +76,22 @@ class AdaptiveHFHiera(HuggingFaceHost):
         return_dict: bool | None = None,
         *,
         mask: Tensor | MaskSample | None = None,
+        valid: Tensor | None = None,
         mask_ratio: float | None = None,
         return_loss: bool = True,  # tells Trainer.evaluate that there is a loss without labels
         **kwargs: Any,
     ) -> Any:
-        """pixel_values [B, C, H, W]; mask [B, units] bool, True = masked -> the host's output."""
+        """pixel_values [B, C, H, W]; mask [B, units] bool, True = masked -> the host's output.
+
+        valid [B, units] bool: the mask units that count.
+        """
         check_no_noise(noise)
         self.check_ratio(mask_ratio)
-        with self.masking(pixel_values, mask) as sample:
+        with self.masking(pixel_values, mask, valid) as sample:
             output, loss, logits = self.host_output(pixel_values, **kwargs)
 
             def token_error() -> Tensor:
-                return self.unit_error(logits.detach(), pixel_values).gather(1, sample.masked_idx)
+                return self.unit_error(logits, pixel_values).gather(1, sample.masked_idx)
 
             output["loss"] = self.total(loss, token_error=token_error)
         return self.finish(output, return_dict)

@@ -50,13 +50,17 @@ class AdaptiveHFVideoMAE(HuggingFaceHost):
         return_dict: bool | None = None,
         *,
         mask: Tensor | MaskSample | None = None,
+        valid: Tensor | None = None,
         mask_ratio: float | None = None,
         return_loss: bool = True,  # tells Trainer.evaluate that there is a loss without labels
         **kwargs: Any,
     ) -> Any:
-        """pixel_values [B, T, C, H, W]; bool_masked_pos or mask [B, N] bool, True = masked -> the host's output."""
+        """pixel_values [B, T, C, H, W]; bool_masked_pos or mask [B, N] bool, True = masked -> the host's output.
+
+        valid [B, N] bool: the tokens that count.
+        """
         self.check_ratio(mask_ratio)
-        with self.masking(pixel_values, one_of(bool_masked_pos, mask)) as sample:
+        with self.masking(pixel_values, one_of(bool_masked_pos, mask), valid) as sample:
             output, loss, logits = self.host_output(pixel_values, indexed_mask(sample, self.mask_use), **kwargs)
 
             def token_error() -> Tensor:
@@ -73,7 +77,7 @@ class AdaptiveHFVideoMAE(HuggingFaceHost):
         """The errors [B, M] against the host's target, which undoes ImageNet's normalisation of RGB video."""
         rgb = self.config.num_channels == 3
         return reconstruction_error(
-            prediction.detach(),
+            prediction,
             self.as_video(pixel_values),
             sample,
             normalize=self.config.norm_pix_loss,

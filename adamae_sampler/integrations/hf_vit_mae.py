@@ -57,20 +57,24 @@ class AdaptiveHFViTMAE(HuggingFaceHost):
         *,
         mask: Tensor | MaskSample | None = None,
         bool_masked_pos: Tensor | MaskSample | None = None,
+        valid: Tensor | None = None,
         mask_ratio: float | None = None,
         return_loss: bool = True,  # tells Trainer.evaluate that there is a loss without labels
         **kwargs: Any,
     ) -> Any:
-        """pixel_values [B, C, H, W]; mask [B, N] bool, True = masked -> the host's output."""
+        """pixel_values [B, C, H, W]; mask [B, N] bool, True = masked -> the host's output.
+
+        valid [B, N] bool: the tokens that count.
+        """
         check_no_noise(noise)
         self.check_ratio(mask_ratio)
         if interpolate_pos_encoding:  # not every subclass takes it
             kwargs["interpolate_pos_encoding"] = True
-        with self.masking(pixel_values, one_of(mask, bool_masked_pos)) as sample:
+        with self.masking(pixel_values, one_of(mask, bool_masked_pos), valid) as sample:
             output, loss, logits = self.host_output(pixel_values, **kwargs)
 
             def token_error() -> Tensor:
-                error = self.token_error(logits.detach(), pixel_values, interpolate_pos_encoding)
+                error = self.token_error(logits, pixel_values, interpolate_pos_encoding)
                 return error.gather(1, sample.masked_idx)
 
             output["loss"] = self.total(loss, token_error=token_error)

@@ -51,16 +51,25 @@ class AdaptiveHiera(AdaptiveHost):
         return unit_mean(tokens, self.tokens_spatial_shape, self.mask_spatial_shape)
 
     def forward(
-        self, x: Tensor, mask_ratio: float | None = None, mask: Tensor | MaskSample | None = None, **more: Any
+        self,
+        x: Tensor,
+        mask_ratio: float | None = None,
+        mask: Tensor | MaskSample | None = None,
+        *,
+        valid: Tensor | None = None,
+        **more: Any,
     ) -> Any:
-        """x, as in the host; mask [B, mask units] bool, True = kept -> the host's outputs."""
+        """x, as in the host; mask [B, mask units] bool, True = kept -> the host's outputs.
+
+        valid [B, mask units] bool: the mask units that count.
+        """
         self.check_ratio(mask_ratio)
-        with self.masking(x, self._hidden(mask) if isinstance(mask, Tensor) else mask) as sample:
+        with self.masking(x, self._hidden(mask) if isinstance(mask, Tensor) else mask, valid) as sample:
             handed = self.mask_use.handed = ~sample.mask
             loss, pred, label, kept = super().forward(x, self.sampler.mask_ratio, handed, **more)
 
             def token_error() -> Tensor:
-                return self.unit_error((pred.detach() - label).square().mean(dim=-1), sample)
+                return self.unit_error((pred - label).square().mean(dim=-1), sample)
 
             return self.total(loss, token_error=token_error), pred, label, kept
 

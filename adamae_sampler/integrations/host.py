@@ -10,19 +10,17 @@ import inspect
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
 from typing import Any, ClassVar, NamedTuple, cast
 from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
 
-from adamae_sampler import ops
 from adamae_sampler.integrations.mask_use import MaskUse
 from adamae_sampler.integrations.patched import HostInterfaceError, Patched, patched_type
 from adamae_sampler.integrations.submodules import CachedTokenizer, PatchedSubmodule
 from adamae_sampler.integrations.token_errors import errors_by_gradient
-from adamae_sampler.losses import ranking_loss
+from adamae_sampler.losses import ranking_loss, sampling_loss
 from adamae_sampler.mask import MaskSample
 from adamae_sampler.sampler import GridSize, TokenSampler
 
@@ -117,9 +115,17 @@ class AdaptiveHost(Patched):
         """The tokens of the tokenizer -> the tokens [B, N, D] that the sampler scores."""
         return tokens
 
-    def draw_mask(self, video: Tensor, generator: torch.Generator | None = None) -> MaskSample:
-        """A mask for the host's input. For evaluation draw it once, then pass it to every forward."""
-        return self.sampled(video, self.tokenize(video), generator=generator)
+    def draw_mask(
+        self, video: Tensor, generator: torch.Generator | None = None, *, valid: Tensor | None = None
+    ) -> MaskSample:
+        """A mask for the host's input. For evaluation draw it once, then pass it to every forward.
+
+        Args:
+            video: the host's input.
+            generator: source of randomness.
+            valid: [B, N] bool, the tokens or mask units that count, see `TokenSampler.forward`.
+        """
+        return self.sampled(video, self.tokenize(video), valid, generator=generator)
 
     def as_video(self, inputs: Tensor) -> Tensor:
         """The host's input -> its pixels [B, C, T, H, W], for samplers that look at them. Images have T = 1."""
@@ -129,8 +135,10 @@ class AdaptiveHost(Patched):
         """The grid (T, H, W) of an input's tokens; None for that of `host_shape`, if the host takes no other."""
         return None
 
-    def sampled(self, inputs: Tensor, tokens: Tensor, **how: Any) -> MaskSample:
+    def sampled(self, inputs: Tensor, tokens: Tensor, valid: Tensor | None, **how: Any) -> MaskSample:
         """The sampler's result for the host's input and the tokens of its tokenizer, in training and in evaluation."""
+        if valid is not None:
+            how["valid"] = valid
         if self.sampler.uses_video:
             how["video"] = self.as_video(inputs)
         if (grid := self.grid_of(inputs)) is not None:
@@ -166,7 +174,9 @@ class AdaptiveHost(Patched):
         self.__class__ = self.host_class  # type: ignore[assignment]
 
     @contextmanager
-    def masking(self, video: Tensor, mask: Tensor | MaskSample | None) -> Iterator[MaskSample]:
+    def masking(
+        self, video: Tensor, mask: Tensor | MaskSample | None, valid: Tensor | None = None
+    ) -> Iterator[MaskSample]:
         """A context for one forward of the host: draws the mask, or takes the given one, and caches the tokens.
 
         Raises:
@@ -201,7 +211,7 @@ class AdaptiveHost(Patched):
             tokens = self.tokenize(video)
             for each in tokenizers:
                 each._keep = False
-            sample = self.sampled(video, tokens, mask=mask)
+            sample = self.sampled(video, tokens, valid, mask=mask)
             use = self._use = MaskUse(self.host_class, self.masks_in, sample, self.sampler.mask_ratio)
             use.handed = sample.mask
             for module in submodules:
@@ -285,12 +295,14 @@ class AdaptiveHost(Patched):
     ) -> Tensor:
         """The host's loss. In training the loss of the sampler is added, if the sampler learns.
 
-        That is the sampling loss for a mask with log-probabilities, and `ranking_loss` for one with difficulties.
+        That is the sampling loss for a mask with log-probabilities, and `ranking_loss` for one with difficulties. With
+        invalid tokens the mean of `token_error` over the others takes the place of the host's loss.
 
         Args:
             reconstruction: scalar, the host's own loss.
             sampling: log-probabilities [B, N] -> L_S, for hosts that give no errors of single tokens.
-            token_error: () -> the errors of the masked tokens [B, M], without a gradient; instead of `sampling`.
+            token_error: () -> the errors of the masked tokens [B, M], of which the host's loss is the mean; instead of
+                `sampling`. They have a gradient unless it is off.
 
         Raises:
             TypeError: neither `sampling` nor `token_error` is given, or both are.
@@ -301,24 +313,31 @@ class AdaptiveHost(Patched):
                 f"the forward of {self.host_class.__name__} was expected to compute a loss, and gave {reconstruction}, "
                 "so the sampler cannot learn. unpatch(model), and see why."
             )
+        if (sampling is None) == (token_error is None):
+            raise TypeError("total takes either sampling or token_error, and got neither or both.")
         self.mask_use.note_loss()
         sample = self.current
-        by_log_probs: Callable[[Tensor], Tensor]
-        errors: Callable[[], Tensor]
-        if sampling is not None and token_error is None:
-            by_log_probs, errors = sampling, partial(errors_by_gradient, sampling, sample)
-        elif token_error is not None and sampling is None:
-            by_log_probs = lambda log_probs: ops.sampling_loss(log_probs, sample.masked_idx, token_error())  # noqa: E731
-            errors = token_error
-        else:
-            raise TypeError("total takes either sampling or token_error, and got neither or both.")
-        if self.training and sample.difficulty is not None:
-            loss = ranking_loss(sample, errors())
-        elif self.training and sample.log_probs is not None:
-            loss = by_log_probs(sample.log_probs)
-        else:
+        counted = sample.target_valid
+        learns = self.training and (sample.difficulty is not None or sample.log_probs is not None)
+        error: Tensor | None = None
+        if token_error is not None and (learns or counted is not None):
+            with torch.set_grad_enabled(torch.is_grad_enabled() and counted is not None):
+                error = token_error()
+            if counted is not None:
+                if reconstruction.requires_grad and not error.requires_grad:
+                    raise TypeError("token_error gave errors without a gradient, of which the loss is to be the mean.")
+                reconstruction = error.where(counted, 0).sum() / counted.sum()
+        if not learns:
             self.remember(sample, reconstruction)
             return reconstruction
+        if sampling is not None and sample.difficulty is not None:
+            error = errors_by_gradient(sampling, sample)
+        if sample.difficulty is not None:
+            loss = ranking_loss(sample, cast(Tensor, error))
+        elif sampling is not None:
+            loss = sampling(cast(Tensor, sample.log_probs))
+        else:
+            loss = sampling_loss(sample, cast(Tensor, error))
         self.remember(sample, reconstruction, loss)
         return reconstruction + self.sampling_weight * loss
 

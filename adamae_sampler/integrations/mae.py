@@ -52,11 +52,21 @@ class AdaptiveMAE(WeightedLossHost):
         check_forward_loss(model, model.decoder_pred, shape, embed.num_patches)
 
     def forward(
-        self, imgs: Tensor, mask_ratio: float | None = None, *, mask: Tensor | MaskSample | None = None, **more: Any
+        self,
+        imgs: Tensor,
+        mask_ratio: float | None = None,
+        *,
+        mask: Tensor | MaskSample | None = None,
+        valid: Tensor | None = None,
+        **more: Any,
     ) -> Any:
-        """imgs, as in the host; mask [B, N] bool, True = masked -> the host's outputs."""
+        """imgs, as in the host; mask [B, N] bool, True = masked; valid [B, N] bool, the tokens that count.
+
+        Returns:
+            The host's outputs.
+        """
         self.check_ratio(mask_ratio)
-        with self.masking(imgs, mask):
+        with self.masking(imgs, mask, valid):
             return super().forward(imgs, self.sampler.mask_ratio, **more)
 
     def random_masking(self, x: Tensor, mask_ratio: float | None = None, *_: Any, **__: Any) -> tuple[Tensor, ...]:

@@ -48,11 +48,20 @@ class AdaptiveMONAI(AdaptiveHost):
         return tokens.flatten(2).transpose(1, 2) if tokens.dim() > 3 else tokens
 
     def forward(
-        self, x: Tensor, masking_ratio: float | None = None, *, mask: Tensor | MaskSample | None = None
+        self,
+        x: Tensor,
+        masking_ratio: float | None = None,
+        *,
+        mask: Tensor | MaskSample | None = None,
+        valid: Tensor | None = None,
     ) -> tuple[Tensor, MaskSample]:
-        """x, as in the host; mask [B, N] bool, True = masked -> the prediction [B, M, P], and the sample."""
+        """x, as in the host; mask [B, N] bool, True = masked; valid [B, N] bool, the tokens that count.
+
+        Returns:
+            The prediction [B, M, P], and the sample.
+        """
         self.check_ratio(masking_ratio)
-        with self.masking(x, mask) as sample:
+        with self.masking(x, mask, valid) as sample:
             prediction, _ = super().forward(x, self.sampler.mask_ratio)
         return gather_tokens(prediction, sample.masked_idx), sample
 

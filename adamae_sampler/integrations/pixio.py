@@ -63,10 +63,21 @@ class AdaptivePixio(WeightedLossHost):
         grid: Any = self.get_submodule(self.tokenizer).grid_size
         return [side // self.mask_grid for side in grid]
 
-    def forward(self, imgs: Tensor, mask_ratio: float | None = None, *, mask: Tensor | MaskSample | None = None) -> Any:
-        """imgs, as in the host; mask [B, units] bool, True = masked -> the host's loss."""
+    def forward(
+        self,
+        imgs: Tensor,
+        mask_ratio: float | None = None,
+        *,
+        mask: Tensor | MaskSample | None = None,
+        valid: Tensor | None = None,
+    ) -> Any:
+        """imgs, as in the host; mask [B, units] bool, True = masked; valid [B, units] bool, the units that count.
+
+        Returns:
+            The host's loss.
+        """
         self.check_ratio(mask_ratio)
-        with self.masking(imgs, mask):
+        with self.masking(imgs, mask, valid):
             return super().forward(imgs, self.sampler.mask_ratio)
 
     def random_masking(self, x: Tensor, mask_ratio: float, grid: int) -> tuple[Tensor, Tensor, Tensor]:

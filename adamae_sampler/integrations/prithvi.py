@@ -65,12 +65,16 @@ class AdaptivePrithvi(WeightedLossHost):
         mask_ratio: float | None = None,
         *,
         mask: Tensor | MaskSample | None = None,
+        valid: Tensor | None = None,
     ) -> Any:
-        """pixel_values [B, C, T, H, W], or [B, C, H, W]; mask [B, N] bool, True = masked -> the host's outputs."""
+        """pixel_values [B, C, T, H, W], or [B, C, H, W]; mask [B, N] bool, True = masked -> the host's outputs.
+
+        valid [B, N] bool: the tokens that count, such as those with data.
+        """
         self.check_ratio(mask_ratio)
         one_step = pixel_values.dim() == 4
         video = self.as_video(pixel_values)
-        with self.masking(video, mask):
+        with self.masking(video, mask, valid):
             loss, prediction, pixels = super().forward(video, temporal_coords, location_coords, self.sampler.mask_ratio)
         if one_step:  # as the host returns it
             return loss, prediction.squeeze(2), pixels.squeeze(1)

@@ -62,9 +62,15 @@ class AdaptiveVideoMAE(AdaptiveHost):
                 "wrong regions in silence. Build the model with attn_type='joint'. The model was left as it was."
             )
 
-    def forward(self, x: Tensor, mask: Tensor | MaskSample | None = None, **more: Any) -> tuple[Tensor, MaskSample]:
-        """x [B, C, T, H, W]; mask [B, N] bool, True = masked -> the host's prediction [B, M, P], and the sample."""
-        with self.masking(x, mask) as sample:
+    def forward(
+        self, x: Tensor, mask: Tensor | MaskSample | None = None, *, valid: Tensor | None = None, **more: Any
+    ) -> tuple[Tensor, MaskSample]:
+        """x [B, C, T, H, W]; mask [B, N] bool, True = masked; valid [B, N] bool, the tokens that count.
+
+        Returns:
+            The host's prediction [B, M, P], and the sample.
+        """
+        with self.masking(x, mask, valid) as sample:
             prediction = super().forward(x, indexed_mask(sample, self.mask_use), **more)
         return prediction, sample
 

@@ -30,7 +30,7 @@ class AdaptiveVideoMAEv2(AdaptiveVideoMAE):
     def forward(
         self, x: Tensor, mask: Tensor | MaskSample | None = None, decode_mask: Tensor | None = None, **more: Any
     ) -> tuple[Tensor, MaskSample]:
-        """x [B, C, T, H, W]; mask, decode_mask [B, N] bool, True = masked -> the host's prediction, and the sample.
+        """As `AdaptiveVideoMAE`'s; decode_mask [B, N] bool, True = not decoded.
 
         Without a decode_mask the prediction is [B, M, P]. With one it is [B, decoded tokens, P], and AdaMAELoss takes
         the same decode_mask.

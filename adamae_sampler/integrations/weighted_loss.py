@@ -29,10 +29,12 @@ class WeightedLossHost(AdaptiveHost):
     def forward_loss(self, imgs: Tensor, pred: Tensor, mask: Tensor, *more: Any, **named: Any) -> Tensor:
         """The host's arguments -> the host's loss, and in training the weighted sampling loss with it."""
         host_loss = super().forward_loss  # type: ignore[misc]
-        loss: Tensor = host_loss(imgs, pred, mask, *more, **named)
         if self._use is None:  # the method was called by itself
-            return loss
+            return host_loss(imgs, pred, mask, *more, **named)
         self._use.check_loss_mask(mask)
+        if (valid := self.current.valid) is not None:
+            mask = mask * self.of_tokens(valid).view(mask.shape)
+        loss: Tensor = host_loss(imgs, pred, mask, *more, **named)
 
         def sampling(log_probs: Tensor) -> Tensor:
             # The host's loss is sum(e w) / sum(w) for a mask w. With w = -log p on masked tokens it gives L_S.

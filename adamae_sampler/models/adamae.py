@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -141,6 +141,7 @@ class AdaMAE(nn.Module):
         video: Tensor,
         mask: Tensor | MaskSample | None = None,
         generator: torch.Generator | None = None,
+        valid: Tensor | None = None,
     ) -> tuple[Tensor | HeadInputs, MaskSample]:
         """Predicts the masked part of each clip.
 
@@ -149,6 +150,7 @@ class AdaMAE(nn.Module):
                 fp32 copy on a GPU.
             mask: a mask to use instead of a draw, see `TokenSampler.forward`. log_probs still come from the sampler.
             generator: source of the draw's randomness.
+            valid: [B, N] bool, the tokens that count, see `TokenSampler.forward`.
 
         Returns:
             The prediction [B, M, P], in the order of `sample.target_idx`, values laid out (t p1 p2 c); and the sample.
@@ -158,7 +160,8 @@ class AdaMAE(nn.Module):
             ValueError: the video has another size than the model, or the mask does not fit the video.
         """
         grid = self.size.grid_of(video, self.dynamic_img_size)
-        x, sample = self._encode(video, mask, generator, grid)  # [B, K, D], B times num_masks
+        how = {"mask": mask, "generator": generator, "valid": valid}
+        x, sample = self._encode(video, grid, how)  # [B, K, D], B times num_masks
         if self.training and self.decode_ratio < 1 and sample.decoded_idx is None:
             num_masked = sample.masked_idx.shape[1]
             sample = draw_decoded(sample, max(1, int(num_masked * self.decode_ratio + 1e-9)), generator)
@@ -173,30 +176,34 @@ class AdaMAE(nn.Module):
         prediction: Tensor = self.decoder(x, num_masked)  # [B, M, P]
         return prediction, sample
 
-    def _encode(
-        self, video: Tensor, mask: Tensor | MaskSample | None, generator: torch.Generator | None, grid: GridSize
-    ) -> tuple[Tensor, MaskSample]:
-        """The encoded visible tokens [B, K, D], and the mask."""
+    def _encode(self, video: Tensor, grid: GridSize, how: Mapping[str, Any]) -> tuple[Tensor, MaskSample]:
+        """The encoded visible tokens [B, K, D], and the mask. `how` goes to the sampler."""
         embed = self.encoder.patch_embed
         layer = embed.layer_for(video)
         if self.sample_from == "tokens":
             tokens = embed(video, layer=layer)  # [B, N, D]
-            sample: MaskSample = self.sampler(tokens, video=video, mask=mask, generator=generator, grid_size=grid)
+            sample: MaskSample = self.sampler(tokens, video=video, grid_size=grid, **how)
             if sample.log_probs is None:
                 return self.encoder(tokens, sample.visible_idx, grid), sample
         else:
-            sample = self.draw_mask(video, mask=mask, generator=generator)
+            sample = self.draw_mask(video, **how)
         # Where the scores give the tokens a gradient, the visible tokens are embedded again. That costs a few rows of a
         # matrix product. A gather would cost more: its gradient has a row for every token, and is summed over them all.
         visible = embed(video, sample.visible_idx, layer=layer)
         return self.encoder.of_visible(visible, sample.visible_idx, grid), sample
 
     def draw_mask(
-        self, video: Tensor, mask: Tensor | MaskSample | None = None, generator: torch.Generator | None = None
+        self,
+        video: Tensor,
+        mask: Tensor | MaskSample | None = None,
+        generator: torch.Generator | None = None,
+        valid: Tensor | None = None,
     ) -> MaskSample:
         """A mask for each clip, as `forward` draws it. Use it for pictures, and for `forward(video, mask=...)`."""
         tokens, grid = self.sampler_tokens(video), self.size.grid_of(video, self.dynamic_img_size)
-        sample: MaskSample = self.sampler(tokens, video=video, mask=mask, generator=generator, grid_size=grid)
+        sample: MaskSample = self.sampler(
+            tokens, video=video, mask=mask, generator=generator, grid_size=grid, valid=valid
+        )
         return sample
 
     def sampler_tokens(self, video: Tensor) -> Tensor:

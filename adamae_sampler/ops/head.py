@@ -45,7 +45,13 @@ def _chunks(draws: int, num_masked: int, masks: int, rows: int) -> Iterator[tupl
 
 
 def _empty_head_error(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, video: Tensor, masked_idx: Tensor, *how: Any
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    video: Tensor,
+    masked_idx: Tensor,
+    counted: Tensor | None,
+    *how: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     gradient = how[-1]
     high = torch.promote_types(hidden.dtype, torch.float32)
@@ -56,19 +62,25 @@ def _empty_head_error(
 
 
 @operator(
-    "head_error(Tensor hidden, Tensor weight, Tensor? bias, Tensor video, Tensor masked_idx, "
+    "head_error(Tensor hidden, Tensor weight, Tensor? bias, Tensor video, Tensor masked_idx, Tensor? counted, "
     f"{HOW}, bool kernel, bool gradient) -> (Tensor, Tensor, Tensor, Tensor)",
     _empty_head_error,
 )
 def _head_error_op(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, video: Tensor, masked_idx: Tensor, *how: Any
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    video: Tensor,
+    masked_idx: Tensor,
+    counted: Tensor | None,
+    *how: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The error [B, M], and with `gradient` the unit gradients of hidden, weight and bias (see `_error_op`).
 
     The gradients of weight and bias are summed over the chunks in fp32."""
     *plain, kernel, gradient = how
     kind, patches = from_plain(*plain)
-    error, of_hidden, of_weight, of_bias = _empty_head_error(hidden, weight, bias, video, masked_idx, gradient)
+    error, of_hidden, of_weight, of_bias = _empty_head_error(hidden, weight, bias, video, masked_idx, counted, gradient)
     of_weight.zero_()
     of_bias.zero_()
     cast = weight.to(hidden.dtype)
@@ -87,6 +99,9 @@ def _head_error_op(
                 launch_error(unit, video[clips], idx, kind, patches, part, unit if gradient else None)
             else:
                 part, unit = error_reference(unit, video[clips], idx, kind, patches)
+            if counted is not None:
+                left_out = ~counted[masks, tokens]
+                part, unit = part.masked_fill(left_out, 0), unit.masked_fill(left_out[..., None], 0)
             error[masks, tokens] = part
             if gradient:
                 unit = unit.view(-1, values)
@@ -109,25 +124,31 @@ class _HeadError(torch.autograd.Function):
         bias: Tensor | None,
         video: Tensor,
         masked_idx: Tensor,
+        counted: Tensor | None,
         kind: str,
         patches: PatchFormat,
         kernel: bool,
         gradient: bool,
     ) -> tuple[Tensor, Tensor]:
         error, *units = _head_error_op(
-            hidden, weight, bias, video, masked_idx, *to_plain(kind, patches), kernel, gradient
+            hidden, weight, bias, video, masked_idx, counted, *to_plain(kind, patches), kernel, gradient
         )
         ctx.mark_non_differentiable(error)
+        mean, scale = error.mean(), None
+        if counted is not None:
+            scale = error.numel() / counted.sum()  # from a mean over all tokens to one over those that count
+            mean = mean * scale
         if gradient:
-            ctx.save_for_backward(*units)
+            ctx.save_for_backward(*units, scale)
             ctx.factor = (2 if kind == "mse" else 1) / (weight.shape[0] * max(error.numel(), 1))
             ctx.kernel, ctx.dtypes = kernel, (weight.dtype, None if bias is None else bias.dtype)
-        return error.mean(), error
+        return mean, error
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        of_hidden, of_weight, of_bias = ctx.saved_tensors
+        of_hidden, of_weight, of_bias, scale = ctx.saved_tensors
+        grad = grad if scale is None else grad * scale
         if ctx.kernel:
             grad_hidden = scale_rows_op(of_hidden, grad.expand(of_hidden.shape[:2]), ctx.factor)
         else:  # a scalar with axes makes the product fp32, so half precision does not round the factor
@@ -135,7 +156,7 @@ class _HeadError(torch.autograd.Function):
         of_weight_dtype, of_bias_dtype = ctx.dtypes
         grad_weight = (of_weight * (grad * ctx.factor)).to(of_weight_dtype)
         grad_bias = None if of_bias_dtype is None else (of_bias * (grad * ctx.factor)).to(of_bias_dtype)
-        return grad_hidden, grad_weight, grad_bias, None, None, None, None, None, None
+        return grad_hidden, grad_weight, grad_bias, None, None, None, None, None, None, None
 
 
 def head_error(
@@ -189,8 +210,9 @@ def fused_error(
     masked_idx: Tensor,
     kind: Kind,
     patches: PatchFormat,
+    counted: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`head_error` of a given format."""
+    """`head_error` of a given format; with `counted`, [B R, M] bool, the mean over the tokens where it is True."""
     check_kind(kind)
     num_tokens = check_target(video, patches)
     check_index_shape("masked_idx", masked_idx, video.shape[0], video.device, several=True)
@@ -212,6 +234,6 @@ def fused_error(
         each is not None and each.requires_grad for each in (hidden, weight, bias)
     )
     mean_error, error = _HeadError.apply(
-        hidden, weight, bias, video.detach(), masked_idx, kind, patches, kernel, gradient
+        hidden, weight, bias, video.detach(), masked_idx, counted, kind, patches, kernel, gradient
     )
     return mean_error, error

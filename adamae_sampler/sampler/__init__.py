@@ -9,7 +9,7 @@
     block.py     space-time blocks
     grid.py      a regular lattice
     schedule.py  Ramp, a number that changes over training
-    draws.py     uniform draws, and the masked tokens that are decoded
+    draws.py     draws among valid tokens, uniform draws, and the masked tokens that are decoded
     maskings.py  the samplers by name, for models and scripts
 
 All have the same call, so a training script compares them by changing one argument.
@@ -19,7 +19,7 @@ from adamae_sampler.positions import GridSize
 from adamae_sampler.sampler.adaptive import AdaptiveTokenSampler
 from adamae_sampler.sampler.base import TokenSampler
 from adamae_sampler.sampler.block import BlockTokenSampler
-from adamae_sampler.sampler.draws import draw_decoded
+from adamae_sampler.sampler.draws import draw_decoded, draw_valid
 from adamae_sampler.sampler.fixed import FrameTokenSampler, RandomTokenSampler, TubeTokenSampler
 from adamae_sampler.sampler.grid import GridTokenSampler
 from adamae_sampler.sampler.hard import HardTokenSampler
@@ -44,6 +44,7 @@ __all__ = [
     "TokenSampler",
     "TubeTokenSampler",
     "draw_decoded",
+    "draw_valid",
     "make_sampler",
     "settings_of",
 ]

@@ -8,10 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from adamae_sampler.mask import MaskSample
-from adamae_sampler.ops import draw_mask
 from adamae_sampler.ops.draw import token_log_probs
 from adamae_sampler.positions import GridSize
-from adamae_sampler.sampler.draws import repeat_rows
+from adamae_sampler.sampler.draws import draw_valid, repeat_rows
 from adamae_sampler.sampler.schedule import Ramp
 from adamae_sampler.sampler.scored import Network, ScoredTokenSampler
 
@@ -63,16 +62,18 @@ class AdaptiveTokenSampler(ScoredTokenSampler):
         self.temperature = temperature
         self.exploration = exploration
 
-    def logits(self, tokens: Tensor, grid_size: GridSize | None = None) -> Tensor:
+    def logits(self, tokens: Tensor, grid_size: GridSize | None = None, valid: Tensor | None = None) -> Tensor:
         """[B, N, D] -> [B, N]; p = softmax(logits). This is no step of an exploration's ramp; a draw is one."""
-        scores, num_tokens = self.scores(tokens, grid_size), tokens.shape[1]
+        scores = self.scores(tokens, grid_size)
+        if valid is not None:
+            scores = scores.where(valid, -torch.inf)
         if self.temperature != 1:
             scores = scores / self.temperature
         if isinstance(self.exploration, Ramp):
             share = self.exploration.value().clamp(_TINY, 1.0)
-            return self._explore(scores, torch.log1p(-share), (share / num_tokens).log())
+            return self._explore(scores, torch.log1p(-share), share.log() - _log_count(scores, valid))
         if self.exploration:
-            own, even = math.log1p(-self.exploration), math.log(self.exploration / num_tokens)
+            own, even = math.log1p(-self.exploration), math.log(self.exploration) - _log_count(scores, valid)
             return self._explore(scores, own, even)
         return scores
 
@@ -84,23 +85,36 @@ class AdaptiveTokenSampler(ScoredTokenSampler):
         return torch.where(finite, mixed, scores.to(mixed.dtype))
 
     def draw(
-        self, tokens: Tensor, generator: torch.Generator | None, *, grid_size: GridSize | None = None
+        self,
+        tokens: Tensor,
+        generator: torch.Generator | None,
+        *,
+        grid_size: GridSize | None = None,
+        valid: Tensor | None = None,
     ) -> MaskSample:
         """Draws K tokens of each clip from p, without replacement; with R masks, R times."""
-        logits = repeat_rows(self.logits(tokens, grid_size), self.num_masks)
+        logits = repeat_rows(self.logits(tokens, grid_size, valid), self.num_masks)
         if isinstance(self.exploration, Ramp):
             self.exploration.count()
-        return draw_mask(logits, self.num_drawn(grid_size), generator=generator)
+        return draw_valid(logits, self.num_drawn(grid_size), generator, valid)
 
     def complete(
         self, tokens: Tensor, given: MaskSample, video: Tensor | None = None, grid_size: GridSize | None = None
     ) -> MaskSample:
         """The given mask with the sampler's log-probabilities, so the losses work as for a drawn mask."""
-        logits = repeat_rows(self.logits(tokens, grid_size), given.mask.shape[0] // max(tokens.shape[0], 1))
-        log_probs, num_nonfinite = token_log_probs(logits)
+        times = max(given.mask.shape[0] // max(tokens.shape[0], 1), 1)
+        valid = None if given.valid is None else given.valid[::times]
+        log_probs, num_nonfinite = token_log_probs(repeat_rows(self.logits(tokens, grid_size, valid), times))
+        if given.valid is not None:
+            num_nonfinite = num_nonfinite - (~given.valid).sum(1)
         return (
             super().complete(tokens, given, video, grid_size)._replace(log_probs=log_probs, num_nonfinite=num_nonfinite)
         )
+
+
+def _log_count(scores: Tensor, valid: Tensor | None) -> float | Tensor:
+    """The log of the number of tokens of each row over which an even share is spread."""
+    return math.log(scores.shape[1]) if valid is None else valid.sum(1, keepdim=True, dtype=scores.dtype).log()
 
 
 _TINY = 1e-20  # the log of a ramp's share stays finite, and so do its gradients

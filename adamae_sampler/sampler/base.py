@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adamae_sampler.mask import MaskSample, num_visible_tokens
-from adamae_sampler.ops.checks import check_tokens
+from adamae_sampler.mask import MaskSample, check_valid, num_visible_tokens, require
+from adamae_sampler.ops.checks import check_device, check_tokens
 from adamae_sampler.positions import GridSize
+from adamae_sampler.sampler.draws import repeat_rows, rows_of
 
 
 class TokenSampler(nn.Module, abc.ABC):
@@ -21,7 +22,8 @@ class TokenSampler(nn.Module, abc.ABC):
 
     A sampler of your own sets `num_visible` and defines `draw(tokens, generator)`. To see the pixels too, it sets
     `uses_video = True`, and both `draw` and `complete` get `video=`. To take other grids than its own, both have
-    an argument `grid_size=None`; `num_visible_at` says K there, if it is not floor(N (1 - ratio)).
+    an argument `grid_size=None`; `num_visible_at` says K there, if it is not floor(N (1 - ratio)). To leave tokens out,
+    `draw` has an argument `valid=None`.
 
     Args:
         grid_size: (T, H, W), tokens in time, height and width; N = T H W tokens in t-h-w order.
@@ -32,6 +34,7 @@ class TokenSampler(nn.Module, abc.ABC):
     num_visible: int  # K; set by each sampler, since each rounds to whole units of its own
     uses_video: bool = False  # whether a draw needs the pixels
     takes_grids: bool  # whether it draws for other grids than its own, which the arguments of its methods say
+    takes_valid: bool  # whether it can leave tokens out; the arguments of `draw` say so
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -40,6 +43,7 @@ class TokenSampler(nn.Module, abc.ABC):
         cls.takes_grids = all(
             "grid_size" in inspect.signature(method).parameters for method in (cls.draw, cls.complete)
         )
+        cls.takes_valid = "valid" in inspect.signature(cls.draw).parameters
 
     def __init__(self, grid_size: GridSize, mask_ratio: float, num_masks: int = 1) -> None:
         super().__init__()
@@ -74,6 +78,7 @@ class TokenSampler(nn.Module, abc.ABC):
         mask: Tensor | MaskSample | None = None,
         generator: torch.Generator | None = None,
         grid_size: GridSize | None = None,
+        valid: Tensor | None = None,
     ) -> MaskSample:
         """Draws a mask for each clip, or takes the given one.
 
@@ -87,10 +92,14 @@ class TokenSampler(nn.Module, abc.ABC):
                 Dropout in the score network always takes the default generator.
             grid_size: (T, H, W) of these tokens, if it is not the sampler's own. K follows from the mask ratio, and
                 learned positions are resampled.
+            valid: [B, N] bool, True = a token that counts; None if all do. Others, of padding or without data, are
+                never visible, have p = 0, and count in no loss. K does not depend on them. The scores do not see them:
+                they are 0 to the score network.
 
         Raises:
             TypeError, ValueError: the tokens are not [B, N, D] or do not fill the grid; the sampler takes its own grid
-                alone; the video is missing or does not fit the tokens; or the mask does not fit the tokens.
+                alone, or no `valid`; the video is missing or does not fit the tokens; the mask does not fit the tokens,
+                or shows an invalid one; or a clip has too few valid tokens, see `adamae_sampler.mask.check_valid`.
         """
         check_tokens("tokens", tokens)
         grid = self.grid_size if grid_size is None else checked_grid(grid_size)
@@ -109,10 +118,28 @@ class TokenSampler(nn.Module, abc.ABC):
                     "others, give draw and complete an argument grid_size=None."
                 )
             num_visible, more["grid_size"] = self.num_visible_at(grid), grid
-        if mask is None:
+        given = None if mask is None else self._given(mask, tokens, num_visible)
+        if given is not None:
+            num_visible, times = given.num_visible, given.mask.shape[0] // max(len(tokens), 1)
+            if valid is None and given.valid is not None:
+                valid = given.valid[:: max(times, 1)]
+        if valid is not None:
+            self._check_valid(valid, tokens, num_visible)
+            tokens = tokens.where(valid[..., None], 0)
+        if given is None:
             if self.uses_video:
                 more["video"] = self.check_video(tokens, video, grid)
-            return self.draw(tokens, generator, **more)
+            if valid is not None:
+                more["valid"] = valid
+            drawn = self.draw(tokens, generator, **more)
+            return drawn._replace(valid=rows_of(valid, drawn.mask))
+        if valid is not None:
+            given = _with_valid(given, repeat_rows(valid, times))
+        if self.uses_video:
+            more["video"] = video
+        return self.complete(tokens, given, **more)
+
+    def _given(self, mask: Tensor | MaskSample, tokens: Tensor, num_visible: int) -> MaskSample:
         if not isinstance(mask, (Tensor, MaskSample)):
             kind = type(mask).__name__
             raise TypeError(f"mask is {kind}, expected a bool tensor [B, N], True = masked, or a MaskSample.")
@@ -126,10 +153,20 @@ class TokenSampler(nn.Module, abc.ABC):
                 f"mask has shape {shape}, expected {tuple(tokens.shape[:2])}: clips, tokens; or num_masks="
                 f"{self.num_masks} rows for each clip."
             )
-        given = mask if isinstance(mask, MaskSample) else MaskSample.from_mask(mask, num_visible)
-        if self.uses_video:
-            more["video"] = video
-        return self.complete(tokens, given, **more)
+        return mask if isinstance(mask, MaskSample) else MaskSample.from_mask(mask, num_visible)
+
+    def _check_valid(self, valid: Tensor, tokens: Tensor, num_visible: int) -> None:
+        if not self.takes_valid:
+            raise ValueError(
+                f"{type(self).__name__} takes no valid. Give its draw an argument valid=None, [B, N] bool, and show "
+                "none of the tokens where it is False."
+            )
+        check_valid(valid, num_visible)
+        if valid.shape != tokens.shape[:2]:
+            raise ValueError(
+                f"valid has shape {tuple(valid.shape)}, expected {tuple(tokens.shape[:2])}: clips, tokens."
+            )
+        check_device("valid", valid, tokens.device)
 
     def check_video(self, tokens: Tensor, video: Tensor | None, grid_size: GridSize) -> Tensor:
         """The video, if it is one of the tokens' clips.
@@ -174,12 +211,34 @@ class TokenSampler(nn.Module, abc.ABC):
             video: what the caller passed, unchecked, with `uses_video`; else None.
             grid_size: the grid of the tokens; None for the sampler's own.
         """
-        return MaskSample(given.visible_idx, given.masked_idx, given.mask, decoded_idx=given.decoded_idx)
+        return MaskSample(
+            given.visible_idx, given.masked_idx, given.mask, decoded_idx=given.decoded_idx, valid=given.valid
+        )
 
     def extra_repr(self) -> str:
         """For print(model)."""
         text = f"grid_size={self.grid_size}, mask_ratio={self.mask_ratio}, num_visible={self.num_visible}"
         return text if self.num_masks == 1 else f"{text}, num_masks={self.num_masks}"
+
+
+def _with_valid(given: MaskSample, valid: Tensor) -> MaskSample:
+    """A mask that the caller passed, of clips with invalid tokens."""
+    if given.valid is not None and given.valid is not valid:
+        require(
+            (given.valid == valid).all(1),
+            lambda row: f"valid of the given MaskSample differs from valid of the call in row {row}; pass it once.",
+            "valid of the given MaskSample differs from valid of the call",
+        )
+    shown = ~valid.gather(1, given.visible_idx)
+    require(
+        ~shown.any(1),
+        lambda row: (
+            f"row {row} of the given mask shows {int(shown[row].sum())} tokens that are not valid, expected none. "
+            "Mask them, or leave the mask out."
+        ),
+        "the given mask shows a token that is not valid",
+    )
+    return given._replace(valid=valid)
 
 
 def checked_grid(grid_size: GridSize) -> GridSize:

@@ -87,7 +87,12 @@ class BlockTokenSampler(TokenSampler):
         return blocks
 
     def draw(
-        self, tokens: Tensor, generator: torch.Generator | None, *, grid_size: GridSize | None = None
+        self,
+        tokens: Tensor,
+        generator: torch.Generator | None,
+        *,
+        grid_size: GridSize | None = None,
+        valid: Tensor | None = None,
     ) -> MaskSample:
         """Numbers each token by the first block that covers it, and masks the M smallest numbers."""
         num_visible, grid_size = self.num_drawn(grid_size), grid_size or self.grid_size
@@ -115,7 +120,7 @@ class BlockTokenSampler(TokenSampler):
         block = torch.arange(num_blocks, dtype=torch.int16, device=device).view(-1, 1, 1, 1)
         first = torch.where(covered, block, num_blocks).amin(1)  # [rows, T or 1, H, W]
         first = first.expand(rows, *grid_size).flatten(1).float()
-        return draw_classes(first, num_visible, generator)
+        return draw_classes(first, num_visible, generator, valid)
 
     def extra_repr(self) -> str:
         """For print(model)."""

@@ -8,7 +8,7 @@ from torch import Tensor
 from adamae_sampler.mask import MaskSample, num_masked_units
 from adamae_sampler.positions import GridSize
 from adamae_sampler.sampler.base import TokenSampler
-from adamae_sampler.sampler.draws import draw_uniform
+from adamae_sampler.sampler.draws import draw_uniform, whole_units
 
 
 class RandomTokenSampler(TokenSampler):
@@ -19,11 +19,16 @@ class RandomTokenSampler(TokenSampler):
         self.num_visible = self.num_visible_at(self.grid_size)
 
     def draw(
-        self, tokens: Tensor, generator: torch.Generator | None, *, grid_size: GridSize | None = None
+        self,
+        tokens: Tensor,
+        generator: torch.Generator | None,
+        *,
+        grid_size: GridSize | None = None,
+        valid: Tensor | None = None,
     ) -> MaskSample:
         """Draws K of N tokens uniformly."""
         num_visible = self.num_drawn(grid_size)
-        return draw_uniform(tokens, self.num_masks, tokens.shape[1], num_visible, generator)
+        return draw_uniform(tokens, self.num_masks, tokens.shape[1], num_visible, generator, valid)
 
 
 class TubeTokenSampler(TokenSampler):
@@ -40,13 +45,19 @@ class TubeTokenSampler(TokenSampler):
         return grid_size[0] * (positions - masked)
 
     def draw(
-        self, tokens: Tensor, generator: torch.Generator | None, *, grid_size: GridSize | None = None
+        self,
+        tokens: Tensor,
+        generator: torch.Generator | None,
+        *,
+        grid_size: GridSize | None = None,
+        valid: Tensor | None = None,
     ) -> MaskSample:
-        """Draws spatial positions uniformly, then repeats them over time."""
+        """Draws spatial positions uniformly, then repeats them over time. Of `valid` it needs whole tubes."""
         frames, height, width = grid_size or self.grid_size
         positions = height * width
         visible_positions = self.num_drawn(grid_size) // frames
-        frame = draw_uniform(tokens, self.num_masks, positions, visible_positions, generator)
+        whole = whole_units(valid, (frames, positions), 1, visible_positions, "positions, valid at all time steps,")
+        frame = draw_uniform(tokens, self.num_masks, positions, visible_positions, generator, whole)
         start = torch.arange(frames, device=tokens.device)[:, None] * positions  # [T, 1]
         return MaskSample(
             visible_idx=(start + frame.visible_idx[:, None]).flatten(1),  # [B, T, positions] -> [B, K]
@@ -68,13 +79,19 @@ class FrameTokenSampler(TokenSampler):
         return (frames - num_masked_units(frames, self.mask_ratio, "time steps")) * height * width
 
     def draw(
-        self, tokens: Tensor, generator: torch.Generator | None, *, grid_size: GridSize | None = None
+        self,
+        tokens: Tensor,
+        generator: torch.Generator | None,
+        *,
+        grid_size: GridSize | None = None,
+        valid: Tensor | None = None,
     ) -> MaskSample:
-        """Draws time steps uniformly; all spatial positions of a step go with it."""
+        """Draws time steps uniformly; all spatial positions of a step go with it. Of `valid` it needs whole steps."""
         frames, height, width = grid_size or self.grid_size
         positions = height * width
         visible_frames = self.num_drawn(grid_size) // positions
-        steps = draw_uniform(tokens, self.num_masks, frames, visible_frames, generator)
+        whole = whole_units(valid, (frames, positions), 2, visible_frames, "time steps, all of whose tokens are valid,")
+        steps = draw_uniform(tokens, self.num_masks, frames, visible_frames, generator, whole)
         position = torch.arange(positions, device=tokens.device)  # [positions]
         return MaskSample(
             # [B, steps, positions] -> [B, K]

@@ -40,7 +40,12 @@ class GridTokenSampler(TokenSampler):
         self.cell = lattice_cell(self.grid_size, self.num_visible)
 
     def draw(
-        self, tokens: Tensor, generator: torch.Generator | None, *, grid_size: GridSize | None = None
+        self,
+        tokens: Tensor,
+        generator: torch.Generator | None,
+        *,
+        grid_size: GridSize | None = None,
+        valid: Tensor | None = None,
     ) -> MaskSample:
         """Draws an offset for each mask, then K tokens of its lattice."""
         num_visible, grid_size = self.num_drawn(grid_size), grid_size or self.grid_size
@@ -52,7 +57,7 @@ class GridTokenSampler(TokenSampler):
             offset = (uniform[:, axis, None] * cell).long()  # [rows, 1]
             along = torch.arange(side, device=device) % cell == offset  # [rows, side]
             on_lattice = on_lattice & along.view(rows, *(side if each == axis else 1 for each in range(3)))
-        return draw_classes(on_lattice.flatten(1).float(), num_visible, generator)
+        return draw_classes(on_lattice.flatten(1).float(), num_visible, generator, valid)
 
     def extra_repr(self) -> str:
         """For print(model)."""

@@ -9,7 +9,7 @@ from adamae_sampler.mask import MaskSample
 from adamae_sampler.ops.checks import at_least_fp32
 from adamae_sampler.ops.draw import uniform_noise
 from adamae_sampler.positions import GridSize
-from adamae_sampler.sampler.draws import draw_classes, repeat_rows
+from adamae_sampler.sampler.draws import draw_classes, repeat_rows, rows_of
 from adamae_sampler.sampler.schedule import Ramp
 from adamae_sampler.sampler.scored import Network, ScoredTokenSampler
 
@@ -65,15 +65,25 @@ class HardTokenSampler(ScoredTokenSampler):
         self.share = Ramp(0.0, hard_share, ramp_steps)
 
     def draw(
-        self, tokens: Tensor, generator: torch.Generator | None, *, grid_size: GridSize | None = None
+        self,
+        tokens: Tensor,
+        generator: torch.Generator | None,
+        *,
+        grid_size: GridSize | None = None,
+        valid: Tensor | None = None,
     ) -> MaskSample:
         """Masks the hardest tokens, and draws the others uniformly."""
         num_visible = self.num_drawn(grid_size)
         difficulty = at_least_fp32(self.scores(tokens, grid_size))
-        rank = repeat_rows(_random_ties(difficulty.detach(), generator), self.num_masks)
-        num_hard = (self.share() * (tokens.shape[1] - num_visible) + _ROUNDING).floor()
-        drawn = draw_classes((rank >= num_hard).float(), num_visible, generator)
-        return _with_difficulty(drawn, repeat_rows(difficulty, self.num_masks))
+        ranked = difficulty.detach()
+        count: int | Tensor = tokens.shape[1]
+        if valid is not None:
+            ranked, count = ranked.where(valid, -torch.inf), valid.sum(1, keepdim=True)
+        rank = _random_ties(ranked, generator)
+        num_hard = (self.share() * (count - num_visible) + _ROUNDING).floor()
+        chosen = repeat_rows((rank >= num_hard).float(), self.num_masks)
+        drawn = draw_classes(chosen, num_visible, generator, valid)
+        return _with_difficulty(drawn, repeat_rows(difficulty, self.num_masks), rows_of(valid, drawn.mask))
 
     def complete(
         self, tokens: Tensor, given: MaskSample, video: Tensor | None = None, grid_size: GridSize | None = None
@@ -81,7 +91,7 @@ class HardTokenSampler(ScoredTokenSampler):
         """The given mask with the predicted errors, so that the ranking loss works as for a drawn mask."""
         times = given.mask.shape[0] // max(tokens.shape[0], 1)
         difficulty = repeat_rows(at_least_fp32(self.scores(tokens, grid_size)), times)
-        return _with_difficulty(super().complete(tokens, given, video, grid_size), difficulty)
+        return _with_difficulty(super().complete(tokens, given, video, grid_size), difficulty, given.valid)
 
 
 def _random_ties(difficulty: Tensor, generator: torch.Generator | None) -> Tensor:
@@ -92,9 +102,10 @@ def _random_ties(difficulty: Tensor, generator: torch.Generator | None) -> Tenso
     return torch.empty_like(order).scatter_(1, shuffled.gather(1, order), place)
 
 
-def _with_difficulty(sample: MaskSample, difficulty: Tensor) -> MaskSample:
-    num_nonfinite = (~difficulty.detach().isfinite()).sum(1)
-    return sample._replace(difficulty=difficulty, num_nonfinite=num_nonfinite)
+def _with_difficulty(sample: MaskSample, difficulty: Tensor, valid: Tensor | None) -> MaskSample:
+    nonfinite = ~difficulty.detach().isfinite()
+    nonfinite = nonfinite if valid is None else nonfinite & valid
+    return sample._replace(difficulty=difficulty, num_nonfinite=nonfinite.sum(1))
 
 
 _ROUNDING = 1e-3  # above the rounding error of share M in fp32

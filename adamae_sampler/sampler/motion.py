@@ -8,10 +8,9 @@ import torch
 from torch import Tensor
 
 from adamae_sampler.mask import MaskSample
-from adamae_sampler.ops import draw_mask
 from adamae_sampler.positions import GridSize
 from adamae_sampler.sampler.base import TokenSampler
-from adamae_sampler.sampler.draws import repeat_rows
+from adamae_sampler.sampler.draws import draw_valid, repeat_rows
 
 Source = Literal["tokens", "pixels"]
 
@@ -75,7 +74,13 @@ class MotionTokenSampler(TokenSampler):
         return self.source == "pixels"
 
     @torch.no_grad()
-    def log_probs(self, tokens: Tensor, video: Tensor | None = None, grid_size: GridSize | None = None) -> Tensor:
+    def log_probs(
+        self,
+        tokens: Tensor,
+        video: Tensor | None = None,
+        grid_size: GridSize | None = None,
+        valid: Tensor | None = None,
+    ) -> Tensor:
         """log p, [B, N] fp32, without a gradient.
 
         The samples of this sampler have no `log_probs`, since no loss trains this p.
@@ -84,6 +89,7 @@ class MotionTokenSampler(TokenSampler):
             tokens: [B, N, D].
             video: [B, C, T, H, W], needed with "pixels", see `TokenSampler.forward`.
             grid_size: (T, H, W) of the tokens, if it is not the sampler's own.
+            valid: [B, N] bool, see `TokenSampler.forward`. A change counts where both tokens are valid, else it is 0.
 
         Raises:
             TypeError, ValueError: the video is missing or does not fit the tokens.
@@ -93,12 +99,16 @@ class MotionTokenSampler(TokenSampler):
             change = _of_pixels(self.check_video(tokens, video, grid_size), grid_size)
         else:
             change = _of_tokens(tokens, grid_size)
+        if valid is not None:
+            steps = valid.unflatten(1, (grid_size[0], -1))
+            change = change.flatten(2).where(steps[:, 1:] & steps[:, :-1], 0)
         change = torch.cat([change[:, :1], change], 1).flatten(1)  # [B, N]
         finite = change.isfinite()
         total = change.where(finite, 0).sum(1, keepdim=True)
-        share = torch.where(total == 0, 1 / tokens.shape[1], change / total)
-        log_probs = ((1 - self.floor) * share + self.floor / tokens.shape[1]).log()
-        return log_probs.where(finite, change)
+        count = tokens.shape[1] if valid is None else valid.sum(1, keepdim=True, dtype=change.dtype)
+        share = torch.where(total == 0, 1 / count, change / total)
+        log_probs = ((1 - self.floor) * share + self.floor / count).log().where(finite, change)
+        return log_probs if valid is None else log_probs.where(valid, -torch.inf)
 
     def draw(
         self,
@@ -107,11 +117,11 @@ class MotionTokenSampler(TokenSampler):
         video: Tensor | None = None,
         *,
         grid_size: GridSize | None = None,
+        valid: Tensor | None = None,
     ) -> MaskSample:
         """Draws K tokens of each clip from p, without replacement; with R masks, R times."""
-        log_probs = repeat_rows(self.log_probs(tokens, video, grid_size), self.num_masks)
-        num_visible = self.num_drawn(grid_size)
-        return draw_mask(log_probs, num_visible, generator=generator)._replace(log_probs=None)
+        log_probs = repeat_rows(self.log_probs(tokens, video, grid_size, valid), self.num_masks)
+        return draw_valid(log_probs, self.num_drawn(grid_size), generator, valid)._replace(log_probs=None)
 
     def extra_repr(self) -> str:
         """For print(model)."""

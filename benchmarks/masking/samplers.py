@@ -11,9 +11,8 @@ from torch import Tensor, nn
 
 from adamae_sampler import AdaptiveTokenSampler, HardTokenSampler, MaskSample, MotionTokenSampler, Ramp
 from adamae_sampler.networks import MHAScoreNetwork
-from adamae_sampler.ops import draw_mask
 from adamae_sampler.positions import GridSize
-from adamae_sampler.sampler import TokenSampler
+from adamae_sampler.sampler import TokenSampler, draw_valid
 from benchmarks.masking.train import Setting
 
 Maker = Callable[[Setting], TokenSampler]
@@ -28,9 +27,16 @@ def motion(floor: float) -> Maker:
 class HidingSampler(MotionTokenSampler):
     """Hides what moves: p in inverse proportion to `MotionTokenSampler`'s."""
 
-    def log_probs(self, tokens: Tensor, video: Tensor | None = None, grid_size: GridSize | None = None) -> Tensor:
+    def log_probs(
+        self,
+        tokens: Tensor,
+        video: Tensor | None = None,
+        grid_size: GridSize | None = None,
+        valid: Tensor | None = None,
+    ) -> Tensor:
         """log p, [B, N], without a gradient."""
-        return (-super().log_probs(tokens, video, grid_size)).log_softmax(1)
+        opposite = -super().log_probs(tokens, video, grid_size, valid)
+        return (opposite if valid is None else opposite.where(valid, -torch.inf)).log_softmax(1)
 
 
 def hiding(floor: float) -> Maker:
@@ -82,10 +88,11 @@ class MotionPriorSampler(AdaptiveTokenSampler):
         video: Tensor | None = None,
         *,
         grid_size: GridSize | None = None,
+        valid: Tensor | None = None,
     ) -> MaskSample:
         """Draws K tokens of each clip from p, without replacement."""
-        logits = self.logits(tokens, grid_size) + self._prior.log_probs(tokens, video, grid_size)
-        return draw_mask(logits, self.num_drawn(grid_size), generator=generator)
+        logits = self.logits(tokens, grid_size, valid) + self._prior.log_probs(tokens, video, grid_size, valid)
+        return draw_valid(logits, self.num_drawn(grid_size), generator, valid)
 
     def complete(
         self, tokens: Tensor, given: MaskSample, video: Tensor | None = None, grid_size: GridSize | None = None
@@ -100,10 +107,15 @@ class TargetSetSampler(AdaptiveTokenSampler):
     infinity."""
 
     def draw(
-        self, tokens: Tensor, generator: torch.Generator | None, *, grid_size: GridSize | None = None
+        self,
+        tokens: Tensor,
+        generator: torch.Generator | None,
+        *,
+        grid_size: GridSize | None = None,
+        valid: Tensor | None = None,
     ) -> MaskSample:
         """Draws K of each clip's other tokens from p, without replacement."""
         noise = torch.rand(tokens.shape[:2], device=tokens.device, generator=generator)
         targets = noise.topk(round(_TARGETS * tokens.shape[1]), dim=1)[1]
-        logits = self.logits(tokens, grid_size).scatter(1, targets, -torch.inf)
-        return draw_mask(logits, self.num_drawn(grid_size), generator=generator)
+        logits = self.logits(tokens, grid_size, valid).scatter(1, targets, -torch.inf)
+        return draw_valid(logits, self.num_drawn(grid_size), generator, valid)

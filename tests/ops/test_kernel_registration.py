@@ -42,7 +42,7 @@ def op_calls():
         "sum_masked_rows": (x, sample.visible_idx, False),
         "patch_tokens": (video, indices, [1, 2, 2], torch.bfloat16, 0.5),
         "reconstruction_error": (prediction, video, indices, *how, True),
-        "head_error": (visible, torch.randn(4, 6, device=DEVICE), None, video, indices[:, :3], *how, True, True),
+        "head_error": (visible, torch.randn(4, 6, device=DEVICE), None, video, indices[:, :3], None, *how, True, True),
         "thumbnails": (video, [1, 2, 2], [0.5], [0.25], torch.float16),
         "scale_rows": (prediction, error, 0.5),
         "sampling_loss": (scores, sample.masked_idx, error),
