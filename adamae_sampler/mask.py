@@ -67,6 +67,10 @@ class MaskSample(NamedTuple):
         """N, tokens of a clip."""
         return self.mask.shape[1]
 
+    def detach(self) -> MaskSample:
+        """The sample without gradients."""
+        return MaskSample(*(None if each is None else each.detach() for each in self))  # type: ignore[arg-type]
+
     @classmethod
     def from_mask(cls, mask: Tensor, num_visible: int) -> MaskSample:
         """The sample of a boolean mask.

@@ -345,9 +345,8 @@ class AdaptiveHost(Patched):
         self, sample: MaskSample, reconstruction: Tensor | None = None, sampling: Tensor | None = None
     ) -> None:
         """Keeps the mask and the losses in `last_step`, for logging."""
-        plain = MaskSample(*(None if each is None else each.detach() for each in sample))  # type: ignore[arg-type]
         losses = (None if each is None else each.detach() for each in (reconstruction, sampling))
-        self.last_step = LastStep(plain, *losses)
+        self.last_step = LastStep(sample.detach(), *losses)
 
 
 def default_ratio(model: nn.Module) -> float | None:

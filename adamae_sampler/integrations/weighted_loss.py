@@ -54,35 +54,54 @@ def check_forward_loss(model: Any, head: nn.Linear, shape: tuple[int, ...], num_
         shape: the shape of its input for one clip.
         num_tokens: N.
     """
-    weight = head.weight
+    attributes = dict(model.__dict__)  # mae_st's patchify leaves an attribute behind
+    try:
+        name, predicted = f"forward_loss of {type(model).__name__}", (num_tokens, head.out_features)
+        check_weighted_loss(model.forward_loss, name, shape, predicted, head.weight)
+    finally:
+        model.__dict__.clear()
+        model.__dict__.update(attributes)
+
+
+def check_weighted_loss(
+    loss_fn: Callable[[Tensor, Tensor, Tensor], Tensor],
+    name: str,
+    shape: tuple[int, ...],
+    predicted: tuple[int, int],
+    like: Tensor,
+) -> None:
+    """Raises HostInterfaceError unless a loss is the mean of the tokens' errors, weighted by the mask.
+
+    Args:
+        loss_fn: (imgs, pred, mask [1, N]) -> a scalar.
+        name: of the loss, for messages.
+        shape: the shape of its input for one clip.
+        predicted: N, and the values of a token.
+        like: a tensor of the model's device and dtype.
+    """
+    num_tokens, device = predicted[0], like.device
     imgs, pred = (
-        torch.arange(math.prod(each), device=weight.device).sin().to(weight.dtype).view(each)
-        for each in (shape, (1, num_tokens, weight.shape[0]))
+        torch.arange(math.prod(each), device=device).sin().to(like.dtype).view(each)
+        for each in (shape, (1, *predicted))
     )
-    first = (torch.arange(num_tokens, device=weight.device) < num_tokens // 2).float()[None]
+    first = (torch.arange(num_tokens, device=device) < num_tokens // 2).float()[None]
     second, everywhere = 1 - first, torch.ones_like(first)
     elsewhere = pred + second[..., None].to(pred.dtype)  # another prediction of the tokens that `first` leaves out
-    tolerance = 1e-2 if weight.dtype.itemsize < 4 else 1e-4
-    attributes = dict(model.__dict__)  # mae_st's patchify leaves an attribute behind
+    tolerance = 1e-2 if like.dtype.itemsize < 4 else 1e-4
     try:
         with torch.no_grad():
             of_first, of_second, of_all, weighted, with_others = (
-                float(model.forward_loss(imgs, *each))
+                float(loss_fn(imgs, *each))
                 for each in (
                     (pred, first), (pred, second), (pred, everywhere), (pred, 3 * first + second), (elsewhere, first)
                 )
             )  # fmt: skip
-        least = _least_loss(
-            lambda prediction: model.forward_loss(imgs, prediction, everywhere), pred, tolerance * abs(of_all)
-        )
+        least = _least_loss(lambda prediction: loss_fn(imgs, prediction, everywhere), pred, tolerance * abs(of_all))
     except Exception as error:  # whatever a host's own code raises
         raise HostInterfaceError(
-            f"forward_loss of {type(model).__name__} was expected to take imgs {list(shape)} and pred "
-            f"{list(pred.shape)}, and raised {type(error).__name__}: {error}. The model was left as it was."
+            f"{name} was expected to take imgs {list(shape)} and pred {list(pred.shape)}, and raised "
+            f"{type(error).__name__}: {error}. The model was left as it was."
         ) from error
-    finally:
-        model.__dict__.clear()
-        model.__dict__.update(attributes)
     shares = 3 * float(first.sum()), float(second.sum())
     mean = (shares[0] * of_first + shares[1] * of_second) / sum(shares)
     for what, found, expected in (
@@ -93,10 +112,10 @@ def check_forward_loss(model: Any, head: nn.Linear, shape: tuple[int, ...], num_
         slack = max(tolerance, _LEAST) if expected == 0 else tolerance
         if not math.isclose(found, expected, rel_tol=tolerance, abs_tol=slack * abs(of_all)):
             raise HostInterfaceError(
-                f"forward_loss of {type(model).__name__} was expected to be a mean over tokens weighted by the mask, "
-                f"without other terms, and 0 for a perfect prediction. On a trial input it gave {found:.6g} {what}, "
-                f"expected {expected:.6g}, so it cannot give the sampling loss. Add other terms in forward, or use "
-                "AdaptiveTokenSampler directly, see the README. The model was left as it was."
+                f"{name} was expected to be a mean over tokens weighted by the mask, without other terms, and 0 for a "
+                f"perfect prediction. On a trial input it gave {found:.6g} {what}, expected {expected:.6g}, so it "
+                "cannot give the sampling loss. Add other terms in forward, or use AdaptiveTokenSampler directly, see "
+                "the README. The model was left as it was."
             )
 
 

@@ -1,13 +1,16 @@
 """Small models of the hosts that `patch` is tested with.
 
-transformers, hiera, MONAI and terratorch are the real packages. The research repositories are the real code if the environment variable
+transformers, hiera, MONAI, terratorch and stable-pretraining are the real packages. The research repositories are the real code if the environment variable
 ADAMAE_SAMPLER_HOSTS names a folder that holds checkouts in mae, mae_st, VideoMAE, VideoMAEv2, AudioMAE, pixio (mae_st needs iopath and
 simplejson); otherwise models of `small_hosts.py` stand in for them.
 """
 
+import importlib
 import importlib.util
+import logging
 import os
 import sys
+import types
 from functools import cache, partial
 from pathlib import Path
 
@@ -166,3 +169,39 @@ def prithvi_module():
     sys.modules["prithvi_mae"] = module = importlib.util.module_from_spec(spec)  # pickle looks there
     spec.loader.exec_module(module)
     return module
+
+
+def make_stable_pretraining(vit=(), **options):
+    from timm.models.vision_transformer import VisionTransformer
+
+    sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 1, "num_heads": 2, "num_classes": 0}
+    decoder = {"decoder_embed_dim": 32, "decoder_depth": 1, "decoder_num_heads": 2}
+    return stable_pretraining_module().MAE(VisionTransformer(**{**sizes, **dict(vit)}), **{**decoder, **options})
+
+
+@cache
+def stable_pretraining_module():
+    """The library's file of its MAE, and those that this one needs, without the package's many dependencies.
+
+    The package itself patches Lightning when it is imported. Here its folders are empty packages, whose modules are the
+    library's own files.
+    """
+    package = importlib.util.find_spec("stable_pretraining")
+    if package is None:
+        pytest.skip("needs stable-pretraining: pip install --no-deps stable-pretraining")
+    (folder,) = package.submodule_search_locations
+    logger = types.ModuleType("loguru")
+    logger.logger = logging.getLogger("stable_pretraining")
+    sys.modules.setdefault("loguru", logger)
+    for name in ("", ".backbone", ".losses", ".data", ".methods"):
+        module = sys.modules[f"stable_pretraining{name}"] = types.ModuleType(f"stable_pretraining{name}")
+        module.__path__ = [str(Path(folder, *name.split(".")))]
+    load = importlib.import_module
+    sys.modules["stable_pretraining"].Module = torch.nn.Module  # a LightningModule, for its training step alone
+    backbone = sys.modules["stable_pretraining.backbone"]
+    vit, masking = load("stable_pretraining.backbone.vit"), load("stable_pretraining.backbone.patch_masking")
+    backbone.MAEDecoder, backbone.MaskedEncoder, backbone.PatchMasking = (
+        vit.MAEDecoder, vit.MaskedEncoder, masking.PatchMasking
+    )  # fmt: skip
+    sys.modules["stable_pretraining.losses"].MAELoss = load("stable_pretraining.losses.reconstruction").MAELoss
+    return load("stable_pretraining.methods.mae")
