@@ -58,7 +58,7 @@ class Options:
     suite: tuple[Suite, ...] = ("all",)
     """Which to run; "all" is without "options" and "hosts"."""
     checkouts: Path | None = None
-    """Folder with mae, mae_st, VideoMAE and VideoMAEv2, for the suite "hosts"."""
+    """Folder with mae, mae_st, VideoMAE, VideoMAEv2, AudioMAE and pixio, for the suite "hosts"."""
     quick: bool = False
     """Tiny sizes, to see that it works."""
     threads: int = 2

@@ -20,7 +20,7 @@ from benchmarks.core.rows import (
     read_texts,
 )
 from benchmarks.core.tables import Case, Column, by_case, grouped, number, rate, seconds, source, table
-from benchmarks.steps.hosts import PATCHED, UNPATCHED
+from benchmarks.steps.hosts import PATCHED, POOLED, UNPATCHED
 from benchmarks.steps.options import PART
 
 _REPOSITORIES = ("AdaMAE repository", "VideoMAE repository")  # the committed rows have them; nothing times them now
@@ -61,11 +61,13 @@ def hosts_page(results: Path) -> str:
     columns: list[Column[Case]] = [
         ("Training step", lambda case: case[0].case),
         ("visible of", lambda case: f"{case[0].visible} of {case[0].tokens}"),
-        (UNPATCHED, partial(_time, UNPATCHED)),
-        (PATCHED, partial(_time, PATCHED)),
-        ("ratio", _ratio_of_patched),
+        *((name, partial(_time, name)) for name in (UNPATCHED, PATCHED, POOLED)),
+        *((f"{name}, of unpatched", partial(_of_first, name)) for name in (PATCHED, POOLED)),
     ]
-    about = f"Medians of {source(rows)}, fp32, `python -m benchmarks.run --suite hosts --checkouts FOLDER`."
+    about = (
+        f"Medians of {source(rows)}, fp32, `python -m benchmarks.run --suite hosts --checkouts FOLDER`. The three take "
+        'turns, and a ratio is the median of the ratios within a round. "pooled" is `patch(model, network="pooled")`.'
+    )
     return f"# Hosts, unpatched and patched\n\n{about}\n\n{table(columns, by_case(rows))}"
 
 
@@ -193,6 +195,6 @@ def _of_ours(what: Any, case: Case, form: str) -> str:
     return number(what(ours, case), form) if ours else ""
 
 
-def _ratio_of_patched(case: Case) -> str:
-    patched, unpatched = find(case, PATCHED), find(case, UNPATCHED)
-    return f"{patched.median_s / unpatched.median_s:.2f}" if patched and unpatched else ""
+def _of_first(name: str, case: Case) -> str:
+    found = find(case, name)
+    return number(found.of_first, "{:.2f}") if found else ""

@@ -181,10 +181,18 @@ def measure_steps_in_turns(
 ) -> list[Row]:
     """The rows of steps that take turns, each in a process of its own; see `take_turns` for how often."""
     times = _steps_in_turns(group, budget_s, rounds)
+    first = next(iter(times.values()))
     official = {case.name: each for case, each in times.items() if case.implementation == OFFICIAL}
     of_official = {case: ratio(each, official[case.name]) for case, each in times.items() if case.name in official}
     return [
-        make_row(case.subject(suite), case.label, each, facts, of_official=of_official.get(case))
+        make_row(
+            case.subject(suite),
+            case.label,
+            each,
+            facts,
+            of_official=of_official.get(case),
+            of_first=ratio(each, first) if suite == "hosts" else None,
+        )
         for case, each in times.items()
     ]
 
