@@ -270,10 +270,8 @@ class AdaMAELoss(nn.Module):
             if self.estimator != "categorical" and sample.log_probs is not None:
                 raise ValueError(f"estimator={self.estimator!r} takes no decode_mask; use the model's decode_ratio.")
             sample = _decoded(sample, decode_mask, prediction.shape[1])
-        error, counted = (
-            token_errors(prediction, video, sample.target_idx, self.kind, self.patches),
-            sample.target_valid,
-        )
+        error = token_errors(prediction, video, sample.target_idx, self.kind, self.patches)
+        counted = sample.target_valid
         if counted is None:
             return self._with_sampling(error.mean(), error, sample)
         error = _only(counted, error)

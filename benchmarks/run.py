@@ -47,8 +47,9 @@ from benchmarks.suites.measure import (
 SUITES = ("ops", "steps", "finetune")  # of "all"
 Suite = Literal["ops", "steps", "finetune", "options", "hosts", "all"]
 
-_OP_S, _STEP_S, _HOST_STEP_S = 4.0, 80.0, 45.0  # for all implementations of a case, which take turns
+_OP_S, _STEP_S, _HOST_STEP_S = 4.0, 80.0, 60.0  # for all implementations of a case, which take turns
 _ROUNDS, _QUICK_ROUNDS = (5, 9), (2, 3)  # of steps, the fewest and the most
+_HOST_ROUNDS = (11, 15)  # small differences, whose median of few rounds says little
 
 
 @dataclass(frozen=True)
@@ -118,7 +119,7 @@ def make_tasks(suite: str, options: Options, facts: Facts) -> Iterator[Task]:
     """The tasks of a suite."""
     quick = options.quick
     seconds = 0.5 if quick else _HOST_STEP_S if suite == "hosts" else _STEP_S
-    rounds = _QUICK_ROUNDS if quick else _ROUNDS
+    rounds = _QUICK_ROUNDS if quick else _HOST_ROUNDS if suite == "hosts" else _ROUNDS
     if suite == "ops":
         for op in cpu.op_cases(quick):
             yield f"{op.op} {op.name}", partial(measure_op_in_turns, op, facts, 0.05 if quick else _OP_S)

@@ -135,7 +135,7 @@ class AdaptiveHost(Patched):
         """The grid (T, H, W) of an input's tokens; None for that of `host_shape`, if the host takes no other."""
         return None
 
-    def sampled(self, inputs: Tensor, tokens: Tensor, valid: Tensor | None, **how: Any) -> MaskSample:
+    def sampled(self, inputs: Tensor, tokens: Tensor, valid: Tensor | None = None, **how: Any) -> MaskSample:
         """The sampler's result for the host's input and the tokens of its tokenizer, in training and in evaluation."""
         if valid is not None:
             how["valid"] = valid

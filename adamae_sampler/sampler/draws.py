@@ -107,7 +107,7 @@ def whole_units(valid: Tensor | None, grid: tuple[int, int], axis: int, num_visi
     """
     if valid is None:
         return None
-    whole = valid.view(-1, *grid).all(axis)
+    whole = valid.unflatten(1, grid).all(axis)
     check_valid(whole, num_visible, name)
     return whole
 

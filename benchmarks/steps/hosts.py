@@ -125,7 +125,7 @@ class Host:
     patched_loss: Callable[[Any, Tensor], Tensor]
     repository: str | None = None
     package: str | None = None
-    clips: int = 2
+    clips: int = 1
     patch: Callable[..., nn.Module] = patch
     grid_of: Callable[[nn.Module], GridSize] = _grid_of
 
@@ -286,18 +286,18 @@ HOSTS = {
         own_loss=lambda model, x, mask: _first(model(x, bool_masked_pos=mask)), **_TUPLE,
     ),
     "Hugging Face ViTMAE-B": Host(
-        _hf_vit_mae, _IMAGE, (3, 32, 32), 0.75, own_loss=lambda model, x, _: _first(model(x)), clips=8, **_TUPLE
+        _hf_vit_mae, _IMAGE, (3, 32, 32), 0.75, own_loss=lambda model, x, _: _first(model(x)), clips=4, **_TUPLE
     ),
     "Hiera-B, images": Host(
-        _hiera, _IMAGE, (3, 64, 64), 0.6, own_loss=lambda model, x, _: _first(model(x, 0.6)), clips=8, **_TUPLE
+        _hiera, _IMAGE, (3, 64, 64), 0.6, own_loss=lambda model, x, _: _first(model(x, 0.6)), clips=4, **_TUPLE
     ),
     "Hiera-B, video": Host(
         partial(_hiera, video=True), _VIDEO, _VIDEO, 0.9,
-        own_loss=lambda model, x, _: _first(model(x, 0.9)), clips=1, **_TUPLE,
+        own_loss=lambda model, x, _: _first(model(x, 0.9)), **_TUPLE,
     ),
     "mae, ViT-B": Host(
         _mae, _IMAGE, (3, 32, 32), 0.75,
-        own_loss=lambda model, x, _: _first(model(x, 0.75)), repository="mae", clips=8, **_TUPLE,
+        own_loss=lambda model, x, _: _first(model(x, 0.75)), repository="mae", clips=4, **_TUPLE,
     ),
     "mae_st, ViT-B": Host(
         _mae_st, _VIDEO, (3, 16, 32, 32), 0.9,
@@ -311,18 +311,18 @@ HOSTS = {
         _videomae_own, _videomae_patched, repository="VideoMAEv2",
     ),
     "Hugging Face Hiera-B": Host(
-        _hf_hiera, _IMAGE, (3, 64, 64), 0.6, own_loss=lambda model, x, _: _first(model(x)), clips=8, **_TUPLE
+        _hf_hiera, _IMAGE, (3, 64, 64), 0.6, own_loss=lambda model, x, _: _first(model(x)), clips=4, **_TUPLE
     ),
     "MONAI, ViT-B, volumes": Host(
-        _monai, (1, 96, 96, 96), (1, 32, 32, 32), 0.75, _monai_own, _monai_patched, clips=8
+        _monai, (1, 96, 96, 96), (1, 32, 32, 32), 0.75, _monai_own, _monai_patched, clips=4
     ),
     "AudioMAE, ViT-B": Host(
         _audiomae, (1, 1024, 128), (1, 64, 32), 0.8,
-        own_loss=lambda model, x, _: _first(model(x, 0.8)), repository="AudioMAE", clips=4, **_TUPLE,
+        own_loss=lambda model, x, _: _first(model(x, 0.8)), repository="AudioMAE", clips=2, **_TUPLE,
     ),
     "Pixio, ViT-B": Host(
         _pixio, (3, 256, 256), (3, 128, 128), 0.75,
-        own_loss=lambda model, x, _: model(x, 0.75), repository="pixio", clips=4, **_SCALAR,
+        own_loss=lambda model, x, _: model(x, 0.75), repository="pixio", clips=2, **_SCALAR,
     ),
     "PrithviMAE, ViT-B, series": Host(
         _prithvi, (6, 4, 224, 224), (6, 4, 32, 32), 0.75,
@@ -332,7 +332,7 @@ HOSTS = {
     "stable-pretraining, ViT-B": Host(
         _stable_pretraining, _IMAGE, (3, 32, 32), 0.75,
         own_loss=lambda model, x, _: model(x).loss, patched_loss=lambda model, x: model(x).loss,
-        package="stable_pretraining", clips=8, patch=adaptive_mae, grid_of=_stable_grid,
+        package="stable_pretraining", clips=4, patch=adaptive_mae, grid_of=_stable_grid,
     ),
 }  # fmt: skip
 
