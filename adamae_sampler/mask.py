@@ -197,7 +197,10 @@ def check_valid(valid: Tensor, num_visible: int, units: str = "tokens") -> None:
         kind = valid.dtype if isinstance(valid, Tensor) else type(valid).__name__
         raise TypeError(f"valid is {kind}, expected a torch.bool tensor [B, N] with True = a token that counts.")
     if valid.ndim != 2:
-        raise ValueError(f"valid has shape {tuple(valid.shape)}, expected [B, N]: clips, tokens.")
+        raise ValueError(
+            f"valid has shape {tuple(valid.shape)}, expected [B, N]: clips, tokens. Pool pixels to patches, and "
+            "flatten(1) the grid."
+        )
     count = valid.sum(1)
     require(
         count > num_visible,

@@ -1,10 +1,11 @@
 """Adaptive masking of spectrograms: one channel, patches that are not square, and recordings of unequal length.
 
-python examples/spectrograms.py     # a quarter of a minute on two CPU cores
+python examples/spectrograms.py     # half a minute on two CPU cores
 
 Trains the reference model on generated recordings: a steady chord, and a burst of noise that nothing around it tells.
 A recording fills its spectrogram from the start; tokens after its end are padding, and `valid` leaves them out. The
-sampler learns to show the burst. The script prints p(burst) / p(other tokens); with `sampling_weight=0` it stays 1.
+sampler learns to show the burst. The script prints how much of it is visible, and p(burst) / p(others); with
+`main(sampling_weight=0)` that stays 1.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ def main(steps: int = 100, sampling_weight: float = 1e-3) -> list[float]:
         embed_dim=96, depth=3, num_heads=3, decoder_embed_dim=48, decoder_depth=1, decoder_num_heads=3,
         mask_ratio=0.8, score_network="pooled",
     )  # fmt: skip
-    return train_on_clips(model.train(), recordings, steps, sampling_weight)
+    return train_on_clips(model.train(), recordings, "of a burst", steps, sampling_weight)
 
 
 def recordings(generator: torch.Generator, number: int = 16) -> Clips:

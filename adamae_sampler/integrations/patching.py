@@ -124,6 +124,7 @@ def unpatch(model: Model) -> Model:
     if not isinstance(model, AdaptiveHost):
         inner = _inner(model)
         hint = f" It wraps a {type(inner).__name__}: unpatch that model." if inner is not None else ""
+        hint += " See random_mae for a MAE that adaptive_mae changed." if _has_slot(model) else ""
         raise TypeError(f"{type(model).__name__} is not patched.{hint}")
     modules: list[Any] = [model, *model.patched_modules()]
     for module in modules:
@@ -183,6 +184,7 @@ def find_host(model: nn.Module, host: str | None = None) -> type[AdaptiveHost]:
         for mixin in HOSTS.values():
             if name in mixin.names and mixin.fits(model):
                 return mixin
+    slot = _has_slot(model)
     known = ", ".join(sorted({name for mixin in HOSTS.values() for name in mixin.names}))
     got = f"cannot patch {type(model).__module__}.{type(model).__qualname__}"
     inner = _inner(model)
@@ -196,7 +198,13 @@ def find_host(model: nn.Module, host: str | None = None) -> type[AdaptiveHost]:
         f"{got}: expected one of {known}, or a subclass of one; found the classes {', '.join(names[:-2])}. If a fork "
         f"renamed the class, use patch(model, host=...) with one of {', '.join(HOSTS)}. For other models use "
         "AdaptiveTokenSampler directly, see the README."
+        + (" For stable-pretraining's MAE there is integrations.stable_pretraining.adaptive_mae." if slot else "")
     )
+
+
+def _has_slot(model: nn.Module) -> bool:
+    """Whether it looks like stable-pretraining's MAE, which takes a masking."""
+    return isinstance(getattr(model, "masking", None), nn.Module) and hasattr(model, "loss_fn")
 
 
 def _inner(model: nn.Module) -> nn.Module | None:

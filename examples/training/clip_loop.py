@@ -27,13 +27,14 @@ class Clips(NamedTuple):
 
 
 def train_on_clips(
-    model: AdaMAE, make: Callable[[torch.Generator], Clips], steps: int, sampling_weight: float
+    model: AdaMAE, make: Callable[[torch.Generator], Clips], name: str, steps: int, sampling_weight: float
 ) -> list[float]:
     """Trains on fresh clips; returns p(hard) / p(other valid tokens) of each step.
 
     Args:
         model: for clips of this size; its sampler learns a p.
         make: source of randomness -> a batch.
+        name: what is hard, for the lines that it prints.
         steps: optimiser steps.
         sampling_weight: of `AdaMAELoss`; with 0 the masks stay random.
     """
@@ -55,5 +56,6 @@ def train_on_clips(
         if step % 20 == 0 or step == steps - 1:
             shown, share = hard[~sample.mask].float().mean(), hard.sum() / valid.sum()
             print(f"step {step}: reconstruction {out.reconstruction:.4f};", end=" ")
-            print(f"{shown:.0%} of the visible tokens are hard, {share:.0%} of all; p {ratios[-1]:.1f} times as large")
+            print(f"{shown:.0%} of the visible tokens are {name}, {share:.0%} of all;", end=" ")
+            print(f"their p is {ratios[-1]:.1f} times that of others")
     return ratios

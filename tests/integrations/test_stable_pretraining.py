@@ -10,7 +10,7 @@ from hosts import random_sample
 from make_hosts import make_stable_pretraining
 from torch.nn.parallel import DistributedDataParallel
 
-from adamae_sampler import AdaptiveTokenSampler, HardTokenSampler, RandomTokenSampler
+from adamae_sampler import AdaptiveTokenSampler, HardTokenSampler, RandomTokenSampler, patch, unpatch
 from adamae_sampler.integrations.patched import HostInterfaceError
 from adamae_sampler.integrations.stable_pretraining import AdaptiveMasking, adaptive_mae, random_mae
 from adamae_sampler.sampler import TokenSampler
@@ -239,6 +239,14 @@ def test_ranks():
     model = adaptive_mae(make_stable_pretraining().train(), sampler=RandomTokenSampler(GRID, 0.75))
     model(images()).loss.backward()
     assert model.masking.last_step.sampling is None
+
+
+def test_patch_names_the_functions_for_this_library():
+    model = make_stable_pretraining()
+    with pytest.raises(TypeError, match=r"stable_pretraining\.adaptive_mae"):
+        patch(model)
+    with pytest.raises(TypeError, match="See random_mae"):
+        unpatch(adaptive_mae(model))
 
 
 def test_bad_input():
