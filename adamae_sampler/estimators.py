@@ -19,7 +19,7 @@ def set_log_prob(sample: MaskSample) -> Tensor:
     """log P(S), [B]: the log-probability that the first K tokens drawn from p are S, the visible tokens.
 
     Tokens are drawn one after the other, without replacement (Plackett-Luce); their order within S does not matter. The
-    gradient goes to `sample.log_probs`.
+    gradient goes to `sample.log_probs`. Tokens that were set aside before the draw (`sample.held_out`) are not drawn.
 
     Let token i arrive at an exponential time with rate p_i. S is drawn first if all tokens of S arrive before the first
     of the other tokens. That first arrival is exponential with rate W, the sum of the other tokens' p (Kool et al.,
@@ -41,7 +41,10 @@ def set_log_prob(sample: MaskSample) -> Tensor:
             "sample.log_probs is None: these masks have no distribution to learn. Use AdaptiveTokenSampler."
         )
     visible = sample.log_probs.gather(1, sample.visible_idx)  # [B, K]
-    others = sample.log_probs.gather(1, sample.masked_idx).logsumexp(1, keepdim=True)  # [B, 1], log W
+    masked = sample.log_probs.gather(1, sample.masked_idx)
+    if sample.held_out is not None:
+        masked = masked.where(~sample.held_out.gather(1, sample.masked_idx), -torch.inf)
+    others = masked.logsumexp(1, keepdim=True)  # [B, 1], log W
     log_rate = visible - others  # [B, K], of p_i / W
     with torch.no_grad():
         mode, width = _mode(log_rate)  # [B, 1] each

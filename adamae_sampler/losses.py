@@ -72,11 +72,14 @@ def sampling_loss(
     "plackett_luce" is the mean over masks of log P(S) * stop_gradient(f - b), the policy gradient of the expected
     reconstruction error E[f]. Here f is the mean error of a mask, and P(S) the probability of its visible tokens. The
     baseline b is the mean f of the clip's other masks, or of the other clips if there is one mask of each. This loss
-    lowers the expected error: the encoder gets the tokens that help most. A single clip with a single mask has no
-    baseline, and its gradient has the largest variance.
+    lowers the expected mean error of what stays masked. So it shows tokens that help to predict the others, and tokens
+    that are hard themselves, since a token that is shown leaves the mean. A sampler with `target_ratio` takes the mean
+    over tokens that were set aside before the draw, and then only the first counts. A single clip with a single mask
+    has no baseline, and its gradient has the largest variance.
 
-    "plackett_luce_max" has the opposite sign. It raises the expected error, as the text of the paper says, so it hides
-    the tokens that are hard to predict.
+    "plackett_luce_max" has the opposite sign. It raises that error, so it hides the tokens that are hard to predict.
+    The supplement (section F.1) calls its own loss a maximisation of E[L_R], and says in the same place that the
+    encoder gets more tokens where prediction is hard. "categorical" does the second, and this one the first.
 
     Args:
         sample: a mask with log-probabilities.

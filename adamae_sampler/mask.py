@@ -30,12 +30,14 @@ class MaskSample(NamedTuple):
             samplers without one. Only `AdaptiveTokenSampler` has one.
         num_nonfinite: [B] int64, how many of each clip's scores were NaN or infinite; None where there
             were no scores. It stays on the device: reading it is the caller's choice.
-        decoded_idx: [B, M'] int64, ascending in each row: the masked tokens that are decoded, drawn uniformly; None
-            if all are.
+        decoded_idx: [B, M'] int64, ascending in each row: the masked tokens that are decoded, drawn uniformly after
+            the mask or before it (`held_out`); None if all are.
         difficulty: [B, N] fp32, the predicted error of each token, up to order, which `ranking_loss` trains; None for
             samplers that predict none. Only `HardTokenSampler` does.
         valid: [B, N] bool, the tokens that count; None if all do. Invalid tokens are masked, and the losses leave them
             out.
+        held_out: [B, N] bool, the tokens that were set aside as targets before the draw, so that they could not be
+            visible; None if none were. `decoded_idx` has their indices.
     """
 
     visible_idx: Tensor
@@ -46,6 +48,7 @@ class MaskSample(NamedTuple):
     decoded_idx: Tensor | None = None
     difficulty: Tensor | None = None
     valid: Tensor | None = None
+    held_out: Tensor | None = None
 
     @property
     def target_idx(self) -> Tensor:

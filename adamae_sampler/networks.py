@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +15,7 @@ from adamae_sampler.positions import GridSize, resample
 from adamae_sampler.transformer import LayerNorm, Transformer
 
 _MOST_CELLS = 200
+Network = Literal["mha", "mlp", "mlp_linear", "pooled"]
 
 
 class ScoreMlp(nn.Module):
@@ -234,8 +235,8 @@ def _default_pool(grid_size: GridSize) -> GridSize:
 class MLPScoreNetwork(nn.Module):
     """Linear(D, D), then Linear(D, 1), for each token by itself (Figure 1a).
 
-    The supplement names the two linear layers and no activation. Without one they would be a single linear map, so a
-    GELU stands between them. `act_layer=nn.Identity` follows the text to the letter.
+    The supplement draws the two linear layers and no activation. Without one they are a single linear map, so a GELU
+    stands between them; `act_layer=nn.Identity` leaves it out.
 
     Args:
         embed_dim: D, width of the tokens.
@@ -252,6 +253,52 @@ class MLPScoreNetwork(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         """[B, N, D] -> [B, N] fp32."""
         return _score(self.head, self.act(self.hidden(tokens)))
+
+
+def make_network(
+    name: Network, embed_dim: int, grid_size: GridSize, depth: int | None = None, width: int | None = None
+) -> nn.Module:
+    """The score network with this name.
+
+    Args:
+        name: "mha", the paper's; "mlp", its smaller one with a GELU between the layers; "mlp_linear", without, as the
+            paper draws it; "pooled", which the paper does not have.
+        embed_dim: D, width of the tokens.
+        grid_size: (T, H, W) tokens.
+        depth: blocks of "mha" and "pooled"; None for 1.
+        width: width of these blocks; None for D, or 192 for "pooled".
+
+    Raises:
+        ValueError: an unknown name, heads that do not divide the width, or a depth or width for a network without
+            blocks.
+    """
+    sizes: dict[str, Any] = {key: value for key, value in (("depth", depth), ("width", width)) if value is not None}
+    if any(not isinstance(value, int) or value < 1 for value in sizes.values()):
+        raise ValueError(f"the score network's {sizes}, expected whole numbers, 1 or more.")
+    if name == "mha":
+        return MHAScoreNetwork(embed_dim, math.prod(grid_size), grid_size=grid_size, **sizes)
+    if name == "pooled":
+        return PooledScoreNetwork(embed_dim, grid_size, **sizes)
+    if name not in ("mlp", "mlp_linear"):
+        raise ValueError(
+            f"score network {name!r}, expected 'mha', 'mlp', 'mlp_linear', 'pooled' or a module [B, N, D] -> [B, N]."
+        )
+    if sizes:
+        given = " and ".join(f"{key}={value}" for key, value in sizes.items())
+        raise ValueError(f"{given}: the score network {name!r} has no blocks; leave it out, or take 'mha' or 'pooled'.")
+    return MLPScoreNetwork(embed_dim, nn.GELU if name == "mlp" else nn.Identity)
+
+
+def network_name(network: nn.Module) -> Network | None:
+    """The name by which `make_network` makes such a network, of whatever sizes; None for others."""
+    if isinstance(network, MHAScoreNetwork):
+        return "mha"
+    if isinstance(network, PooledScoreNetwork):
+        return "pooled"
+    if isinstance(network, MLPScoreNetwork):
+        names: dict[type[nn.Module], Network] = {nn.GELU: "mlp", nn.Identity: "mlp_linear"}
+        return names.get(type(network.act))
+    return None
 
 
 def _score(head: nn.Linear, x: Tensor) -> Tensor:

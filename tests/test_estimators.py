@@ -101,6 +101,50 @@ def test_the_policy_gradient_is_unbiased(estimator, sign, num_masks, errors):
     torch.testing.assert_close(expected, sign * exact_gradient(scores, errors), rtol=0, atol=1e-5)
 
 
+def test_with_targets_set_aside_the_policy_gradient_is_that_of_their_expected_error():
+    """Token 4 is the target: 2 of the other 4 are drawn, and the error is that of token 4 under each mask."""
+    torch.manual_seed(4)
+    scores = torch.randn(TOKENS, dtype=torch.float64, requires_grad=True)
+    log_probs, target = scores.log_softmax(0), 4
+    free = [chosen for chosen in SETS if target not in chosen]
+    error = {chosen: torch.rand(1, 1, dtype=torch.float64) * 3 for chosen in free}
+    among = scores[:target].softmax(0)
+    chance = {chosen: probability(among, chosen) for chosen in free}
+    held_out, decoded = torch.arange(TOKENS)[None] == target, torch.tensor([[target]])
+
+    def sample(chosen):
+        return sample_of(log_probs, chosen)._replace(held_out=held_out, decoded_idx=decoded)
+
+    for chosen in free:
+        torch.testing.assert_close(set_log_prob(sample(chosen))[0], chance[chosen].log(), rtol=0, atol=1e-5)
+    expected = torch.zeros_like(scores)
+    for pair in itertools.product(free, repeat=2):
+        samples = [sample(chosen) for chosen in pair]
+        fields = (None if each[0] is None else torch.cat(each) for each in zip(*samples, strict=True))
+        both = MaskSample(*fields)
+        loss = sampling_loss(both, torch.cat([error[c] for c in pair]), estimator="plackett_luce", num_masks=2)
+        expected += float(chance[pair[0]] * chance[pair[1]]) * gradient(loss, scores)
+    exact = gradient(sum(chance[chosen] * error[chosen].mean() for chosen in free), scores)
+    torch.testing.assert_close(expected, exact, rtol=0, atol=1e-5)
+    assert exact[target] == 0  # the target's own score has no influence
+
+
+def test_a_token_that_helps_no_other_is_shown_for_leaving_the_mean_alone():
+    """Token 0 is hard, and showing it changes no other error. The policy gradient raises its score, since it leaves
+    the mean; with targets set aside it does not."""
+    own = torch.tensor([3.0, 1.0, 1.0, 1.0, 1.0], dtype=torch.float64)
+    scores = torch.zeros(TOKENS, dtype=torch.float64, requires_grad=True)
+    p = scores.softmax(0)
+    over_masked = sum(probability(p, c) * own[[t for t in range(TOKENS) if t not in c]].mean() for c in SETS)
+    assert gradient(over_masked, scores)[0] < -0.1  # descent raises the score of token 0
+    over_targets = 0.0
+    for target in range(1, TOKENS):  # a target is as likely to be any other token
+        rest = [t for t in range(TOKENS) if t != target]
+        among = scores[rest].softmax(0)
+        over_targets += sum(probability(among, c) * own[target] for c in itertools.combinations(range(4), VISIBLE))
+    assert gradient(over_targets, scores).abs().max() < 1e-12
+
+
 def test_the_papers_estimator_makes_p_proportional_to_the_error_that_a_token_has_while_masked(errors):
     """Its expected gradient for a score is p_i sum_j E[m_j e_j] - E[m_i e_i], over the number of masked tokens."""
     scores = torch.randn(TOKENS, dtype=torch.float64, requires_grad=True)

@@ -10,7 +10,7 @@ from torch import nn
 
 from adamae_sampler.integrations.host import AdaptiveHost, HostShape
 from adamae_sampler.integrations.patched import HostInterfaceError, Patched
-from adamae_sampler.networks import MHAScoreNetwork, MLPScoreNetwork, PooledScoreNetwork
+from adamae_sampler.networks import network_name
 from adamae_sampler.sampler import TokenSampler
 
 
@@ -35,6 +35,11 @@ def check_sampler(sampler: TokenSampler, shape: HostShape, name: str) -> None:
         raise ValueError(
             f"the sampler draws {sampler.num_masks} masks of each clip, and {name} takes one. Use num_masks=1, or "
             "repeat the clips in the batch."
+        )
+    if getattr(sampler, "target_ratio", 0):
+        raise ValueError(
+            f"the sampler has target_ratio={sampler.target_ratio}, and {name} decodes all masked tokens. Leave it out, "
+            "or use the sampler in a model of your own."
         )
     if getattr(sampler, "embed_dim", shape.embed_dim) != shape.embed_dim:
         raise ValueError(
@@ -61,11 +66,11 @@ def check_same(
 ) -> None:
     """Raises ValueError if a patched model is patched again with other settings: its sampler would be lost."""
     own = getattr(model.sampler, "network", None)
-    kinds = {"mha": MHAScoreNetwork, "mlp": MLPScoreNetwork, "pooled": PooledScoreNetwork}
-    same_network = own is network or (network in kinds and isinstance(own, kinds[network]))
+    name = None if own is None else network_name(own)
+    same_network = own is network or (isinstance(network, str) and name == network)
     asked = {
         "mask_ratio": (mask_ratio, model.sampler.mask_ratio, mask_ratio == model.sampler.mask_ratio),
-        "network": (network, type(own).__name__, same_network),
+        "network": (network, name or type(own).__name__, same_network),
         "sampler": (sampler, model.sampler, sampler is model.sampler),
         "sampling_weight": (weight, model.sampling_weight, weight == model.sampling_weight),
     }

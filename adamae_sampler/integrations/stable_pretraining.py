@@ -18,10 +18,9 @@ from adamae_sampler.integrations.random_masking import visible_first
 from adamae_sampler.integrations.token_errors import errors_by_gradient
 from adamae_sampler.integrations.weighted_loss import check_weighted_loss
 from adamae_sampler.losses import ranking_loss
-from adamae_sampler.networks import start_even
+from adamae_sampler.networks import Network, start_even
 from adamae_sampler.ops.sampling import LOG_PROB_RANGE
 from adamae_sampler.sampler import AdaptiveTokenSampler, TokenSampler
-from adamae_sampler.sampler.scored import Network
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -55,17 +54,19 @@ class AdaptiveMasking(nn.Module):
         last_step: the latest mask and losses, see `LastStep`.
 
     Raises:
-        ValueError: the sampler has several masks for each image, or draws from pixels.
+        ValueError: the sampler has several masks for each image, draws from pixels, or sets targets aside.
     """
 
     last_step: LastStep | None = None
 
     def __init__(self, sampler: TokenSampler, sampling_weight: float = 1e-4) -> None:
         super().__init__()
-        if sampler.num_masks != 1 or sampler.uses_video:
+        targets = getattr(sampler, "target_ratio", 0)
+        if sampler.num_masks != 1 or sampler.uses_video or targets:
             raise ValueError(
-                f"this {type(sampler).__name__} has num_masks={sampler.num_masks}, uses_video={sampler.uses_video}; "
-                "expected 1 and False: a masking of stable-pretraining gets tokens, and gives one mask for each image."
+                f"this {type(sampler).__name__} has num_masks={sampler.num_masks}, uses_video={sampler.uses_video}, "
+                f"target_ratio={targets}; expected 1, False and 0: a masking of stable-pretraining gets tokens, gives "
+                "one mask for each image, and all masked tokens are decoded."
             )
         self.sampler = sampler
         self.sampling_weight = sampling_weight

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -19,8 +19,7 @@ class AdaptiveVideoMAE(AdaptiveHost):
 
     - the sampler draws the mask; a mask can still be passed;
     - forward also returns the sample, for AdaMAELoss in the training engine;
-    - boolean indexing uses the sample's indices;
-    - the score network's position embedding gets no weight decay.
+    - boolean indexing uses the sample's indices.
     """
 
     names: ClassVar[tuple[str, ...]] = ("PretrainVisionTransformer",)
@@ -30,7 +29,6 @@ class AdaptiveVideoMAE(AdaptiveHost):
         "encoder.patch_embed.proj": nn.Conv3d,
         "encoder.patch_embed.img_size": tuple,
         "encoder.patch_embed.num_patches": int,
-        "no_weight_decay": (),
     }
     computes_loss = False
     tokenizer = "encoder.patch_embed"
@@ -73,8 +71,3 @@ class AdaptiveVideoMAE(AdaptiveHost):
         with self.masking(x, mask, valid) as sample:
             prediction = super().forward(x, indexed_mask(sample, self.mask_use), **more)
         return prediction, sample
-
-    def no_weight_decay(self) -> set[str]:
-        """The host's names, and that of the sampler's position embedding."""
-        own = {name for name, _ in self.named_parameters() if name.startswith("sampler.") and "pos_embed" in name}
-        return cast(set[str], super().no_weight_decay()) | own  # type: ignore[misc]

@@ -16,7 +16,7 @@ from adamae_sampler.models.build import build_variant
 from adamae_sampler.models.encoder import Encoder, VideoSize, fill_constants
 from adamae_sampler.models.layers import sinusoid_table
 from adamae_sampler.models.presets import with_preset
-from adamae_sampler.networks import init_linear_layers
+from adamae_sampler.networks import Network, init_linear_layers
 from adamae_sampler.ops import assemble_tokens
 from adamae_sampler.ops.patch_format import PatchSize
 from adamae_sampler.ops.thumbnail import shrink, shrunk
@@ -79,6 +79,9 @@ class AdaMAE(nn.Module):
             Position tables are resampled, and the number of visible tokens follows from the mask ratio.
         fused_head: in training return `HeadInputs` instead of the prediction. `AdaMAELoss(fused_head=True)` takes it
             and computes the last layer and the error together.
+        score_depth: blocks of the score network; None for 1. With `score_width`, the supplement's section F.2.
+        score_width: width of these blocks; None for `embed_dim`, or 192 for "pooled".
+        target_ratio: see `AdaptiveTokenSampler`.
 
     Raises:
         ValueError: patches do not divide the clip, or heads the width; a number is out of range; the masking is
@@ -100,7 +103,7 @@ class AdaMAE(nn.Module):
         decoder_num_heads: int = 6,
         mask_ratio: float | None = None,
         masking: Masking | TokenSampler = "adaptive",
-        score_network: Literal["mha", "mlp", "pooled"] | nn.Module = "mha",
+        score_network: Network | nn.Module = "mha",
         temperature: float = 1.0,
         exploration: float | Ramp = 0.0,
         num_masks: int = 1,
@@ -110,12 +113,20 @@ class AdaMAE(nn.Module):
         std: Sequence[float] | None = None,
         fused_head: bool = False,
         dynamic_img_size: bool = False,
+        score_depth: int | None = None,
+        score_width: int | None = None,
+        target_ratio: float = 0.0,
     ) -> None:
         super().__init__()
         if sample_from not in ("tokens", "pixels"):
             raise ValueError(f"sample_from={sample_from!r}, expected 'tokens' or 'pixels'.")
         if not 0 < decode_ratio <= 1:
             raise ValueError(f"decode_ratio={decode_ratio}, expected a share of the masked tokens above 0, 1 for all.")
+        if target_ratio and decode_ratio < 1:
+            raise ValueError(
+                f"decode_ratio={decode_ratio} has no effect with target_ratio={target_ratio}: the targets are what is "
+                "decoded. Leave one of them out."
+            )
         self.sample_from = sample_from
         self.decode_ratio = decode_ratio
         self.fused_head = fused_head
@@ -129,11 +140,20 @@ class AdaMAE(nn.Module):
         self.decoder_pos_embed: Tensor
         self.register_buffer("decoder_pos_embed", sinusoid_table(num_tokens, decoder_embed_dim), persistent=False)
         self.decoder = Decoder(decoder_embed_dim, decoder_depth, decoder_num_heads, self.size.patch_values)
-        init_linear_layers(self)
+        # encoder_to_decoder keeps nn.Linear's own initialisation, as in the official code.
+        init_linear_layers(self.encoder)
+        init_linear_layers(self.decoder)
         trunc_normal_(self.mask_token, std=0.02, a=-0.02, b=0.02)
         # Last, so that initialisation leaves the weights of a given sampler alone.
         width = embed_dim if sample_from == "tokens" else shrunk(self.size.patches).pixels * in_chans
-        learned = {"score_network": score_network, "temperature": temperature, "exploration": exploration}
+        learned = {
+            "score_network": score_network,
+            "score_depth": score_depth,
+            "score_width": score_width,
+            "temperature": temperature,
+            "exploration": exploration,
+            "target_ratio": target_ratio,
+        }
         self.sampler = make_sampler(masking, width, self.size.grid, mask_ratio, num_masks, learned)
 
     def forward(
@@ -228,7 +248,7 @@ class AdaMAE(nn.Module):
 
     def no_weight_decay(self) -> set[str]:
         """Names of the parameters with several axes that need no weight decay, for timm."""
-        return {name for name, _ in self.named_parameters() if name.rpartition(".")[2] in ("mask_token", "pos_embed")}
+        return {"mask_token"}  # positions of the score network decay, as in the official code
 
 
 @register_model

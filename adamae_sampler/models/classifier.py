@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from adamae_sampler.models.build import build_variant
 from adamae_sampler.models.encoder import Encoder, VideoSize, fill_constants
-from adamae_sampler.networks import init_linear_layers
 from adamae_sampler.ops.patch_format import PatchSize
 from adamae_sampler.transformer import LayerNorm
 
@@ -70,10 +69,12 @@ class VideoClassifier(nn.Module):
         self.fc_norm = LayerNorm(embed_dim)
         self.head_drop = nn.Dropout(drop_rate)
         self.head = nn.Linear(embed_dim, num_classes) if num_classes else nn.Identity()
-        init_linear_layers(self.encoder)
+        for module in self.modules():  # as the official code, whose autoencoder has Xavier's weights
+            if isinstance(module, nn.Linear):
+                trunc_normal_(module.weight, std=0.02)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
         if isinstance(self.head, nn.Linear):
-            trunc_normal_(self.head.weight, std=0.02)
-            nn.init.zeros_(self.head.bias)
             with torch.no_grad():
                 self.head.weight.mul_(head_init_scale)
 

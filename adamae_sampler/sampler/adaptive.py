@@ -8,11 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from adamae_sampler.mask import MaskSample
+from adamae_sampler.networks import Network
 from adamae_sampler.ops.draw import token_log_probs
 from adamae_sampler.positions import GridSize
-from adamae_sampler.sampler.draws import draw_valid, repeat_rows
+from adamae_sampler.sampler.draws import draw_beside_targets, draw_valid, repeat_rows
 from adamae_sampler.sampler.schedule import Ramp
-from adamae_sampler.sampler.scored import Network, ScoredTokenSampler
+from adamae_sampler.sampler.scored import ScoredTokenSampler
 
 
 class AdaptiveTokenSampler(ScoredTokenSampler):
@@ -29,9 +30,12 @@ class AdaptiveTokenSampler(ScoredTokenSampler):
         temperature: p = softmax(scores / temperature); a higher temperature makes p more even.
         exploration: share of p that is spread evenly over all tokens, so that every token can be drawn. A `Ramp` from
             1.0 starts with random masks: `exploration=Ramp(1.0, 0.1, 1000)`.
+        target_ratio: share of a clip's tokens that are set aside at random before a draw in training. They are never
+            visible, and they alone are decoded and have errors. So the error is that of tokens which no mask chose; it
+            cannot fall because a hard token is shown and leaves the mean. 0 decodes whatever is masked.
 
     Raises:
-        ValueError: an unknown network; a number out of range.
+        ValueError: an unknown network; a number out of range; or targets that leave too few tokens to draw from.
 
     >>> import torch
     >>> sampler = AdaptiveTokenSampler(embed_dim=64, grid_size=(8, 14, 14), mask_ratio=0.95)
@@ -50,6 +54,7 @@ class AdaptiveTokenSampler(ScoredTokenSampler):
         num_masks: int = 1,
         temperature: float = 1.0,
         exploration: float | Ramp = 0.0,
+        target_ratio: float = 0.0,
     ) -> None:
         super().__init__(embed_dim, grid_size, mask_ratio, network, detach_tokens, num_masks)
         if not 0 < temperature < math.inf:
@@ -61,6 +66,8 @@ class AdaptiveTokenSampler(ScoredTokenSampler):
             raise ValueError(f"exploration={exploration}, expected a share of p from 0 to below 1, such as 0.05.")
         self.temperature = temperature
         self.exploration = exploration
+        self.target_ratio = target_ratio
+        self._num_targets(self.num_tokens, self.num_visible)  # checks the ratio
 
     def logits(self, tokens: Tensor, grid_size: GridSize | None = None, valid: Tensor | None = None) -> Tensor:
         """[B, N, D] -> [B, N]; p = softmax(logits). This is no step of an exploration's ramp; a draw is one."""
@@ -96,7 +103,22 @@ class AdaptiveTokenSampler(ScoredTokenSampler):
         logits = repeat_rows(self.logits(tokens, grid_size, valid), self.num_masks)
         if isinstance(self.exploration, Ramp):
             self.exploration.count()
-        return draw_valid(logits, self.num_drawn(grid_size), generator, valid)
+        num_visible = self.num_drawn(grid_size)
+        if self.training and self.target_ratio:
+            num_targets = self._num_targets(logits.shape[1], num_visible)
+            return draw_beside_targets(logits, num_visible, num_targets, self.num_masks, generator, valid)
+        return draw_valid(logits, num_visible, generator, valid)
+
+    def _num_targets(self, num_tokens: int, num_visible: int) -> int:
+        if not self.target_ratio:
+            return 0
+        number = int(num_tokens * self.target_ratio + 1e-9)
+        if not 0 < self.target_ratio < 1 or not 1 <= number < num_tokens - num_visible:
+            raise ValueError(
+                f"target_ratio={self.target_ratio} sets {number} of {num_tokens} tokens aside, of which {num_visible} "
+                f"are visible; expected between 1 and {num_tokens - num_visible - 1}, such as target_ratio=0.25."
+            )
+        return number
 
     def complete(
         self, tokens: Tensor, given: MaskSample, video: Tensor | None = None, grid_size: GridSize | None = None

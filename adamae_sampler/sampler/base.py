@@ -211,9 +211,8 @@ class TokenSampler(nn.Module, abc.ABC):
             video: what the caller passed, unchecked, with `uses_video`; else None.
             grid_size: the grid of the tokens; None for the sampler's own.
         """
-        return MaskSample(
-            given.visible_idx, given.masked_idx, given.mask, decoded_idx=given.decoded_idx, valid=given.valid
-        )
+        kept = {"decoded_idx": given.decoded_idx, "valid": given.valid, "held_out": given.held_out}
+        return MaskSample(given.visible_idx, given.masked_idx, given.mask, **kept)
 
     def extra_repr(self) -> str:
         """For print(model)."""

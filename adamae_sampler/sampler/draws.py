@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from adamae_sampler.mask import MaskSample, check_valid
+from adamae_sampler.mask import MaskSample, check_valid, require
 from adamae_sampler.ops import draw_mask
 from adamae_sampler.ops.draw import token_log_probs
 
@@ -43,14 +43,69 @@ def draw_valid(scores: Tensor, num_visible: int, generator: torch.Generator | No
         generator: source of randomness.
         valid: [B, N] bool, where scores may have several rows for each clip; None if all are.
     """
-    valid = rows_of(valid, scores)
-    if valid is None:
+    rows = rows_of(valid, scores)
+    if rows is None:
         return draw_mask(scores, num_visible, generator=generator)
-    lowest = torch.finfo(scores.dtype).min  # a valid token whose score is NaN or -inf still comes before invalid ones
-    ranked = scores.detach().nan_to_num(lowest, torch.inf, lowest).where(valid, -torch.inf)
-    drawn = draw_mask(ranked, num_visible, generator=generator)
+    return _draw_among(rows, scores, num_visible, generator)._replace(**_distribution(scores, rows))
+
+
+def draw_beside_targets(
+    scores: Tensor,
+    num_visible: int,
+    num_targets: int,
+    num_masks: int,
+    generator: torch.Generator | None,
+    valid: Tensor | None,
+) -> MaskSample:
+    """Sets random targets of each clip aside, then draws among its other tokens. The targets alone are decoded.
+
+    All masks of a clip have the same targets. `log_probs` are those of all valid tokens, targets too.
+
+    Args:
+        scores: [B R, N].
+        num_visible: K.
+        num_targets: tokens of a clip to set aside; K + num_targets < N.
+        num_masks: R, masks of each clip.
+        generator: source of randomness.
+        valid: [B, N] bool, the tokens that count; None if all do.
+
+    Raises:
+        ValueError: a clip has fewer than K + num_targets + 1 valid tokens.
+    """
+    if valid is not None:
+        count = valid.sum(1)
+        require(
+            count > num_visible + num_targets,
+            lambda row: (
+                f"row {row} of valid has {int(count[row])} valid tokens of {valid.shape[1]}, expected at least "
+                f"{num_visible + num_targets + 1}: {num_visible} are shown, {num_targets} are targets, and one more is "
+                "masked. Leave such clips out of the batch, or lower target_ratio."
+            ),
+            "a row of valid has too few valid tokens beside its targets",
+        )
+    even = torch.zeros(scores.shape[0] // num_masks, scores.shape[1], device=scores.device)
+    targets = _drawn(even, num_targets, generator, valid)
+    held_out = repeat_rows(~targets.mask, num_masks)
+    rows = rows_of(valid, scores)
+    drawn = _draw_among(~held_out if rows is None else rows & ~held_out, scores, num_visible, generator)
+    decoded = repeat_rows(targets.visible_idx, num_masks)
+    return drawn._replace(**_distribution(scores, rows), decoded_idx=decoded, held_out=held_out)
+
+
+def _draw_among(allowed: Tensor, scores: Tensor, num_visible: int, generator: torch.Generator | None) -> MaskSample:
+    """The mask of a draw among the allowed tokens."""
+    lowest = torch.finfo(scores.dtype).min  # an allowed token whose score is NaN or -inf still comes before others
+    ranked = scores.detach().nan_to_num(lowest, torch.inf, lowest).where(allowed, -torch.inf)
+    return draw_mask(ranked, num_visible, generator=generator)
+
+
+def _distribution(scores: Tensor, valid: Tensor | None) -> dict[str, Tensor]:
+    """The fields of a sample that say from which p it was drawn."""
+    if valid is None:
+        log_probs, num_nonfinite = token_log_probs(scores)
+        return {"log_probs": log_probs, "num_nonfinite": num_nonfinite}
     log_probs, num_nonfinite = token_log_probs(scores.where(valid, -torch.inf))
-    return drawn._replace(log_probs=log_probs, num_nonfinite=num_nonfinite - (~valid).sum(1))
+    return {"log_probs": log_probs, "num_nonfinite": num_nonfinite - (~valid).sum(1)}
 
 
 def draw_classes(

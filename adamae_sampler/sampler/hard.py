@@ -6,12 +6,13 @@ import torch
 from torch import Tensor, nn
 
 from adamae_sampler.mask import MaskSample
+from adamae_sampler.networks import Network
 from adamae_sampler.ops.checks import at_least_fp32
 from adamae_sampler.ops.draw import uniform_noise
 from adamae_sampler.positions import GridSize
 from adamae_sampler.sampler.draws import draw_classes, repeat_rows, rows_of
 from adamae_sampler.sampler.schedule import Ramp
-from adamae_sampler.sampler.scored import Network, ScoredTokenSampler
+from adamae_sampler.sampler.scored import ScoredTokenSampler
 
 
 class HardTokenSampler(ScoredTokenSampler):

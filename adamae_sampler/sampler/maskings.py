@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal
 
+from torch import nn
+
+from adamae_sampler.networks import make_network
 from adamae_sampler.positions import GridSize
 from adamae_sampler.sampler.adaptive import AdaptiveTokenSampler
 from adamae_sampler.sampler.base import TokenSampler
@@ -30,17 +33,14 @@ MASKINGS: Mapping[str, type[TokenSampler]] = {
 
 PAPER_RATIO = 0.95  # for models without a ratio of their own
 
-# Settings that only some maskings take: the default, and the argument of the sampler.
-_LEARNED: Mapping[str, tuple[Any, str]] = {
-    "score_network": ("mha", "network"),
-    "temperature": (1.0, "temperature"),
-    "exploration": (0.0, "exploration"),
-}
+# Settings that only some maskings take, and their defaults.
+_NETWORK: Mapping[str, Any] = {"score_network": "mha", "score_depth": None, "score_width": None}
+_LEARNED: Mapping[str, Any] = {**_NETWORK, "temperature": 1.0, "exploration": 0.0, "target_ratio": 0.0}
 
 
 def settings_of(masking: str) -> tuple[str, ...]:
-    """Names of the settings that this masking takes, of `score_network`, `temperature` and `exploration`."""
-    return {"adaptive": tuple(_LEARNED), "hard": ("score_network",)}.get(masking, ())
+    """Names of the settings that this masking takes, of those that `make_sampler` calls `learned`."""
+    return {"adaptive": tuple(_LEARNED), "hard": tuple(_NETWORK)}.get(masking, ())
 
 
 def make_sampler(
@@ -59,7 +59,8 @@ def make_sampler(
         grid_size: (T, H, W) of the tokens.
         mask_ratio: share of tokens to mask; None for 0.95, or the ratio of a given sampler.
         num_masks: R, masks of each clip.
-        learned: values of `score_network`, `temperature` and `exploration`.
+        learned: values of `score_network`, `score_depth`, `score_width`, `temperature`, `exploration` and
+            `target_ratio`.
 
     Raises:
         ValueError: the masking is unknown, does not take a setting that differs from its default, or is a sampler for
@@ -74,16 +75,29 @@ def make_sampler(
     mask_ratio = PAPER_RATIO if mask_ratio is None else mask_ratio
     kind: Any = MASKINGS[masking]
     width = {"embed_dim": embed_dim} if issubclass(kind, ScoredTokenSampler) else {}
-    settings = {_LEARNED[name][1]: learned[name] for name in settings_of(masking)}
+    settings = {name: learned[name] for name in settings_of(masking) if name not in _NETWORK}
+    if issubclass(kind, ScoredTokenSampler):
+        settings["network"] = _network(embed_dim, grid_size, **{name: learned[name] for name in _NETWORK})
     settings |= {"source": "pixels"} if kind is MotionTokenSampler else {}
     sampler: TokenSampler = kind(**width, grid_size=grid_size, mask_ratio=mask_ratio, num_masks=num_masks, **settings)
     return sampler
 
 
+def _network(embed_dim: int, grid_size: GridSize, score_network: Any, score_depth: Any, score_width: Any) -> nn.Module:
+    if not isinstance(score_network, nn.Module):
+        return make_network(score_network, embed_dim, grid_size, score_depth, score_width)
+    if score_depth is not None or score_width is not None:
+        raise ValueError(
+            f"score_depth={score_depth}, score_width={score_width}: the {type(score_network).__name__} given has its "
+            "own. Leave them out."
+        )
+    return score_network
+
+
 def _check_settings(masking: Masking | TokenSampler, learned: Mapping[str, Any]) -> None:
     """Raises ValueError if a setting differs from its default and the masking does not take it."""
     takes = () if isinstance(masking, TokenSampler) else settings_of(masking)
-    given = [name for name, value in learned.items() if name not in takes and value != _LEARNED[name][0]]
+    given = [name for name, value in learned.items() if name not in takes and value != _LEARNED[name]]
     if given:
         told = "the sampler given has its own" if isinstance(masking, TokenSampler) else f"masking={masking!r} has none"
         values = ", ".join(f"{name}={learned[name]!r}" for name in given)

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import inspect
-from typing import Literal
 
 from torch import Tensor, nn
 
-from adamae_sampler.networks import MHAScoreNetwork, MLPScoreNetwork, PooledScoreNetwork
+from adamae_sampler.networks import MHAScoreNetwork, Network, make_network
 from adamae_sampler.positions import GridSize
 from adamae_sampler.sampler.base import TokenSampler
-
-Network = Literal["mha", "mlp", "pooled"]
 
 
 class ScoredTokenSampler(TokenSampler):
@@ -21,9 +18,10 @@ class ScoredTokenSampler(TokenSampler):
         embed_dim: D, width of the tokens.
         grid_size: (T, H, W), see `TokenSampler`.
         mask_ratio: share of tokens to mask.
-        network: "mha" (the paper's), "mlp", "pooled" (`PooledScoreNetwork`, a few percent of the cost), or a module
-            [B, N, D] -> [B, N], such as `MHAScoreNetwork` with a depth and width of your choice. At another grid than
-            the sampler's own a module whose forward has `grid_size` gets it.
+        network: "mha" (the paper's), "mlp", "mlp_linear", "pooled" (`PooledScoreNetwork`, a few percent of the cost),
+            see `adamae_sampler.networks.make_network`; or a module [B, N, D] -> [B, N], such as `MHAScoreNetwork` with
+            a depth and width of your choice. At another grid than the sampler's own a module whose forward has
+            `grid_size` gets it.
         detach_tokens: whether to stop the gradient of the scores before the tokenizer.
         num_masks: R, masks of each clip, see `TokenSampler`.
 
@@ -48,16 +46,8 @@ class ScoredTokenSampler(TokenSampler):
             self.network = network
             if isinstance(network, MHAScoreNetwork) and network.grid_size is None:
                 network.grid_size = self.grid_size
-        elif network == "mha":
-            self.network = MHAScoreNetwork(embed_dim, self.num_tokens, grid_size=self.grid_size)
-        elif network == "mlp":
-            self.network = MLPScoreNetwork(embed_dim)
-        elif network == "pooled":
-            self.network = PooledScoreNetwork(embed_dim, self.grid_size)
         else:
-            raise ValueError(
-                f"score network {network!r}, expected 'mha', 'mlp', 'pooled' or a module [B, N, D] -> [B, N]."
-            )
+            self.network = make_network(network, embed_dim, self.grid_size)
 
         # Asked once, since wrappers such as torch.compile hide the arguments.
         self._network_takes_grids = "grid_size" in inspect.signature(self.network.forward).parameters

@@ -24,6 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from adamae_sampler import AdaMAELoss, FrameTokenSampler, RandomTokenSampler, TubeTokenSampler
 from adamae_sampler.models import AdaMAE, load_checkpoint
+from adamae_sampler.networks import Network
 from adamae_sampler.sampler import Masking, TokenSampler
 from adamae_sampler.transformer import Block
 from benchmarks.core.rows import OFFICIAL, OURS, Subject
@@ -31,7 +32,6 @@ from benchmarks.core.worker import Worker
 from benchmarks.ops.base import name_of
 from benchmarks.ops.official import OfficialFormulation, official_loss
 
-ScoreNetwork = Literal["mha", "mlp", "pooled"]
 SampleFrom = Literal["tokens", "pixels"]
 Compiled = Literal["", "whole", "blocks"]
 Step = Callable[[], Tensor]  # returns the loss
@@ -98,7 +98,7 @@ class StepCase(AnyStep):
     img_size: int = 224
     num_frames: int = 16
     depth: int | None = None
-    score_network: ScoreNetwork = "mha"
+    score_network: Network = "mha"
     sample_from: SampleFrom = "tokens"
     num_masks: int = 1
     decode_ratio: float = 1.0

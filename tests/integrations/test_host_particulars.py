@@ -64,14 +64,6 @@ def test_the_pooled_network_learns_in_every_host(case):
     assert grads["network.head.weight"].abs().sum() > 0
 
 
-def test_videomae_leaves_the_score_networks_positions_out_of_weight_decay():
-    model = make_videomae()
-    host = set(model.no_weight_decay())
-    patch(model)
-    assert model.no_weight_decay() == host | {"sampler.network.pos_embed"}
-    assert dict(model.named_parameters())["sampler.network.pos_embed"].ndim == 3
-
-
 def test_videomae_v2_keeps_its_decoder_mask():
     model = make_videomae_v2().eval()
     x = torch.randn(2, 3, 16, 32, 32)

@@ -19,6 +19,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from adamae_sampler import (
+    AdaptiveTokenSampler,
     RandomTokenSampler,
     TubeTokenSampler,
     patch,
@@ -47,9 +48,19 @@ def test_ratios_that_the_host_cannot_take(case):
         patch(model, sampler=RandomTokenSampler((grid[0], grid[1], grid[2] + 1), 0.5))
     with pytest.raises(ValueError, match=r"draws 2 masks of each clip, and .* takes one"):
         patch(model, sampler=RandomTokenSampler(grid, 0.5, num_masks=2))
+    with pytest.raises(ValueError, match=r"target_ratio=0\.2, and .* decodes all masked tokens"):
+        patch(model, sampler=AdaptiveTokenSampler(1, grid, 0.5, "mlp", target_ratio=0.2))
     with pytest.raises(ValueError, match="not both"):
         patch(model, 0.5, sampler=RandomTokenSampler(grid, 0.5))
     assert snapshot_of(model) == before
+
+
+def test_patching_again_with_the_other_mlp_is_an_error():
+    model = patch(make_mae().train(), network="mlp_linear")
+    assert patch(model, network="mlp_linear") is model
+    for other in ("mlp", "mha"):
+        with pytest.raises(ValueError, match=f"network='{other}' instead of 'mlp_linear'"):
+            patch(model, network=other)
 
 
 def test_a_call_with_another_ratio_is_an_error():

@@ -261,5 +261,5 @@ def test_bad_input():
         adaptive_mae(make_stable_pretraining(), 0.5, sampler=RandomTokenSampler(GRID, 0.75))
     with pytest.raises(ValueError, match=r"Plain has no mask_ratio\. Give adaptive_mae one"):
         adaptive_mae(make_stable_pretraining(masking=Plain(None)))
-    with pytest.raises(ValueError, match="num_masks=2, uses_video=False; expected 1 and False"):
+    with pytest.raises(ValueError, match="num_masks=2, uses_video=False, target_ratio=0; expected 1"):
         AdaptiveMasking(RandomTokenSampler(GRID, 0.75, num_masks=2))

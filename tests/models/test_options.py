@@ -271,7 +271,15 @@ def test_temperature_and_exploration():
         ({"sample_from": "frames"}, "sample_from='frames', expected 'tokens' or 'pixels'"),
         ({"temperature": 0.0}, "temperature=0.0, expected a positive number"),
         ({"exploration": 1.0}, "exploration=1.0, expected a share of p"),
-        ({"score_network": "mla"}, "score network 'mla', expected 'mha', 'mlp', 'pooled'"),
+        ({"score_network": "mla"}, "score network 'mla', expected 'mha', 'mlp', 'mlp_linear', 'pooled'"),
+        ({"score_network": "mlp", "score_depth": 2}, "depth=2: the score network 'mlp' has no blocks"),
+        ({"score_depth": 0}, "the score network's {'depth': 0}, expected whole numbers"),
+        ({"score_width": 20}, "8 heads do not divide its width 20"),
+        ({"masking": "random", "score_width": 8}, "score_width=8: only masking='adaptive' or 'hard' takes it"),
+        ({"score_network": torch.nn.Identity(), "score_depth": 2}, "score_depth=2, .*: the Identity given has its own"),
+        ({"target_ratio": 0.75}, "target_ratio=0.75 sets 48 of 64 tokens aside, of which 16 are visible; .* 1 and 47"),
+        ({"target_ratio": 0.001}, "target_ratio=0.001 sets 0 of 64"),
+        ({"target_ratio": 0.25, "decode_ratio": 0.5}, "decode_ratio=0.5 has no effect with target_ratio=0.25"),
     ],
 )
 def test_options_that_make_no_sense_are_refused(options, message):
@@ -300,6 +308,7 @@ def test_the_defaults_are_the_exact_method():
     [
         ({**FAST, "temperature": 2.0, "exploration": 0.1}, "categorical"),
         ({"num_masks": 2, "fused_head": True}, "plackett_luce"),
+        pytest.param({"num_masks": 2, "target_ratio": 0.25}, "plackett_luce", marks=pytest.mark.slow),
         *(
             pytest.param({"masking": name, "num_masks": 2, "score_network": network}, "categorical", marks=marks)
             for name, network, marks in (

@@ -86,7 +86,7 @@ def test_with_all_tokens_valid_nothing_changes(masking):
         return sampler(tokens, generator=torch.Generator().manual_seed(0), **more)
 
     plain, with_valid = drawn(), drawn(valid=torch.ones(3, NUM_TOKENS, dtype=torch.bool))
-    for one, other in zip(plain[:-1], with_valid[:-1], strict=True):
+    for one, other in zip(plain, with_valid._replace(valid=None), strict=True):
         assert (one is None and other is None) or torch.equal(one, other)
 
 
