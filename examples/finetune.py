@@ -121,12 +121,16 @@ class Criterion:
         return images.view(video.shape), label
 
 
+def parameter_groups(recipe: FinetuneRecipe, model: VideoClassifier) -> list[dict[str, Any]]:
+    """The optimizer's groups: biases and norms have no weight decay, lower layers a lower learning rate."""
+    names = model.no_weight_decay()
+    return param_groups_layer_decay(model, recipe.weight_decay, names, layer_decay=recipe.layer_decay)
+
+
 def train(job: FinetuneJob, data: LabelledData) -> VideoClassifier:
     """Trains, evaluates one view every few epochs, and writes the weights; returns the model that has them."""
     recipe, accelerator, schedule, model = job.recipe, job.accelerator, job.schedule, job.model
-    groups = param_groups_layer_decay(
-        model, recipe.weight_decay, model.no_weight_decay(), layer_decay=recipe.layer_decay
-    )
+    groups = parameter_groups(recipe, model)
     optimizer = torch.optim.AdamW(groups, lr=schedule.lr, betas=recipe.betas, fused=True)
     flops = forward_flops(model, 1, 3, recipe.num_frames, *recipe.img_size)
     loop = TrainingLoop(job, optimizer, better=("val_top1", 1))

@@ -1,7 +1,8 @@
 """Linear or attentive probing: trains a classifier on the features of a frozen encoder.
 
     python examples/linear_probe.py --checkpoint model.safetensors --train train.csv --val val.csv
-    python examples/linear_probe.py --checkpoint checkpoint.pth --train train.csv --val val.csv --sampling segments
+    python examples/linear_probe.py --checkpoint checkpoint.pth --train train.csv --val val.csv --sampling segments \\
+        --random-clips 10 --clips 2 --crops 3                             augmented features, 2 x 3 views to test
     python examples/linear_probe.py --checkpoint model.safetensors --train sprites:1000:1 --val sprites:1000:2
 
 Features are computed once, by all processes of `accelerate launch`, and kept in --cache. Probing again takes seconds.
@@ -41,11 +42,18 @@ class Options(FeatureSettings):
     """Folder for the results."""
     cache: Path = Path("runs/features")
     """Folder of the cached features."""
+    random_clips: int = 0
+    """Random clips of each training video, of random frames and with a MultiScaleCrop; each epoch takes one of them.
+    0: the views of --clips and --crops, averaged, as for evaluation."""
     kind: ProbeKind = "linear"
     """'linear': batch norm without affine parameters, then a linear layer, on the mean of the tokens. 'attentive': the
     same on all tokens, pooled by a learned query."""
     probe: ProbeRecipe = field(default_factory=ProbeRecipe)
     """The training settings of the probe."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_least(random_clips=0)
 
 
 def main(arguments: list[str]) -> float | None:
@@ -69,9 +77,8 @@ def run(options: Options) -> float | None:
     if accelerator.is_main_process:
         print(f"{'classes':>13}  {data.describe_classes()}")
     pool: Pool = "mean" if options.kind == "linear" else "none"
-    features, test = (
-        cached_features(options, videos, pool, options.cache, accelerator) for videos in (data.train, data.val)
-    )
+    features = cached_features(options, data.train, pool, options.cache, accelerator, options.random_clips)
+    test = cached_features(options, data.val, pool, options.cache, accelerator)
     if not accelerator.is_main_process:
         return None
 
@@ -86,7 +93,8 @@ def run(options: Options) -> float | None:
         "train": options.train,
         "val": options.val,
     }
-    settings |= {"seed": options.seed, "train_loss": loss}
+    views = {"random_clips": options.random_clips, "clips": options.clips, "crops": options.crops}
+    settings |= {**views, "seed": options.seed, "train_loss": loss}
     write_results(options.output, result, data.names, data.val.describe, settings)
     write_tensors(options.output / "probe.safetensors", probe.state_dict(), {"settings": json.dumps(options.plain())})
     print(f"{options.kind} probe: {result.headline()}, training loss {loss:.3f}; wrote {options.output}")

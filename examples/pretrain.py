@@ -64,10 +64,15 @@ def build(recipe: PretrainRecipe, run: Run) -> PretrainJob:
     return job
 
 
+def parameter_groups(recipe: PretrainRecipe, model: AdaMAE) -> list[dict[str, Any]]:
+    """The optimizer's groups: biases, norms and the mask token have no weight decay."""
+    return param_groups_weight_decay(model, recipe.weight_decay, no_weight_decay_list=model.no_weight_decay())
+
+
 def train(job: PretrainJob) -> None:
     """Trains, and writes weights and a picture at the end."""
     recipe, accelerator, model = job.recipe, job.accelerator, job.model
-    groups = param_groups_weight_decay(model, recipe.weight_decay, no_weight_decay_list=model.no_weight_decay())
+    groups = parameter_groups(recipe, model)
     optimizer = torch.optim.AdamW(groups, lr=job.schedule.lr, betas=recipe.betas, fused=True)
     criterion = AdaMAELoss(**recipe.loss_args())
     flops = forward_flops(model, 1, 3, recipe.num_frames, *recipe.img_size)
@@ -116,7 +121,7 @@ def describe(job: PretrainJob, origin: str) -> str:
 
 def describe_options(recipe: PretrainRecipe) -> str:
     """The settings that differ from the paper's method."""
-    names = (*SAMPLER_SETTINGS, "num_masks", "decode_ratio", "fused_head", "estimator")
+    names = (*SAMPLER_SETTINGS, "num_masks", "decode_ratio", "target_ratio", "fused_head", "estimator")
     usual = {each.name: each.default for each in fields(recipe)}
     changed = {name: value for name in names if (value := getattr(recipe, name)) != usual[name]}
     return "".join(f", {name}={value}" for name, value in changed.items())

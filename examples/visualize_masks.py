@@ -22,6 +22,7 @@ from torch import Tensor
 from adamae_sampler import AdaMAELoss, MaskSample
 from adamae_sampler.mask import check_mask_ratio
 from adamae_sampler.models import AdaMAE, load_checkpoint
+from adamae_sampler.networks import Network
 from adamae_sampler.sampler import MASKINGS, Masking, MotionTokenSampler, ScoredTokenSampler, settings_of
 from adamae_sampler.visualize import animation, mask_overview, overview, save_animation
 from common.command_line import checkpoint_of, parse_settings
@@ -56,8 +57,12 @@ class Options(EncoderSettings):
     """Number of attention heads of the decoder; None keeps the model's own."""
     masking: Masking = "adaptive"
     """Rule that chooses the visible tokens."""
-    score_network: Literal["mha", "mlp", "pooled"] = "mha"
-    """The sampler's network. Needed for weights whose file does not state it."""
+    score_network: Network = "mha"
+    """The sampler's network. Needed for weights whose file does not state it, as are its sizes."""
+    score_depth: int | None = None
+    """Blocks of the score network; None for 1."""
+    score_width: int | None = None
+    """Width of these blocks; None for the encoder's, or 192 for 'pooled'."""
     sample_from: Literal["tokens", "pixels"] = "tokens"
     """Input of the sampler."""
     temperature: float = 1.0
@@ -152,7 +157,7 @@ def build(options: Options, ratio: float, report: bool) -> AdaMAE:
     """The model at a mask ratio, with its weights."""
     decoder = {name: getattr(options, name) for name in DECODER_SIZES}
     settings = ("sample_from", *settings_of(options.masking))
-    sampler = {name: getattr(options, name) for name in settings}
+    sampler = {name: getattr(options, name) for name in settings if name in SAMPLER_SETTINGS}
     masking: dict[str, Any] = {"masking": options.masking, "mask_ratio": ratio, **sampler}
     model: AdaMAE = create_model(options.model, AUTOENCODERS, **options.sizes(), **decoder, **masking)
     found = load_checkpoint(model, options.checkpoint)

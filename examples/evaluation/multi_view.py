@@ -1,4 +1,4 @@
-"""Multi-view evaluation: every view of a video is scored, the probabilities are averaged, and nothing is counted twice.
+"""Multi-view evaluation: every view of a video is scored, the scores are averaged, and nothing is counted twice.
 
 Videos are cut into batches once, and the batches are dealt to the processes. A batch is therefore computed alike for
 any number of processes, and the result is the same to the last bit.
@@ -41,6 +41,7 @@ def map_views(
     accelerator: Accelerator,
     batch_size: int,
     workers: int,
+    merge: bool = True,
 ) -> Iterator[ViewValues]:
     """Applies a function to the views of this process's share of a source.
 
@@ -50,6 +51,7 @@ def map_views(
         accelerator: devices, processes and precision.
         batch_size: B, videos of one call. The last batch may have fewer, and unreadable videos are missing.
         workers: processes that read videos.
+        merge: average over the views of a video; else keep them, [B, V, ...].
 
     Yields:
         ViewValues: for each batch, the values of each video, averaged in fp32 over its views.
@@ -66,8 +68,8 @@ def map_views(
         video = batch["video"].to(accelerator.device, non_blocking=True)  # [B, V, C, T, H, W]
         with autocast(accelerator):
             values = function(normalise(video.flatten(0, 1)))
-        merged = values.float().unflatten(0, video.shape[:2]).mean(1)
-        yield ViewValues(batch["index"], batch["label"], merged, batch["left_out"])
+        of_views = values.float().unflatten(0, video.shape[:2])  # [B, V, ...]
+        yield ViewValues(batch["index"], batch["label"], of_views.mean(1) if merge else of_views, batch["left_out"])
 
 
 def gather_views(
@@ -103,7 +105,7 @@ class Evaluation:
     Attributes:
         index: [V] positions of the videos in the source.
         label: [V] true classes.
-        probabilities: [V, classes], averaged over the views.
+        probabilities: [V, classes], the softmax of the scores (logits), which are averaged over the views.
         left_out: messages about the videos that could not be read.
     """
 
@@ -143,7 +145,8 @@ class Evaluation:
 def evaluate(
     model: nn.Module, source: ViewSource, accelerator: Accelerator, batch_size: int, workers: int
 ) -> Evaluation:
-    """Evaluates a classifier: softmax of each view, averaged over the views of a video (see `map_views`).
+    """Evaluates a classifier: the logits of a video's views are averaged (see `map_views`), as in the official code.
+    The softmax of the mean are the probabilities.
 
     Args:
         model: the classifier, without DDP around it; its mode, train or eval, is restored at the end.
@@ -154,9 +157,9 @@ def evaluate(
     """
     training = model.training
     model.eval()
-    merged = gather_views(lambda views: model(views).float().softmax(-1), source, accelerator, batch_size, workers)
+    merged = gather_views(lambda views: model(views).float(), source, accelerator, batch_size, workers)
     model.train(training)
-    return Evaluation(merged.index, merged.label, merged.value, merged.left_out)
+    return Evaluation(merged.index, merged.label, merged.value.softmax(-1), merged.left_out)
 
 
 def write_results(

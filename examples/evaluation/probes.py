@@ -43,31 +43,32 @@ class Probe(nn.Module):
 
 @dataclass(frozen=True)
 class ProbeRecipe:
-    """The training settings of a probe."""
+    """The training settings of a probe. Those of a linear probe are VideoMAE's (its paper's appendix)."""
 
     epochs: int = 100
     """Passes over the features."""
-    batch_size: int = 256
-    """Videos of one step."""
-    lr: float | None = None
-    """Highest learning rate, after a warm-up of a tenth of the epochs; a cosine to 0 follows. None: 0.1 x batch / 256
-    for a linear probe (SGD with momentum 0.9), 1e-3 for an attentive probe (AdamW). The linear probe's recipe is mae's
-    without LARS, which mae's batches of 16,384 need."""
+    batch_size: int | None = None
+    """Videos of one step, at most all. None: 1024 for a linear probe, 256 for an attentive probe."""
+    base_lr: float | None = None
+    """Learning rate for batches of 256 videos; it is scaled by batch / 256. It rises over a tenth of the epochs, then
+    falls to 0 by a cosine. None: 0.1 for a linear probe (SGD with momentum 0.9, no weight decay), 1e-3 for an attentive
+    probe (AdamW)."""
 
     def __post_init__(self) -> None:
-        if self.epochs < 1 or self.batch_size < 1 or (self.lr is not None and not self.lr > 0):
-            raise ValueError(f"{self}: expected epochs and batch_size of 1 or more, and lr above 0.")
+        positive = all(each is None or each > 0 for each in (self.batch_size, self.base_lr))
+        if self.epochs < 1 or not positive:
+            raise ValueError(f"{self}: expected epochs and batch_size of 1 or more, and base_lr above 0.")
 
 
 def train_probe(probe: Probe, kind: ProbeKind, features: Features, recipe: ProbeRecipe, device: torch.device) -> float:
     """Trains a probe; returns the mean loss of the last epoch. Only one batch of features is on the device."""
     probe.to(device).train()
-    batch = min(recipe.batch_size, len(features.label))
+    usual = {"linear": (1024, 0.1), "attentive": (256, 1e-3)}[kind]
+    batch = min(recipe.batch_size or usual[0], len(features.label))
+    lr = (recipe.base_lr or usual[1]) * batch / 256
     if kind == "linear":
-        lr = 0.1 * batch / 256 if recipe.lr is None else recipe.lr
         optimizer: torch.optim.Optimizer = torch.optim.SGD(probe.parameters(), lr=lr, momentum=0.9)
     else:
-        lr = 1e-3 if recipe.lr is None else recipe.lr
         optimizer = torch.optim.AdamW(probe.parameters(), lr=lr, weight_decay=0.05)
     per_epoch = max(len(features.label) // batch, 1)
     steps = recipe.epochs * per_epoch

@@ -8,11 +8,13 @@ from typing import Any, ClassVar, Literal
 
 from adamae_sampler.losses import Estimator
 from adamae_sampler.models import PRESETS
+from adamae_sampler.networks import Network
 from adamae_sampler.sampler import Masking, settings_of
 from common.settings import DECODER_SIZES
 from training.recipe import Recipe
 
-SAMPLER_SETTINGS = ("score_network", "sample_from", "temperature", "exploration")  # a sampler's weights fit only these
+# A sampler's weights fit only these.
+SAMPLER_SETTINGS = ("score_network", "score_depth", "score_width", "sample_from", "temperature", "exploration")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,9 +37,13 @@ class PretrainRecipe(Recipe):
     """Rule that chooses the visible tokens."""
     mask_ratio: float = 0.95
     """Share of the tokens that is masked."""
-    score_network: Literal["mha", "mlp", "pooled"] = "mha"
-    """The network of adaptive and hard masking. 'mha' is the paper's. 'pooled' attends to cells of tokens, which costs
-    far less."""
+    score_network: Network = "mha"
+    """The network of adaptive and hard masking. 'mha' is the paper's. 'mlp_linear' is the MLP of its Figure 1a, 'mlp'
+    has a GELU between the layers. 'pooled' attends to cells of tokens, which costs far less."""
+    score_depth: int | None = None
+    """Blocks of the score network; None for 1. The paper's ablation has --score-depth 2 --score-width 384."""
+    score_width: int | None = None
+    """Width of these blocks; None for the encoder's, or 192 for 'pooled'."""
     sample_from: Literal["tokens", "pixels"] = "tokens"
     """Input of the sampler. 'tokens': the embedded tokens. 'pixels': patches shrunk to 4 x 4 pixels; the model then
     embeds only the visible tokens."""
@@ -51,11 +57,14 @@ class PretrainRecipe(Recipe):
     """Masks drawn for each clip from one p. The encoder and decoder see num_masks times the batch."""
     decode_ratio: float = 1.0
     """Share of the masked tokens that the decoder reconstructs."""
+    target_ratio: float = 0.0
+    """Share of the tokens that are set aside at random before a draw: never visible, and alone reconstructed. With
+    --estimator plackett_luce a token is then shown only if it helps to predict others."""
     fused_head: bool = True
     """Compute the decoder's last layer and the loss together in parts, so the whole prediction is never in memory."""
     estimator: Estimator = "categorical"
     """Estimator of the sampler's gradient. 'categorical' is the paper's. The other two are exact policy gradients:
-    'plackett_luce' lowers the expected error, 'plackett_luce_max' raises it."""
+    'plackett_luce' lowers the expected error of what is reconstructed, 'plackett_luce_max' raises it."""
     graph: bool = False
     """Launch each step, optimizer included, as one CUDA graph. It helps small models, whose steps wait for the host. It
     needs a single GPU and bf16 or fp32."""
@@ -85,8 +94,8 @@ class PretrainRecipe(Recipe):
     """Final learning rate of the cosine, for an effective batch of 256; scaled likewise."""
     betas: tuple[float, float] = (0.9, 0.95)
     """Betas of AdamW."""
-    clip_grad: float = 1.0
-    """Largest norm of the gradient; 0 for no clipping."""
+    clip_grad: float = 0.0
+    """Largest norm of the gradient; 0 for no clipping, as the official code."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -106,7 +115,7 @@ class PretrainRecipe(Recipe):
 
     def model_args(self) -> dict[str, Any]:
         """Keyword arguments for `timm.create_model`, which ignores arguments of None."""
-        decoder = (*DECODER_SIZES, "decode_ratio", "fused_head")
+        decoder = (*DECODER_SIZES, "decode_ratio", "target_ratio", "fused_head")
         names = ("masking", "mask_ratio", "num_masks", *SAMPLER_SETTINGS, *decoder)
         return {**self.sizes(), **{name: getattr(self, name) for name in names}}
 

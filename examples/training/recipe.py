@@ -49,7 +49,7 @@ class Recipe(EncoderSettings):
     min_base_lr: float
     betas: tuple[float, float]
     weight_decay: float = 0.05
-    """Weight decay of AdamW; biases, norms, position embeddings and the mask token have none."""
+    """Weight decay of AdamW; biases, norms and the mask token have none."""
     clip_grad: float
 
     log_every: int = 20

@@ -1,4 +1,7 @@
-"""The schedule of a run: batches, steps and learning rates, from a recipe and the numbers of videos and devices."""
+"""The schedule of a run: batches, steps and learning rates, from a recipe and the numbers of videos and devices.
+
+Steps and learning rates are those of the official code (`cosine_scheduler`).
+"""
 
 from __future__ import annotations
 
@@ -34,12 +37,18 @@ class Schedule:
 
     @classmethod
     def of(cls, recipe: Recipe, clips: int, devices: int) -> Schedule:
-        """The schedule of a recipe for a data set of `clips` videos on this number of devices."""
+        """The schedule of a recipe for a data set of `clips` videos on this number of devices.
+
+        An epoch counts as many steps as it has whole batches, since the official code drops the videos that are left
+        over. Here they are the first of the next batch, so a run of 800 epochs goes through the videos a little less
+        than 800 times.
+        """
         accumulation = recipe.accumulation(devices)
         effective = recipe.batch_size * devices * accumulation
+        per_epoch = clips // effective or clips / effective
 
         def in_steps(epochs: float) -> int:
-            return math.floor(epochs * clips / effective)
+            return math.floor(epochs * per_epoch)
 
         steps = recipe.steps if recipe.steps is not None else max(1, in_steps(recipe.epochs))
         warmup = recipe.warmup_steps if recipe.warmup_steps is not None else in_steps(recipe.warmup_epochs)
@@ -56,8 +65,9 @@ class Schedule:
         )
 
     def lr_at(self, step: int) -> float:
-        """Learning rate of step 0, 1, ...: a linear rise to `lr`, then half a cosine down to `min_lr`."""
+        """Learning rate of step 0, 1, ...: from 0 evenly up to `lr` in the last step of the warm-up, then half a cosine
+        that would reach `min_lr` in the step after the last."""
         if step < self.warmup_steps:
-            return self.lr * (step + 1) / self.warmup_steps
-        progress = (step - self.warmup_steps) / max(1, self.steps - 1 - self.warmup_steps)
+            return self.lr * step / max(1, self.warmup_steps - 1)
+        progress = (step - self.warmup_steps) / max(1, self.steps - self.warmup_steps)
         return self.min_lr + (self.lr - self.min_lr) * (1 + math.cos(math.pi * min(progress, 1.0))) / 2

@@ -10,18 +10,18 @@ from __future__ import annotations
 import hashlib
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from common.settings import FrameSampling
 from video_data.frame_sampling import random_clip
 from video_data.reader_processes import video_loader
 from video_data.sprites import Sprites
+from video_data.transforms import Transform
 from video_data.video import Unreachable, VideoError
 from video_data.video_lists import VideoEntry
 
@@ -29,8 +29,6 @@ _REPLACEMENTS = 20  # other videos to try for an unreadable one before the run e
 _PAUSES = (0.1, 0.4)  # seconds before each new try of a video, since network file systems fail now and then
 _OUTAGE = (1, 2, 4, 8, 16, 32, 60)  # seconds before each new try while the server is unreachable
 _KEPT_BYTES = 2**29  # most memory for cached sprites
-
-Transform = Callable[[Tensor, torch.Generator], Tensor]
 
 
 class ClipSource(Protocol):

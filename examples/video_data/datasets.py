@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common.settings import EncoderSettings
-from video_data.clips import ClipSource, SpriteClips, Transform, VideoClips
+from video_data.clips import ClipSource, SpriteClips, VideoClips
 from video_data.sprites import DIRECTIONS, SHAPES, Sprites
+from video_data.transforms import PretrainTransform, Transform
 from video_data.video_lists import VideoEntry, class_names, list_videos, split_by_label
-from video_data.views import VideoViews, ViewSource
+from video_data.views import RandomViews, VideoViews, ViewSource
 
 
 def find_sprites(data: str, settings: EncoderSettings) -> Sprites | None:
@@ -115,6 +116,20 @@ class VideoDataset:
             return SpriteClips(self.sprites)
         return VideoViews(
             self.entries, settings.num_frames, settings.stride, settings.img_size, settings.sampling, clips, crops
+        )
+
+    def random_views(self, settings: EncoderSettings, clips: int) -> ViewSource:
+        """Random clips of each video, cropped by MultiScaleCrop. Raises ValueError for sprites, which have one clip."""
+        if self.sprites is not None:
+            raise ValueError(f"{self.name}: a sprite has one clip, and no random ones; leave random clips out.")
+        return RandomViews(
+            self.entries,
+            settings.num_frames,
+            settings.stride,
+            PretrainTransform(settings.img_size, flip=False),
+            settings.sampling,
+            clips,
+            settings.seed,
         )
 
 

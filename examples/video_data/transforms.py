@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import numpy as np
@@ -14,8 +14,11 @@ from torch import Tensor
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as tvf
 
+Transform = Callable[[Tensor, torch.Generator], Tensor]  # frames [T, C, H, W] -> [T, C, *size]
+
 SCALES = (1.0, 0.875, 0.75, 0.66)
 _MAX_DISTORT = 1  # height and width may differ by so many steps of SCALES
+_SNAP = 3  # a crop that is less than this from the target's size is taken in that size, without resizing
 # Places of a crop, in quarters of the free space: corners, centre, middles of the sides, quarter points.
 _OFFSETS = [(0, 0), (4, 0), (0, 4), (4, 4), (2, 2), (0, 2), (4, 2), (2, 4), (2, 0), (1, 1), (3, 1), (1, 3), (3, 3)]
 
@@ -24,7 +27,7 @@ def multi_scale_crop(frames: Tensor, size: tuple[int, int], generator: torch.Gen
     """One random crop for all frames, resized (Wang et al., 2016, "Temporal Segment Networks", MultiScaleCrop).
 
     Height and width are SCALES times the largest box of the target's aspect ratio, at most one step of SCALES apart.
-    The crop lies at one of thirteen fixed places.
+    The crop lies at one of thirteen fixed places. Sizes and places are the official code's.
 
     Args:
         frames: [T, C, H, W].
@@ -32,14 +35,26 @@ def multi_scale_crop(frames: Tensor, size: tuple[int, int], generator: torch.Gen
         generator: source of randomness.
     """
     height, width = frames.shape[-2:]
-    unit = min(height / size[0], width / size[1])
-    pairs = [(h, w) for i, h in enumerate(SCALES) for j, w in enumerate(SCALES) if abs(i - j) <= _MAX_DISTORT]
-    scale_h, scale_w = pairs[int(torch.randint(len(pairs), (), generator=generator))]
-    crop_h, crop_w = max(int(size[0] * unit * scale_h), 1), max(int(size[1] * unit * scale_w), 1)
+    box = (height, height * size[1] / size[0]) if _height_binds(frames, size) else (width * size[0] / size[1], width)
+    heights, widths = (
+        [_snapped(int(side * scale), target, room) for scale in SCALES]
+        for side, target, room in zip(box, size, (height, width), strict=True)
+    )
+    pairs = [(h, w) for i, h in enumerate(heights) for j, w in enumerate(widths) if abs(i - j) <= _MAX_DISTORT]
+    crop_h, crop_w = pairs[int(torch.randint(len(pairs), (), generator=generator))]
     right, down = _OFFSETS[int(torch.randint(len(_OFFSETS), (), generator=generator))]
     top, left = (height - crop_h) // 4 * down, (width - crop_w) // 4 * right
     cropped: Tensor = tvf.resized_crop(frames, top, left, crop_h, crop_w, list(size), antialias=True)
     return cropped
+
+
+def _height_binds(frames: Tensor, size: tuple[int, int]) -> bool:
+    """Whether the largest box of this aspect ratio in a frame has the frame's height."""
+    return frames.shape[-2] * size[1] <= frames.shape[-1] * size[0]
+
+
+def _snapped(side: int, target: int, room: int) -> int:
+    return target if abs(side - target) < _SNAP and target <= room else max(side, 1)
 
 
 def random_flip(frames: Tensor, generator: torch.Generator) -> Tensor:
@@ -133,8 +148,8 @@ def fixed_crops(frames: Tensor, size: tuple[int, int], crops: int) -> list[Tenso
         `crops` tensors [T, C, *size].
     """
     height, width = frames.shape[-2:]
-    factor = max(size[0] / height, size[1] / width)
-    covering = [max(round(height * factor), size[0]), max(round(width * factor), size[1])]
+    binds = _height_binds(frames, size)
+    covering = [size[0], width * size[0] // height] if binds else [height * size[1] // width, size[1]]
     frames = tvf.resize(frames, covering, antialias=True)
     free = (covering[0] - size[0], covering[1] - size[1])
 

@@ -12,7 +12,7 @@ from videos import FRAMES, generator, seen_indices, write_video
 
 from video_data.clips import ClipStream, VideoClips, collate_clips
 from video_data.sprites import Sprites
-from video_data.transforms import SCALES, PretrainTransform, multi_scale_crop, random_flip
+from video_data.transforms import PretrainTransform, multi_scale_crop, random_flip
 from video_data.video import Unreachable, Video, VideoError
 from video_data.video_lists import VideoEntry, list_videos
 
@@ -90,15 +90,24 @@ def test_multi_scale_crop(height, width, size):
     assert torch.equal(multi_scale_crop(ramp, size, generator(1)), multi_scale_crop(ramp, size, generator(1)))
 
 
-def test_multi_scale_crop_uses_the_scales(monkeypatch):
+@pytest.mark.parametrize(
+    ("height", "width", "target", "sides"),
+    [
+        (200, 300, 100, (200, 175, 150, 132)),
+        (240, 427, 224, (240, 210, 180, 158)),  # SSv2
+        (320, 568, 224, (320, 280, 240, 211)),  # Kinetics
+        (226, 300, 224, (224, 197, 169, 149)),  # less than 3 from the target's size: that size
+        (222, 222, 224, (222, 194, 166, 146)),  # but not more than the frame has
+    ],
+)
+def test_multi_scale_crop_has_the_official_sizes(monkeypatch, height, width, target, sides):
     seen = set()
     monkeypatch.setattr(
         "video_data.transforms.tvf.resized_crop",
         lambda frames, top, left, h, w, size, antialias: seen.add((h, w)) or frames,
     )
     for seed in range(400):
-        multi_scale_crop(torch.zeros(1, 3, 200, 300), (100, 100), generator(seed))
-    sides = [int(200 * scale) for scale in SCALES]
+        multi_scale_crop(torch.zeros(1, 3, height, width), (target, target), generator(seed))
     allowed = {(h, w) for i, h in enumerate(sides) for j, w in enumerate(sides) if abs(i - j) <= 1}
     assert seen == allowed
 

@@ -55,12 +55,12 @@ def test_views_are_merged_as_an_oracle_merges_them(videos):
     normalise = Normalise(accelerator.device)
     right = 0
     for row, index in enumerate(result.index.tolist()):
-        merged = torch.zeros(5, dtype=torch.float64)
+        mean = torch.zeros(5, dtype=torch.float64)
         views = source.views(index)["video"]
         assert len(views) == 6
         for view in views:
-            logits = model(normalise(view[None].to(accelerator.device)))[0].double().cpu()
-            merged += (logits.exp() / logits.exp().sum()).detach() / 6
+            mean += model(normalise(view[None].to(accelerator.device)))[0].double().cpu().detach() / 6
+        merged = mean.exp() / mean.exp().sum()
         torch.testing.assert_close(result.probabilities[row].double(), merged, rtol=1e-5, atol=1e-6)
         right += int(merged.argmax()) == result.label[row]
     assert result.summary() == {"top1": 100 * right / 5, "top5": 100.0, "videos": 5, "left_out": 2, "nonfinite": 0}

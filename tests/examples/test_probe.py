@@ -23,8 +23,9 @@ from evaluation.features import Features
 from evaluation.probes import Probe, ProbeRecipe, predict, train_probe
 from training.finetune_recipe import FinetuneRecipe
 from training.pretrain_recipe import PretrainRecipe
+from video_data.transforms import PretrainTransform
 from video_data.video_lists import VideoEntry, list_videos
-from video_data.views import VideoViews
+from video_data.views import RandomViews, VideoViews
 
 CPU = torch.device("cpu")
 
@@ -163,9 +164,60 @@ def test_a_linear_probe_finds_what_logistic_regression_finds():
 
 
 def test_a_recipe_that_trains_nothing_is_refused():
-    for wrong in ({"epochs": 0}, {"batch_size": 0}, {"lr": 0.0}):
+    for wrong in ({"epochs": 0}, {"batch_size": 0}, {"base_lr": 0.0}):
         with pytest.raises(ValueError, match="expected epochs and batch_size of 1 or more"):
             ProbeRecipe(**wrong)
+
+
+def test_random_clips_take_turns(pretrained, videos, tmp_path, capsys):
+    """Of each training video the cache has every random clip, and a step takes one of them."""
+    model, checkpoint = pretrained
+    more = ["--random-clips", 4, "--clips", 2, "--crops", 3, "--sampling", "segments", "--probe.epochs", 5]
+    arguments = probe_arguments(checkpoint, videos, tmp_path, *more)
+    linear_probe.main(arguments)
+    printed = capsys.readouterr().out
+    assert "4 random clips of a video" in printed
+    assert "2 clips x 3 crops of a video" in printed
+    found = {np.load(path).shape: np.load(path) for path in (tmp_path / "features").glob("*/values.npy")}
+    assert set(found) == {(6, 4, 32), (6, 32)}  # of the list to train on, and of the list to evaluate on
+    source = RandomViews(list_videos(videos), 8, 2, PretrainTransform((32, 32), flip=False), "segments", 4, 0)
+    views = Normalise(CPU)(source.views(0)["video"])
+    wanted = model.encoder(model.encoder.patch_embed(views)).mean(1).detach()
+    torch.testing.assert_close(torch.from_numpy(found[6, 4, 32][0]), wanted, rtol=1e-4, atol=1e-5)
+    features = Features(torch.tensor([0, 3]), torch.tensor([0, 0]), torch.from_numpy(found[6, 4, 32]), [], 4)
+    taken = {tuple(features.take(torch.tensor([1]))[0].tolist()) for _ in range(200)}
+    assert taken == {tuple(clip) for clip in found[6, 4, 32][3].tolist()}
+    results = json.loads((tmp_path / "probe" / "results.json").read_text())
+    assert (results["random_clips"], results["clips"], results["crops"]) == (4, 2, 3)
+    again = [*arguments, "--output", str(tmp_path / "again"), "--seed", "1"]  # other clips to train on
+    linear_probe.main(again)
+    assert len(list((tmp_path / "features").glob("*/values.npy"))) == 3
+
+
+def test_the_probes_recipe_is_videomaes(monkeypatch):
+    """SGD, momentum 0.9, no weight decay, 0.1 x 1024 / 256 after 10 of 100 epochs, then a cosine to 0."""
+    rates, made = [], []
+
+    class Recorded(torch.optim.SGD):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            made.append(self)
+
+        def step(self):
+            rates.append(self.param_groups[0]["lr"])
+            super().step()
+
+    monkeypatch.setattr(torch.optim, "SGD", Recorded)
+    count = 2048  # two batches
+    features = Features(torch.arange(count), torch.arange(count) % 4, torch.randn(count, 8), [])
+    train_probe(Probe("linear", 8, 4), "linear", features, ProbeRecipe(), CPU)
+    (group,) = made[0].param_groups
+    assert (group["momentum"], group["weight_decay"], group["nesterov"]) == (0.9, 0, False)
+    assert len(rates) == 200
+    assert max(rates) == pytest.approx(0.4)
+    assert rates.index(max(rates)) in (19, 20)
+    assert rates[110] == pytest.approx(0.2, abs=0.005)
+    assert rates[-1] < 1e-4
 
 
 def test_an_attentive_probe_finds_the_token_that_tells():
@@ -228,6 +280,11 @@ def test_a_list_without_a_readable_video_is_refused(pretrained, videos, tmp_path
         ),
         (linear_probe, ["--train", "sprites", "--val", "sprites", "--kind", "attentive", "--clips", "2"], "one view"),
         (linear_probe, ["--train", "sprites:4:1", "--val", "sprites:8:1", "--img-size", "32", "32"], "the same clips"),
+        (
+            linear_probe,
+            ["--train", "sprites:4:1", "--val", "sprites:4:2", "--img-size", "32", "32", "--random-clips", "2"],
+            "a sprite has one clip",
+        ),
         (extract_features, ["--output", "x.csv"], "name a .safetensors or .npz file"),
         (extract_features, [], "--data is needed"),
         (extract_features, ["--data", "sprites:4:1", "--img-size", "32", "32"], "--checkpoint is needed"),

@@ -1,7 +1,8 @@
+import csv
 import dataclasses
 import inspect
 import itertools
-import math
+from pathlib import Path
 
 import pretrain
 import pytest
@@ -12,25 +13,6 @@ from training.finetune_recipe import FinetuneRecipe
 from training.pretrain_recipe import PretrainRecipe
 from training.recipe import PRESETS, load_preset, recipe_from
 from training.schedule import Schedule
-
-
-def test_presets_follow_the_paper():
-    ssv2, k400 = load_preset(PretrainRecipe, "ssv2"), load_preset(PretrainRecipe, "k400")
-    for recipe in (ssv2, k400):
-        assert recipe.model == "pretrain_adamae_vit_base_patch16_224"
-        assert (recipe.masking, recipe.mask_ratio, recipe.normalize_target, recipe.loss) == (
-            "adaptive",
-            0.95,
-            True,
-            "mse",
-        )
-        assert (recipe.betas, recipe.base_lr, recipe.weight_decay) == ((0.9, 0.95), 1.5e-4, 0.05)
-        assert (recipe.epochs, recipe.warmup_epochs, recipe.num_frames, recipe.img_size) == (800, 40, 16, (224, 224))
-        assert recipe.sampling_weight == 1e-4
-    assert (k400.stride, k400.flip) == (4, True)
-    assert (ssv2.stride, ssv2.flip) == (2, False)
-    assert not load_preset(PretrainRecipe, "ucf101").flip
-    assert not load_preset(PretrainRecipe, "hmdb51").flip
 
 
 def test_every_preset_loads_and_unknown_ones_are_named():
@@ -103,8 +85,8 @@ def test_learning_rate_follows_the_effective_batch_whatever_the_devices():
         assert schedule.effective_batch == 2048
         assert schedule.accumulation == 64 // devices
         assert schedule.lr == pytest.approx(1.5e-4 * 2048 / 256)
-        assert schedule.steps == math.floor(800 * 168_913 / 2048)
-        assert schedule.warmup_steps == math.floor(40 * 168_913 / 2048)
+        assert schedule.steps == 800 * (168_913 // 2048)  # an epoch has whole batches alone
+        assert schedule.warmup_steps == 40 * (168_913 // 2048)
     with pytest.raises(ValueError, match=r"effective_batch=2048 is not a multiple of batch_size x devices = 32 x 3"):
         Schedule.of(recipe, 168_913, 3)
 
@@ -112,18 +94,35 @@ def test_learning_rate_follows_the_effective_batch_whatever_the_devices():
 def test_warmup_then_cosine():
     recipe = PretrainRecipe(steps=101, warmup_steps=10, base_lr=1.0, min_base_lr=0.1, effective_batch=256)
     schedule = Schedule.of(recipe, clips=1000, devices=1)
-    rates = [schedule.lr_at(step) for step in range(101)]
-    assert rates[:10] == pytest.approx([0.1 * (i + 1) for i in range(10)])
+    rates = [schedule.lr_at(step) for step in range(102)]
+    assert rates[:10] == pytest.approx([i / 9 for i in range(10)])
     assert rates[10] == pytest.approx(1.0)
-    assert rates[55] == pytest.approx(0.55)  # half-way down
-    assert rates[100] == pytest.approx(0.1)
+    assert rates[55] == pytest.approx(0.55, abs=0.01)  # half-way down
+    assert rates[101] == pytest.approx(0.1)  # after the last step
     assert all(a > b for a, b in itertools.pairwise(rates[10:]))
+
+
+OFFICIAL = list(csv.DictReader((Path(__file__).parent.parent / "data" / "official_learning_rates.csv").open()))
+
+
+@pytest.mark.parametrize("row", OFFICIAL, ids=lambda row: f"{row['kind']} {row['preset']}, {row['place']}")
+def test_learning_rates_are_the_official_schedules(row):
+    """For the numbers of training videos that the data sets have, and one device."""
+    kind = {"pretrain": PretrainRecipe, "finetune": FinetuneRecipe}[row["kind"]]
+    schedule = Schedule.of(load_preset(kind, row["preset"]), int(row["videos"]), 1)
+    assert schedule.steps == int(row["steps"])
+    assert schedule.lr_at(int(row["step"])) == pytest.approx(float(row["lr"]), rel=1e-9, abs=1e-15)
+
+
+def test_an_epoch_shorter_than_a_batch_counts_as_a_part_of_a_step():
+    assert Schedule.of(PretrainRecipe(epochs=100, batch_size=64), clips=16, devices=1).steps == 25
 
 
 def test_warmup_takes_at_most_half_of_a_run():
     schedule = Schedule.of(PretrainRecipe(steps=20, warmup_steps=20), 100, 1)
     assert (schedule.warmup_steps, schedule.shortened) == (10, True)
     assert not Schedule.of(PretrainRecipe(steps=40, warmup_steps=20), 100, 1).shortened
+    assert Schedule.of(PretrainRecipe(steps=40, warmup_steps=1), 100, 1).lr_at(0) == 0
     one = Schedule.of(PretrainRecipe(steps=1, warmup_steps=5), 100, 1)
     assert one.lr_at(0) == one.lr
 

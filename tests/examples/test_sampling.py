@@ -2,6 +2,7 @@
 
 import itertools
 import random
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -10,10 +11,10 @@ from videos import generator, seen_indices, write_video
 
 from video_data.clips import VideoClips
 from video_data.frame_sampling import fixed_clips, random_clip
-from video_data.transforms import FinetuneTransform, fixed_crops, seeded
-from video_data.video import VideoError
+from video_data.transforms import FinetuneTransform, PretrainTransform, fixed_crops, seeded
+from video_data.video import Video, VideoError
 from video_data.video_lists import VideoEntry
-from video_data.views import VideoViews
+from video_data.views import RandomViews, VideoViews
 
 
 def test_dense_clips_start_anywhere_that_fits():
@@ -23,9 +24,9 @@ def test_dense_clips_start_anywhere_that_fits():
         assert indices[0] >= 0
         assert indices[-1] <= 99
     starts = {random_clip("dense", 100, 16, 4, generator(seed))[0] for seed in range(2000)}
-    assert starts == set(range(40))  # every start that fits, the first and the last among them
-    assert random_clip("dense", 61, 16, 4, generator()) == list(range(0, 61, 4))  # fits exactly
-    assert random_clip("dense", 10, 4, 4, generator()) == [0, 4, 8, 9]  # too short: its frames, then the last one
+    assert starts == set(range(37))  # every start of 64 frames that fit, the first and the last among them
+    assert random_clip("dense", 61, 16, 4, generator()) == list(range(0, 61, 4))  # all of its frames
+    assert random_clip("dense", 10, 4, 4, generator()) == [0, 4, 8, 8]  # too short: its frames, then the last of them
     assert random_clip("dense", 1, 3, 2, generator()) == [0, 0, 0]
 
 
@@ -49,12 +50,24 @@ def test_segments_give_one_frame_each():
 
 
 def test_fixed_clips():
-    assert fixed_clips("dense", 100, 4, 10, 1) == [[34, 44, 54, 64]]  # the last start is 69
-    assert [clip[0] for clip in fixed_clips("dense", 100, 4, 10, 5)] == [0, 17, 34, 51, 69]
+    assert fixed_clips("dense", 100, 4, 10, 1) == [[30, 40, 50, 60]]  # starts are 0, 10, ... 60
+    assert [clip[0] for clip in fixed_clips("dense", 100, 4, 10, 5)] == [0, 10, 30, 40, 60]
     assert fixed_clips("dense", 5, 4, 2, 3) == [[0, 2, 4, 4]] * 3  # too short for more than one
     assert fixed_clips("segments", 40, 4, 1, 1) == [[5, 15, 25, 35]]
     assert fixed_clips("segments", 40, 4, 1, 2) == [[0, 10, 20, 30], [5, 15, 25, 35]]  # VideoMAE's two clips
     assert fixed_clips("segments", 1, 4, 1, 2) == [[0] * 4] * 2
+
+
+@pytest.mark.parametrize(("stride", "clips"), [(4, 5), (2, 10), (4, 2)])
+def test_dense_test_clips_are_the_official_codes(stride, clips):
+    """It takes every stride-th frame of the video, repeats the last of these up to 16, and cuts clips of 16 whose
+    starts are as far apart as they can be."""
+    for length in (1, 15, 16, 61, 64, 65, 100, 250, 299, 300):
+        kept = list(range(0, length, stride))
+        kept += [kept[-1]] * (16 - len(kept))
+        step = (len(kept) - 16) / (clips - 1)
+        wanted = [kept[int(number * step) :][:16] for number in range(clips)]
+        assert fixed_clips("dense", length, 16, stride, clips) == wanted, length
 
 
 @pytest.mark.parametrize("sampling", ["dense", "segments"])
@@ -88,8 +101,44 @@ def test_views_take_clips_and_crops_of_one_reading(tmp_path):
     item = source.views(0)
     assert (item["label"], item["video"].shape, item["video"].dtype) == (3, (6, 3, 4, 32, 32), torch.uint8)
     found = [seen_indices(view.transpose(0, 1)) for view in item["video"]]
-    starts = [4, 4, 4 + 7, 4 + 7, 4 + 14, 4 + 14]  # the last start of 30 frames is 14; both crops of a clip together
+    starts = [4, 4, 4 + 5, 4 + 5, 4 + 10, 4 + 10]  # every fifth of 30 frames makes 6, the last start is 10
     assert found == [[start + 5 * step for step in range(4)] for start in starts]
+
+
+def test_test_crops_have_the_official_size():
+    """The shorter side becomes the crop's, the longer one int(crop x longer / shorter), which is 398 for 720p."""
+    for height, width in ((720, 1280), (1280, 720), (240, 427), (333, 500), (224, 300)):
+        with mock.patch("video_data.transforms.tvf.crop") as crop:
+            fixed_crops(torch.zeros(1, 3, height, width), (224, 224), 3)
+        seen = [(call.args[0].shape, call.args[1:]) for call in crop.call_args_list]
+        longer = int(224 * max(height, width) / min(height, width))
+        assert {shape[-2:] for shape, _ in seen} == {(224, longer) if width > height else (longer, 224)}
+        places = [int(number * (longer - 224) / 2) for number in range(3)]
+        assert [max(box[:2]) for _, box in seen] == places
+
+
+def test_random_views_are_random_and_the_same_again(tmp_path, monkeypatch):
+    reads = []
+    read = Video.read
+    monkeypatch.setattr(Video, "read", lambda self, indices: reads.append(len(indices)) or read(self, indices))
+    entries = [VideoEntry(write_video(tmp_path / f"{n}.mp4", size=(96, 48)), n, start=4, frames=30) for n in range(2)]
+
+    def views(index, seed=0):
+        source = RandomViews(entries, 4, 1, PretrainTransform((32, 32), flip=False), "segments", 6, seed)
+        return source.views(index)
+
+    item = views(0)
+    assert (item["label"], item["video"].shape, item["video"].dtype) == (0, (6, 3, 4, 32, 32), torch.uint8)
+    assert len(reads) == 1  # the frames of all clips, decoded once
+    assert torch.equal(item["video"], views(0)["video"])
+    frames = [tuple(seen_indices(view.transpose(0, 1))) for view in item["video"]]
+    assert len(set(frames)) > 3
+    for clip in frames:  # one of each quarter of the part from frame 4 to 33
+        assert all(
+            4 + 7.5 * segment <= place + 1 and place < 4 + 7.5 * (segment + 1) for segment, place in enumerate(clip)
+        )
+    assert not torch.equal(item["video"], views(1)["video"])
+    assert not torch.equal(item["video"], views(0, seed=1)["video"])
 
 
 def test_segments_of_a_real_file(tmp_path):
