@@ -2,9 +2,9 @@
 
 python examples/quickstart.py     # three minutes on two CPU cores
 
-Trains a small VideoMAE on clips of a sprite that moves over a still background. The sampler learns to show the moving
-tokens. The script prints p(moving) / p(still), and the share of moving tokens among the visible and among all tokens.
-The masks of the first step are random ones. With `patch(..., sampling_weight=0)` they stay so.
+Trains a small VideoMAE on clips in which one sprite moves over a textured background, and another stays still. The script
+prints p of what moves, of the still sprite and of the background, each as a multiple of an even p. In the first step
+all are 1, so the masks are random ones. With `patch(..., sampling_weight=0)` they stay so.
 `tour.ipynb` does the same with pictures.
 """
 
@@ -22,8 +22,8 @@ from adamae_sampler import patch
 from video_data.sprites import Sprites
 
 
-def main(steps: int = 200, sampling_weight: float = 1e-4, seed: int = 0) -> float:
-    """Trains; returns p(moving) / p(still) of the last step, for a moving and a still token."""
+def main(steps: int = 200, sampling_weight: float = 1e-4, seed: int = 0) -> dict[str, float]:
+    """Trains; returns the `shares` of the last step."""
     torch.manual_seed(seed)
     model: Any = patch(VideoMAEForPreTraining(small_config()), mask_ratio=0.95, sampling_weight=sampling_weight)
     return train(model, steps)[-1]
@@ -46,10 +46,10 @@ def small_config() -> VideoMAEConfig:
     )
 
 
-def train(model: Any, steps: int, batch_size: int = 16) -> list[float]:
-    """Trains a patched model on generated clips; returns p(moving) / p(still) of each step."""
+def train(model: Any, steps: int, batch_size: int = 16) -> list[dict[str, float]]:
+    """Trains a patched model on generated clips; returns the `shares` of each step."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    ratios = []
+    history = []
     for step, batch in enumerate(DataLoader(Sprites(length=batch_size * steps), batch_size=batch_size)):
         output = model(pixel_values(batch["video"]))
         optimizer.zero_grad()
@@ -57,14 +57,19 @@ def train(model: Any, steps: int, batch_size: int = 16) -> list[float]:
         optimizer.step()
 
         sample, reconstruction, sampling = model.last_step
-        moving = batch["moving"]
-        p = sample.log_probs.exp()
-        ratios.append((p[moving].mean() / p[~moving].mean()).item())
+        history.append(shares(sample.log_probs, batch))
         if step % 20 == 0 or step == steps - 1:
-            shown, share = moving[~sample.mask].float().mean(), moving.float().mean()
-            print(f"step {step}: reconstruction {reconstruction:.4f}, sampling {sampling:.4f};", end=" ")
-            print(f"{shown:.0%} of the visible tokens move, {share:.0%} of all; p {ratios[-1]:.1f} times as large")
-    return ratios
+            p = ", ".join(f"{kind} {share:.1f}" for kind, share in history[-1].items())
+            print(f"step {step}: reconstruction {reconstruction:.4f}, sampling {sampling:.4f}; p over an even p: {p}")
+    return history
+
+
+def shares(log_probs: Tensor, batch: dict[str, Tensor]) -> dict[str, float]:
+    """Mean p [B, N] of the tokens of each kind, as a multiple of an even p: 1 if all tokens are equally likely."""
+    moving, still = batch["moving"], batch["still"]
+    kinds = {"moving": moving, "still sprite": still, "background": ~(moving | still)}
+    p = log_probs.exp() * log_probs.shape[1]
+    return {name: p[kind].mean().item() for name, kind in kinds.items()}
 
 
 def pixel_values(video: Tensor) -> Tensor:

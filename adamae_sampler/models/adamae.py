@@ -140,10 +140,7 @@ class AdaMAE(nn.Module):
         self.decoder_pos_embed: Tensor
         self.register_buffer("decoder_pos_embed", sinusoid_table(num_tokens, decoder_embed_dim), persistent=False)
         self.decoder = Decoder(decoder_embed_dim, decoder_depth, decoder_num_heads, self.size.patch_values)
-        # encoder_to_decoder keeps nn.Linear's own initialisation, as in the official code.
-        init_linear_layers(self.encoder)
-        init_linear_layers(self.decoder)
-        trunc_normal_(self.mask_token, std=0.02, a=-0.02, b=0.02)
+        self.init_weights()
         # Last, so that initialisation leaves the weights of a given sampler alone.
         width = embed_dim if sample_from == "tokens" else shrunk(self.size.patches).pixels * in_chans
         learned = {
@@ -155,6 +152,15 @@ class AdaMAE(nn.Module):
             "target_ratio": target_ratio,
         }
         self.sampler = make_sampler(masking, width, self.size.grid, mask_ratio, num_masks, learned)
+
+    def init_weights(self) -> None:
+        """Fills the weights of encoder, decoder and mask token as the official code does (timm's name).
+
+        `encoder_to_decoder` keeps nn.Linear's own initialisation there.
+        """
+        init_linear_layers(self.encoder)
+        init_linear_layers(self.decoder)
+        trunc_normal_(self.mask_token, std=0.02, a=-0.02, b=0.02)
 
     def forward(
         self,

@@ -10,9 +10,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
 from adamae_sampler.models import AdaMAE
+from adamae_sampler.networks import init_linear_layers
 from benchmarks.masking.clips import FINE, Cut, Labelled
 
 Loss = Callable[[Tensor], Tensor]  # of a batch of video
@@ -69,10 +71,19 @@ def build(setting: Setting, seed: int, arguments: dict[str, Any]) -> AdaMAE:
     frames = {"img_size": (cut.height, cut.width), "num_frames": cut.frames}
     tokens = {"patch_size": cut.patch, "tubelet_size": cut.tubelet}
     pixels = {"in_chans": cut.channels, "mean": (0.5,) * cut.channels, "std": (0.25,) * cut.channels}
-    model = AdaMAE(**{**frames, **tokens, **pixels, **setting.model, "mask_ratio": setting.mask_ratio, **arguments})
+    model = _AsAsked(**{**frames, **tokens, **pixels, **setting.model, "mask_ratio": setting.mask_ratio, **arguments})
     model.encoder.pos_embed.copy_(place_table(model.size.grid, model.encoder.pos_embed.shape[-1]))
     model.decoder_pos_embed.copy_(place_table(model.size.grid, model.decoder_pos_embed.shape[-1]))
     return model
+
+
+class _AsAsked(AdaMAE):
+    """The model with the initial weights that all rows have had since the question was fixed, for each seed."""
+
+    def init_weights(self) -> None:
+        """Xavier's weights for the projection to the decoder too."""
+        init_linear_layers(self)
+        trunc_normal_(self.mask_token, std=0.02, a=-0.02, b=0.02)
 
 
 def place_table(grid: tuple[int, int, int], width: int) -> Tensor:

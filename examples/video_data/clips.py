@@ -129,8 +129,8 @@ class SpriteClips:
         return f"sprites:{len(self)}:{self.sprites.seed}[{index}]"
 
     def key(self, index: int) -> str:
-        """The name of the clip."""
-        return self.name(index)
+        """The name of the clip, and the version of what such a name stands for."""
+        return f"{self.name(index)} v{self.sprites.version}"
 
     def clips(self, index: int, generator: torch.Generator) -> dict[str, Any]:
         """Clip `index`, R times; nothing is random."""

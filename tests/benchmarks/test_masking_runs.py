@@ -157,6 +157,14 @@ def test_a_seed_fixes_encoder_and_decoder_whatever_the_arm():
         assert all(torch.equal(other[key], states[0][key]) for key in other)
 
 
+def test_the_initial_weights_of_a_seed_are_those_of_the_committed_rows():
+    """Numbers of the commit that the question was fixed in. With other weights new rows would not pair with old ones."""
+    model = train.build(arms.SETTINGS["cpu"], 3, dict(arms.ARMS["random"].model))
+    found = [*model.encoder_to_decoder.weight[0, :3], *model.decoder.head.weight[0, :2], *model.mask_token[0, 0, :2]]
+    wanted = [0.03219800, 0.02116837, -0.02753952, -0.14016384, 0.04617238, -0.00502725, -0.00042615]
+    torch.testing.assert_close(torch.stack(found).detach(), torch.tensor(wanted), rtol=1e-5, atol=1e-7)
+
+
 def test_the_table_of_places_tells_time_row_and_column_apart():
     table = train.place_table((4, 8, 8), 96)[0].view(4, 8, 8, 96)
     alike = (table @ table[1, 3, 5]).flatten()

@@ -322,6 +322,24 @@ def test_tokens_not_marked_as_moving_are_still(size):
     assert checked_tokens > 50
 
 
+def test_a_still_sprite_of_the_same_contrast_is_marked():
+    clips = Sprites(length=60)
+    contrasts = []
+    for index in range(60):
+        clip = clips[index]
+        still, moving = clip["still"].view(8, 8, 8), clip["moving"].view(8, 8, 8)  # [T, H, W]
+        assert not (still & moving).any()
+        where = still.any(0)
+        assert where.any()
+        assert (still | moving)[:, where].all()  # it is there all the time, hidden only by the sprite that moves
+        pixels = clip["video"].float().view(3, 8, 2, 8, 8, 8, 8).permute(1, 3, 5, 0, 2, 4, 6).flatten(4)
+        spread = pixels.std(-1).mean(-1)  # [T, H, W], of each token
+        contrasts.append([spread[kind].mean() for kind in (moving, still, ~(moving | still))])
+    moving, still, background = torch.tensor(contrasts).mean(0)
+    assert 0.7 < moving / still < 1.4
+    assert background < 0.5 * still
+
+
 def test_share_of_moving_tokens_and_direction():
     clips = Sprites(length=200)
     shares = torch.tensor([clips[i]["moving"].float().mean() for i in range(200)])
