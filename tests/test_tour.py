@@ -15,7 +15,9 @@ NOTEBOOK = ROOT / "examples" / "tour.ipynb"
 def assert_p_rises_on_both_sprites(notebook):
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
     printed = "".join(output.text for output in outputs if output.output_type == "stream")
-    lines = re.findall(r"^(\w+), last ten steps: moving (.*), still sprite (.*), background (.*)$", printed, re.MULTILINE)
+    lines = re.findall(
+        r"^(\w+), last ten steps: moving (.*), still sprite (.*), background (.*)$", printed, re.MULTILINE
+    )
     found = {name: [float(share) for share in shares] for name, *shares in lines}
     assert found["control"] == [1, 1, 1]
     moving, still, background = found["adaptive"]

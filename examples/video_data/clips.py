@@ -92,13 +92,11 @@ class VideoClips:
     def clips(self, index: int, generator: torch.Generator) -> dict[str, Any]:
         """R random clips of video `index`: {"video": [R, C, T, H, W] uint8, "label": [R]}."""
         entry = self.entries[index]
-        try:
-            with entry.open() as video:
-                available = entry.count_frames(video)
-                places = random_clip(self.sampling, available, self.num_frames, self.stride, generator)
-                frames = video.read([entry.start + place for place in places])  # [T, C, H, W] uint8
-        except VideoError as error:
-            raise type(error)(f"{entry.where}: {error}") from error
+        sizes = self.num_frames, self.stride
+        distinct, (places,) = entry.read_clips(
+            lambda available: [random_clip(self.sampling, available, *sizes, generator)]
+        )
+        frames = distinct if len(distinct) == len(places) else distinct[places]  # [T, C, H, W]; short videos repeat
         clips = [self.transform(frames, generator) for _ in range(self.repeats)]  # cropped and flipped
         return {"video": torch.stack(clips).transpose(1, 2), "label": torch.full((self.repeats,), entry.label)}
 

@@ -122,15 +122,14 @@ class VideoDataset:
         """Random clips of each video, cropped by MultiScaleCrop. Raises ValueError for sprites, which have one clip."""
         if self.sprites is not None:
             raise ValueError(f"{self.name}: a sprite has one clip, and no random ones; leave random clips out.")
-        return RandomViews(
+        source = VideoClips(
             self.entries,
             settings.num_frames,
             settings.stride,
             PretrainTransform(settings.img_size, flip=False),
             settings.sampling,
-            clips,
-            settings.seed,
         )
+        return RandomViews(source, clips, settings.seed)
 
 
 @dataclass(frozen=True)

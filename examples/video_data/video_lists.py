@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+from torch import Tensor
 
 from video_data.shards import Span, is_index, read_index
 from video_data.video import VIDEO_SUFFIXES, Video, VideoError
@@ -47,6 +49,28 @@ class VideoEntry:
         """The number of frames of the part that is used; `video` is the opened entry. Raises VideoError."""
         available = video.count() - self.start
         return available if self.frames is None else min(available, self.frames)
+
+    def read_clips(self, choose: Callable[[int], Sequence[list[int]]]) -> tuple[Tensor, list[list[int]]]:
+        """The frames of several clips, each decoded once.
+
+        Args:
+            choose: number of frames of the part that is used -> the frames of each clip, in ascending order.
+
+        Returns:
+            The distinct frames [F, C, H, W] uint8, and for each clip the positions of its frames among them.
+
+        Raises:
+            VideoError: the video cannot be read; the message names it.
+        """
+        try:
+            with self.open() as video:
+                clips = choose(self.count_frames(video))
+                wanted = sorted({place for clip in clips for place in clip})
+                frames = video.read([self.start + place for place in wanted])  # [distinct, C, H, W]
+        except VideoError as error:
+            raise type(error)(f"{self.where}: {error}") from error
+        at = {place: number for number, place in enumerate(wanted)}
+        return frames, [[at[place] for place in clip] for clip in clips]
 
     def read(self) -> bytes:
         """The bytes of the video file; raises VideoError."""

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from common.settings import FrameSampling
+from video_data.clips import VideoClips
 from video_data.frame_sampling import fixed_clips, random_clip
 from video_data.reader_processes import video_loader
-from video_data.transforms import Transform, fixed_crops
+from video_data.transforms import fixed_crops
 from video_data.video import VideoError
 from video_data.video_lists import VideoEntry
 
@@ -68,8 +68,9 @@ class VideoViews:
         def choose(available: int) -> list[list[int]]:
             return fixed_clips(self.sampling, available, self.num_frames, self.stride, self.num_clips)
 
-        clips = _read_clips(entry, choose)
-        views = [crop for frames in clips for crop in fixed_crops(frames, self.img_size, self.num_crops)]
+        frames, clips = entry.read_clips(choose)
+        crops = fixed_crops(frames, self.img_size, self.num_crops)
+        views = [crop[places] for places in clips for crop in crops]
         return {"video": torch.stack(views).transpose(1, 2), "label": entry.label}
 
 
@@ -79,65 +80,31 @@ class RandomViews:
     The clips of a video follow from the seed and its index. A video is decoded once for all of them.
 
     Args:
-        entries: the videos.
-        num_frames: T, frames of a clip.
-        stride: distance between two frames of a clip, in frames of the video.
-        transform: crops frames [T, C, H, W], with random numbers of the generator.
-        sampling: the rule that chooses the frames of a clip.
+        source: the videos, and what a random clip of them is.
         clips: number of clips of a video.
         seed: seed of every random choice.
     """
 
-    def __init__(
-        self,
-        entries: Sequence[VideoEntry],
-        num_frames: int,
-        stride: int,
-        transform: Transform,
-        sampling: FrameSampling,
-        clips: int,
-        seed: int,
-    ) -> None:
-        self.entries = entries
-        self.num_frames = num_frames
-        self.stride = stride
-        self.transform = transform
-        self.sampling = sampling
+    def __init__(self, source: VideoClips, clips: int, seed: int) -> None:
+        self.source = source
         self.num_clips = clips
         self.seed = seed
 
     def __len__(self) -> int:
-        return len(self.entries)
+        return len(self.source)
 
     def views(self, index: int) -> dict[str, Any]:
         """All clips of video `index`: {"video": [V, C, T, H, W] uint8, "label": int}."""
-        entry = self.entries[index]
+        entry, of = self.source.entries[index], self.source
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + index)
 
         def choose(available: int) -> list[list[int]]:
-            of = (self.sampling, available, self.num_frames, self.stride, generator)
-            return [random_clip(*of) for _ in range(self.num_clips)]
+            sizes = (of.sampling, available, of.num_frames, of.stride)
+            return [random_clip(*sizes, generator) for _ in range(self.num_clips)]
 
-        clips = [self.transform(frames, generator) for frames in _read_clips(entry, choose)]
-        return {"video": torch.stack(clips).transpose(1, 2), "label": entry.label}
-
-
-def _read_clips(entry: VideoEntry, choose: Callable[[int], list[list[int]]]) -> list[Tensor]:
-    """Several clips [T, C, H, W] of a video, decoded once.
-
-    Args:
-        entry: the video.
-        choose: number of frames of the video -> the frames of each clip.
-    """
-    try:
-        with entry.open() as video:
-            clips = choose(entry.count_frames(video))
-            wanted = sorted({place for clip in clips for place in clip})
-            frames = video.read([entry.start + place for place in wanted])  # [distinct, C, H, W]
-    except VideoError as error:
-        raise VideoError(f"{entry.where}: {error}") from error
-    at = {place: number for number, place in enumerate(wanted)}
-    return [frames[[at[place] for place in clip]] for clip in clips]
+        frames, clips = entry.read_clips(choose)
+        views = [of.transform(frames[places], generator) for places in clips]
+        return {"video": torch.stack(views).transpose(1, 2), "label": entry.label}
 
 
 class ViewSet(Dataset[dict[str, Any]]):

@@ -12,9 +12,12 @@ import pytest
 import timm
 import torch
 
+from training.cuda_graph import set_learning_rates
 from training.recipe import load_preset
 
-ROWS = list(csv.DictReader((Path(__file__).parent.parent / "data" / "official_parameters.csv").open()))
+DATA = Path(__file__).parent.parent / "data"
+ROWS = list(csv.DictReader((DATA / "official_parameters.csv").open()))
+RATES = list(csv.DictReader((DATA / "official_learning_rates.csv").open()))
 PRETRAIN_NAMES = {
     "sampler.network.pos_embed": "encoder.pos_embed_probs",
     "sampler.network.blocks.0.mlp.expand": "encoder.get_token_probs.0.mlp.fc1",
@@ -63,6 +66,20 @@ def test_the_official_rule_says_which_parameters_decay_and_how_fast_they_learn(m
         decay, scale = found[id(each)]
         assert decay == (0.05 if rows[name]["decays"] == "1" else 0.0), name
         assert scale == pytest.approx(float(rows[name]["lr_scale"]), rel=1e-5), name
+
+
+def test_the_optimizers_rates_are_the_official_ones(model_groups_rows):
+    """The schedule's rate, which test_recipe compares with the official one, times the factor of each layer."""
+    parameters, groups, rows = model_groups_rows
+    optimizer = torch.optim.AdamW(groups, lr=1.0)
+    schedule = [row for row in RATES if row["preset"] == "ssv2" and row["kind"] == next(iter(rows.values()))["model"]]
+    assert len(schedule) == 5
+    for row in schedule:
+        set_learning_rates(optimizer, float(row["lr"]))
+        found = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+        for name, each in parameters.items():
+            wanted = float(row["lr"]) * float(rows[name]["lr_scale"])
+            assert found[id(each)] == pytest.approx(wanted, rel=1e-5, abs=1e-15), (name, row["place"])
 
 
 def test_initial_deviations_are_the_official_ones(model_groups_rows):

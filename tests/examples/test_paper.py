@@ -100,9 +100,9 @@ def test_every_part_of_the_supplement_has_its_place():
     page = (ROOT / "examples" / "docs" / "paper.md").read_text()
     rows = re.findall(r"^\| (.*?) \|", page.split("## Where each part of the supplement is", 1)[1], re.MULTILINE)
     text = "\n".join(rows)
-    ranges = {
-        each for a, b in re.findall(r"Figures (\d+) to (\d+)", text) for each in range(int(a), int(b) + 1)
-    } | {int(each) for each in re.findall(r"Figure (\d+)", text)}
+    ranges = {each for a, b in re.findall(r"Figures (\d+) to (\d+)", text) for each in range(int(a), int(b) + 1)} | {
+        int(each) for each in re.findall(r"Figure (\d+)", text)
+    }
     assert ranges == set(range(1, 15))
     assert {int(each) for each in re.findall(r"Table (\d+)", text)} == set(range(1, 8))
     assert {int(each) for each in re.findall(r"Algorithm (\d+)", text)} == {1, 2}

@@ -23,6 +23,7 @@ from evaluation.features import Features
 from evaluation.probes import Probe, ProbeRecipe, predict, train_probe
 from training.finetune_recipe import FinetuneRecipe
 from training.pretrain_recipe import PretrainRecipe
+from video_data.clips import VideoClips
 from video_data.transforms import PretrainTransform
 from video_data.video_lists import VideoEntry, list_videos
 from video_data.views import RandomViews, VideoViews
@@ -180,7 +181,9 @@ def test_random_clips_take_turns(pretrained, videos, tmp_path, capsys):
     assert "2 clips x 3 crops of a video" in printed
     found = {np.load(path).shape: np.load(path) for path in (tmp_path / "features").glob("*/values.npy")}
     assert set(found) == {(6, 4, 32), (6, 32)}  # of the list to train on, and of the list to evaluate on
-    source = RandomViews(list_videos(videos), 8, 2, PretrainTransform((32, 32), flip=False), "segments", 4, 0)
+    source = RandomViews(
+        VideoClips(list_videos(videos), 8, 2, PretrainTransform((32, 32), flip=False), "segments"), 4, 0
+    )
     views = Normalise(CPU)(source.views(0)["video"])
     wanted = model.encoder(model.encoder.patch_embed(views)).mean(1).detach()
     torch.testing.assert_close(torch.from_numpy(found[6, 4, 32][0]), wanted, rtol=1e-4, atol=1e-5)

@@ -124,8 +124,8 @@ def test_random_views_are_random_and_the_same_again(tmp_path, monkeypatch):
     entries = [VideoEntry(write_video(tmp_path / f"{n}.mp4", size=(96, 48)), n, start=4, frames=30) for n in range(2)]
 
     def views(index, seed=0):
-        source = RandomViews(entries, 4, 1, PretrainTransform((32, 32), flip=False), "segments", 6, seed)
-        return source.views(index)
+        source = VideoClips(entries, 4, 1, PretrainTransform((32, 32), flip=False), "segments")
+        return RandomViews(source, 6, seed).views(index)
 
     item = views(0)
     assert (item["label"], item["video"].shape, item["video"].dtype) == (0, (6, 3, 4, 32, 32), torch.uint8)
