@@ -79,7 +79,7 @@ class AdaMAE(nn.Module):
             Position tables are resampled, and the number of visible tokens follows from the mask ratio.
         fused_head: in training return `HeadInputs` instead of the prediction. `AdaMAELoss(fused_head=True)` takes it
             and computes the last layer and the error together.
-        score_depth: blocks of the score network; None for 1. With `score_width`, the supplement's section F.2.
+        score_depth: blocks of the score network; None for 1. The paper's ablation has 2, with a `score_width` of 384.
         score_width: width of these blocks; None for `embed_dim`, or 192 for "pooled".
         target_ratio: see `AdaptiveTokenSampler`.
 
