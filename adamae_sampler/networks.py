@@ -16,6 +16,7 @@ from adamae_sampler.transformer import LayerNorm, Transformer
 
 _MOST_CELLS = 200
 Network = Literal["mha", "mlp", "mlp_linear", "pooled"]
+_HEADS = {"mha": 8, "pooled": 3}  # of the networks that have blocks
 
 
 class ScoreMlp(nn.Module):
@@ -94,7 +95,7 @@ class MHAScoreNetwork(BlockScoreNetwork):
         embed_dim: int,
         num_tokens: int,
         depth: int = 1,
-        num_heads: int = 8,
+        num_heads: int = _HEADS["mha"],
         width: int | None = None,
         mlp_ratio: float = 4.0,
         drop: float = 0.1,
@@ -160,7 +161,7 @@ class PooledScoreNetwork(BlockScoreNetwork):
         pool: GridSize | None = None,
         width: int = 192,
         depth: int = 1,
-        num_heads: int = 3,
+        num_heads: int = _HEADS["pooled"],
         mlp_ratio: float = 4.0,
         drop: float = 0.1,
     ) -> None:
@@ -256,7 +257,11 @@ class MLPScoreNetwork(nn.Module):
 
 
 def make_network(
-    name: Network, embed_dim: int, grid_size: GridSize, depth: int | None = None, width: int | None = None
+    name: Network,
+    embed_dim: int,
+    grid_size: GridSize,
+    score_depth: int | None = None,
+    score_width: int | None = None,
 ) -> nn.Module:
     """The score network with this name.
 
@@ -265,16 +270,31 @@ def make_network(
             paper draws it; "pooled", which the paper does not have.
         embed_dim: D, width of the tokens.
         grid_size: (T, H, W) tokens.
-        depth: blocks of "mha" and "pooled"; None for 1.
-        width: width of these blocks; None for D, or 192 for "pooled".
+        score_depth: blocks of "mha" and "pooled"; None for 1.
+        score_width: width of these blocks; None for D, or 192 for "pooled".
 
     Raises:
-        ValueError: an unknown name, heads that do not divide the width, or a depth or width for a network without
-            blocks.
+        ValueError: an unknown name, a width that is no multiple of the heads (8; 3 for "pooled"), or a depth or width
+            for a network without blocks.
     """
-    sizes: dict[str, Any] = {key: value for key, value in (("depth", depth), ("width", width)) if value is not None}
-    if any(not isinstance(value, int) or value < 1 for value in sizes.values()):
-        raise ValueError(f"the score network's {sizes}, expected whole numbers, 1 or more.")
+    for setting, value in (("score_depth", score_depth), ("score_width", score_width)):
+        if value is None:
+            continue
+        if name in ("mlp", "mlp_linear"):
+            raise ValueError(
+                f"{setting}={value}: the score network {name!r} has no blocks; leave it out, or take 'mha' or 'pooled'."
+            )
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"{setting}={value}, expected a whole number, 1 or more.")
+    if score_width is not None and score_width % (heads := _HEADS.get(name, 1)):
+        low = score_width // heads * heads
+        near = f"{low} or {low + heads}" if low else f"{heads}"
+        raise ValueError(
+            f"score_width={score_width}, expected a multiple of the {heads} heads of the score network {name!r}, such "
+            f"as {near}."
+        )
+    given = (("depth", score_depth), ("width", score_width))
+    sizes: dict[str, Any] = {key: value for key, value in given if value is not None}
     if name == "mha":
         return MHAScoreNetwork(embed_dim, math.prod(grid_size), grid_size=grid_size, **sizes)
     if name == "pooled":
@@ -283,9 +303,6 @@ def make_network(
         raise ValueError(
             f"score network {name!r}, expected 'mha', 'mlp', 'mlp_linear', 'pooled' or a module [B, N, D] -> [B, N]."
         )
-    if sizes:
-        given = " and ".join(f"{key}={value}" for key, value in sizes.items())
-        raise ValueError(f"{given}: the score network {name!r} has no blocks; leave it out, or take 'mha' or 'pooled'.")
     return MLPScoreNetwork(embed_dim, nn.GELU if name == "mlp" else nn.Identity)
 
 

@@ -112,11 +112,16 @@ class AdaptiveTokenSampler(ScoredTokenSampler):
     def _num_targets(self, num_tokens: int, num_visible: int) -> int:
         if not self.target_ratio:
             return 0
-        number = int(num_tokens * self.target_ratio + 1e-9)
-        if not 0 < self.target_ratio < 1 or not 1 <= number < num_tokens - num_visible:
+        if not 0 < self.target_ratio < 1:
             raise ValueError(
-                f"target_ratio={self.target_ratio} sets {number} of {num_tokens} tokens aside, of which {num_visible} "
-                f"are visible; expected between 1 and {num_tokens - num_visible - 1}, such as target_ratio=0.25."
+                f"target_ratio={self.target_ratio}, expected a share of the tokens below 1, or 0 for none."
+            )
+        number, most = int(num_tokens * self.target_ratio + 1e-9), num_tokens - num_visible - 1
+        if not 1 <= number <= most:
+            raise ValueError(
+                f"target_ratio={self.target_ratio} sets {number} of {num_tokens} tokens aside, expected 1 to {most}: "
+                f"{num_visible} others are visible, and one more is masked. Use between {1 / num_tokens:.3g} and "
+                f"{math.floor(1e3 * most / num_tokens) / 1e3:.3g}."
             )
         return number
 

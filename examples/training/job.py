@@ -79,6 +79,8 @@ class Job(Generic[AnyRecipe, AnyModel]):
         attention = attention_kernels(model, model.size.num_tokens, accelerator.device, dtype_of(accelerator))
         warmup = f"{schedule.warmup_steps} of warm-up" + (" (shortened to half the run)" if schedule.shortened else "")
         steps = f"{schedule.steps}, {warmup}, {schedule.steps * schedule.effective_batch / max(videos, 1):.1f} epochs"
+        if 0 < videos < schedule.effective_batch:
+            steps += f"; a batch is larger than the data set of {videos}"
         if not videos:
             steps = f"{recipe.epochs:g} epochs, {recipe.warmup_epochs:g} of warm-up; steps follow from the data"
         clip = f"clip {recipe.clip_grad:g}" if recipe.clip_grad else "no clipping"

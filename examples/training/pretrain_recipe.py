@@ -43,7 +43,7 @@ class PretrainRecipe(Recipe):
     score_depth: int | None = None
     """Blocks of the score network; None for 1. The paper's ablation has --score-depth 2 --score-width 384."""
     score_width: int | None = None
-    """Width of these blocks; None for the encoder's, or 192 for 'pooled'."""
+    """Width of these blocks, a multiple of 8 (3 for 'pooled'); None for the encoder's, or 192 for 'pooled'."""
     sample_from: Literal["tokens", "pixels"] = "tokens"
     """Input of the sampler. 'tokens': the embedded tokens. 'pixels': patches shrunk to 4 x 4 pixels; the model then
     embeds only the visible tokens."""
@@ -108,6 +108,11 @@ class PretrainRecipe(Recipe):
     def check_shortcuts(self) -> None:
         """Raises ValueError if --fast is on and a setting contradicts it, or the masking has no score network."""
         super().check_shortcuts()
+        if self.fast and self.target_ratio:
+            raise ValueError(
+                f"--target-ratio {self.target_ratio} contradicts --fast, which decodes half of what is masked. For the "
+                f"rest of --fast use --score-network pooled --sample-from pixels --target-ratio {self.target_ratio}."
+            )
         if self.fast and "score_network" not in settings_of(self.masking):
             raise ValueError(
                 f"--fast sets a score network, and --masking {self.masking} has none; leave one of them out."

@@ -107,3 +107,41 @@ def test_every_part_of_the_supplement_has_its_place():
     assert {int(each) for each in re.findall(r"Table (\d+)", text)} == set(range(1, 8))
     assert {int(each) for each in re.findall(r"Algorithm (\d+)", text)} == {1, 2}
     assert {row[0] for row in rows[1:]} == set("ABCDEFGHIJK")
+
+
+def short(number):
+    """1.5e-4 as people write it."""
+    mantissa, exponent = f"{number:.1e}".split("e")
+    return f"{mantissa.removesuffix('.0')}e{int(exponent)}"
+
+
+@pytest.mark.parametrize("kind", RECIPES)
+def test_the_tables_of_presets_are_the_presets(kind):
+    presets = {name: load_preset(RECIPES[kind], name) for name in ("ssv2", "k400", "ucf101", "hmdb51")}
+    page, first, cells = {
+        "pretrain": (
+            "training.md",
+            "| masked;",
+            lambda r: (
+                f"{r.mask_ratio:.0%}; {short(r.base_lr)}; {r.effective_batch}",
+                f"{r.epochs:g}, {r.warmup_epochs:g}",
+                f"{r.stride}, {'yes' if r.flip else 'no'}",
+            ),
+        ),
+        "finetune": (
+            "finetuning.md",
+            "| base learning rate",
+            lambda r: (
+                f"{short(r.base_lr)}, {short(r.min_base_lr)}",
+                f"{r.epochs:g}, {r.warmup_epochs:g}, {r.effective_batch}",
+                f"{r.layer_decay:g}, {r.drop_path:g}, {r.head_dropout:g}",
+                f"{'yes' if r.flip else 'no'}; {r.repeats}",
+                f"{r.test_clips} x {r.test_crops}",
+            ),
+        ),
+    }[kind]
+    lines = (ROOT / "examples" / "docs" / page).read_text().splitlines()
+    start = next(number for number, line in enumerate(lines) if line.startswith(first))
+    wanted = list(zip(*(cells(recipe) for recipe in presets.values()), strict=True))
+    found = [tuple(line.strip("| ").split(" | ")[1:]) for line in lines[start : start + len(wanted)]]
+    assert found == wanted

@@ -73,6 +73,11 @@ def test_an_option_that_contradicts_fast_is_refused(option, value):
     )
 
 
+def test_fast_and_targets_are_refused_with_what_to_type():
+    message = refused(pretrain.main, "--fast", "--target-ratio", "0.2", "--dry-run")
+    assert message.endswith("use --score-network pooled --sample-from pixels --target-ratio 0.2.\n")
+
+
 def test_fast_needs_adaptive_masking():
     message = refused(pretrain.main, "--fast", "--masking", "tube", "--dry-run")
     assert message == "error: --fast sets a score network, and --masking tube has none; leave one of them out.\n"
