@@ -68,7 +68,7 @@ def test_patching_twice_is_patching_once(case):
     assert snapshot_of(model) == before
     for other, message in (
         ({"mask_ratio": 0.5}, "mask_ratio=0.5 instead of 0.75"),
-        ({"network": "mlp"}, "network='mlp' instead of 'MHAScoreNetwork'"),
+        ({"network": "mlp"}, "network='mlp' instead of 'mha'"),
         ({"sampling_weight": 1.0}, "sampling_weight=1.0 instead of 0.0001"),
         ({"sampler": RandomTokenSampler(grid_of(unpatched(model)), 0.75)}, "instead of AdaptiveTokenSampler"),
     ):
