@@ -15,7 +15,6 @@ from adamae_sampler.integrations import patched_class
 from adamae_sampler.models import load_checkpoint, save_encoder
 
 transformers = pytest.importorskip("transformers")
-quickstart = pytest.importorskip("quickstart")
 
 VITS = [(make_hf_videomae, (8, 3, 32, 32), "bool_masked_pos"), (make_hf_vit_mae, (3, 32, 32), "mask")]
 HIERA = (make_hf_hiera, (3, 128, 128), "mask")
@@ -392,18 +391,3 @@ def test_a_folder_and_mean_pooling(tmp_path):
         load_checkpoint(ours, huggingface_like(ours, use_mean_pooling=True).state_dict())
     with pytest.raises(ValueError, match="is named like a file"):
         save_encoder(ours, tmp_path / "encoder.pth")
-
-
-def test_the_quickstart():
-    shares = quickstart.main(steps=2)  # too few to learn anything, enough to see that it runs
-    assert set(shares) == {"moving", "still sprite", "background"}
-    assert all(0.5 < share < 2 for share in shares.values())
-    assert list(quickstart.main(steps=2, sampling_weight=0).values()) == pytest.approx([1, 1, 1])
-
-
-@pytest.mark.slow
-def test_p_turns_to_sprites_and_tells_moving_from_still_ones_no_further():
-    """On clips in which a still sprite has the contrast of the one that moves, p rises on both alike."""
-    shares = quickstart.main(steps=100)
-    assert min(shares["moving"], shares["still sprite"]) > 1.5 > 0.9 > shares["background"]
-    assert 0.5 < shares["moving"] / shares["still sprite"] < 2
