@@ -42,6 +42,7 @@ from training.interrupts import run_to_the_end
 from training.job import Job
 from training.loop import TrainingLoop
 from training.metrics import DeviceMetrics
+from training.schedule import steps_of_epoch
 from training.throughput import forward_flops
 from video_data.datasets import LabelledData
 from video_data.transforms import FinetuneTransform, seed_libraries
@@ -139,7 +140,7 @@ def train(job: FinetuneJob, data: LabelledData) -> VideoClassifier:
         average.load_state_dict(job.resumed.state["extra"]["ema"])
     metrics = DeviceMetrics(accelerator.device)
     criterion = Criterion(recipe, loop.model, model.num_classes, accelerator)
-    steps_between = round(recipe.eval_every * schedule.clips / schedule.effective_batch) or 1
+    steps_between = round(recipe.eval_every * steps_of_epoch(schedule.clips, schedule.effective_batch)) or 1
 
     def forward(batch: dict[str, Any], number: int) -> Tensor:
         loss = criterion(batch, number)

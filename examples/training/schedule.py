@@ -11,6 +11,12 @@ from dataclasses import dataclass
 from training.recipe import Recipe
 
 
+def steps_of_epoch(clips: int, effective_batch: int) -> float:
+    """An epoch counts as many steps as it has whole batches, since the official code drops the rest; below one batch,
+    the part of a step that it is."""
+    return clips // effective_batch or clips / effective_batch
+
+
 @dataclass(frozen=True)
 class Schedule:
     """Batches, steps and learning rates of a run.
@@ -39,13 +45,12 @@ class Schedule:
     def of(cls, recipe: Recipe, clips: int, devices: int) -> Schedule:
         """The schedule of a recipe for a data set of `clips` videos on this number of devices.
 
-        An epoch counts as many steps as it has whole batches, since the official code drops the videos that are left
-        over. Here they are the first of the next batch, so a run of 800 epochs goes through the videos a little less
-        than 800 times.
+        See `steps_of_epoch`. Videos that are left over in an epoch are the first of the next batch, so a run of 800
+        epochs goes through the videos a little less than 800 times.
         """
         accumulation = recipe.accumulation(devices)
         effective = recipe.batch_size * devices * accumulation
-        per_epoch = clips // effective or clips / effective
+        per_epoch = steps_of_epoch(clips, effective)
 
         def in_steps(epochs: float) -> int:
             return math.floor(epochs * per_epoch)

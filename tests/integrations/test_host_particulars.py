@@ -64,6 +64,16 @@ def test_the_pooled_network_learns_in_every_host(case):
     assert grads["network.head.weight"].abs().sum() > 0
 
 
+def test_in_a_patched_videomae_the_score_networks_positions_decay():
+    """As in the official code: they have three axes, and the host's names do not have them."""
+    model = make_videomae()
+    names = model.no_weight_decay()
+    patch(model)
+    assert model.no_weight_decay() == names
+    assert dict(model.named_parameters())["sampler.network.pos_embed"].ndim == 3
+    assert "sampler.network.pos_embed" not in names
+
+
 def test_videomae_v2_keeps_its_decoder_mask():
     model = make_videomae_v2().eval()
     x = torch.randn(2, 3, 16, 32, 32)
