@@ -5,6 +5,9 @@ python examples/lightly_mae.py     # a minute on two CPU cores
 
 from __future__ import annotations
 
+import common.threads  # noqa: F401 - before torch
+
+# isort: split
 import timm
 import torch
 from lightly.models import utils

@@ -27,7 +27,7 @@ from video_data.annotations import Annotations, read_hmdb51, read_k400, read_ssv
 from video_data.shard_packing import Packing
 from video_data.shard_packing import pack as packed
 from video_data.shards import index_shard, write_index
-from video_data.video import VIDEO_SUFFIXES, VideoError
+from video_data.video_files import VIDEO_SUFFIXES, VideoError
 from video_data.video_lists import LABELS, VideoEntry, list_videos, write_list
 
 app = SubcommandApp()

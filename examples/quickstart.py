@@ -10,6 +10,9 @@ step all are 1, so the masks are random ones. With `patch(..., sampling_weight=0
 
 from __future__ import annotations
 
+import common.threads  # noqa: F401 - before torch
+
+# isort: split
 from typing import Any
 
 import torch

@@ -10,6 +10,9 @@ sampler learns to show the burst. The script prints how much of it is visible, a
 
 from __future__ import annotations
 
+import common.threads  # noqa: F401 - before torch
+
+# isort: split
 import torch
 import torch.nn.functional as F
 from torch import Tensor

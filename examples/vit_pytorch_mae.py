@@ -5,6 +5,9 @@ python examples/vit_pytorch_mae.py     # a minute on two CPU cores
 
 from __future__ import annotations
 
+import common.threads  # noqa: F401 - before torch
+
+# isort: split
 import torch
 from torch import Tensor
 from vit_pytorch import MAE, ViT

@@ -10,6 +10,9 @@ that stays 1.
 
 from __future__ import annotations
 
+import common.threads  # noqa: F401 - before torch
+
+# isort: split
 import torch
 import torch.nn.functional as F
 from torch import Tensor

@@ -15,7 +15,8 @@ ORDER = {
     "video_data": {"common"},
     "training": {"common", "video_data"},
     "evaluation": {"common", "video_data"},
-    "scripts": {"common", "video_data", "training", "evaluation"},
+    "pipelines": {"common", "video_data", "training", "evaluation"},
+    "scripts": {"common", "video_data", "training", "evaluation", "pipelines"},
 }
 
 

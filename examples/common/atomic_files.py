@@ -4,13 +4,9 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-
-import safetensors.torch
-from safetensors import SafetensorError
-from torch import Tensor
 
 
 @contextmanager
@@ -60,21 +56,6 @@ def remove_partial(folder: Path) -> None:
     """Removes the partial files that killed processes left in a folder."""
     for path in folder.glob(".*.partial"):
         path.unlink()
-
-
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Writes a safetensors file, whole or not at all.
-
-    Raises:
-        OSError: the file cannot be written, for example because the disk is full.
-    """
-    with replacing(path) as aside:
-        try:
-            safetensors.torch.save_file(
-                {name: tensor.contiguous() for name, tensor in tensors.items()}, aside, {"format": "pt", **metadata}
-            )
-        except SafetensorError as error:  # safetensors raises this for any failed write
-            raise OSError(str(error)) from error
 
 
 def _umask() -> int:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import TypeVar
 
 import tyro
 
-from common.models import stated_recipe, stated_sizes
+import common.threads  # noqa: F401 - before torch, which the scripts import after this
+from common.checkpoint_header import stated_recipe, stated_sizes
 from common.settings import SIZES, EncoderSettings
 
 Settings = TypeVar("Settings", bound=EncoderSettings)
@@ -37,7 +39,19 @@ def of_checkpoint(settings: Settings, arguments: list[str], taken: Sequence[str]
     return replace(settings, **found, **{name: recipe[name] for name in taken if name in recipe})
 
 
+def num_processes() -> int:
+    """The number of processes of this launch, before torch is imported."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def is_first_process() -> bool:
+    """Whether this process prints, before torch is imported."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def parse_settings(start: Settings, arguments: list[str], description: str | None) -> Settings:
     """The settings of a script without presets: `start`, then sizes and sampling of --checkpoint, then options."""
     default = of_checkpoint(start, arguments, ("sampling", "stride"))
-    return tyro.cli(type(start), args=arguments, default=default, description=description)
+    settings: Settings = tyro.cli(type(start), args=arguments, default=default, description=description)
+    settings.check_sizes()
+    return settings

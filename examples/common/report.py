@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from adamae_sampler.models import AdaMAE, VideoClassifier
 from common.settings import EncoderSettings
+
+if TYPE_CHECKING:
+    from adamae_sampler.models import AdaMAE, VideoClassifier
 
 
 def describe_clips(settings: EncoderSettings) -> str:

@@ -2,13 +2,32 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 FrameSampling = Literal["dense", "segments"]
 SIZES = ("img_size", "num_frames", "patch_size", "tubelet_size", "embed_dim", "depth", "num_heads")
 DECODER_SIZES = ("decoder_embed_dim", "decoder_depth", "decoder_num_heads")
+_NEEDED = ("checkpoint", "data", "train", "val", "video", "output")
+_AT_THE_END = ("model", *SIZES, *DECODER_SIZES)
+Kind = TypeVar("Kind")
+
+
+def listed(kind: type[Kind]) -> type[Kind]:
+    """A decorator of settings: --help and recipe.yaml begin with what a run needs, then come the settings of the class,
+    then those of its bases, and at the end the model and its sizes."""
+    fields: dict[str, Any] = kind.__dataclass_fields__  # type: ignore[attr-defined]
+
+    def place(name: str) -> tuple[int, int]:
+        for group, names in ((0, _NEEDED), (2, _AT_THE_END)):
+            if name in names:
+                return group, names.index(name)
+        return 1, next(n for n, each in enumerate(kind.__mro__) if name in inspect.get_annotations(each))
+
+    kind.__dataclass_fields__ = {name: fields[name] for name in sorted(fields, key=place)}  # type: ignore[attr-defined]
+    return kind
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +66,26 @@ class EncoderSettings:
 
     def __post_init__(self) -> None:
         self.check_least(num_frames=1, patch_size=1, tubelet_size=1, stride=1, workers=0)
+
+    @property
+    def grid(self) -> tuple[int, int, int]:
+        """The number of tokens of a clip in time, height and width."""
+        height, width = self.img_size
+        return self.num_frames // self.tubelet_size, height // self.patch_size, width // self.patch_size
+
+    def check_sizes(self) -> None:
+        """Raises ValueError if patches do not divide clips, or heads the encoder's width.
+
+        `parse_settings` and `parse_arguments` call this, since tyro draws a frame around messages of `__post_init__`.
+        """
+        if any(side % self.patch_size for side in self.img_size):
+            raise ValueError(f"patch_size={self.patch_size} does not divide img_size={self.img_size}; change either.")
+        if self.num_frames % self.tubelet_size:
+            raise ValueError(
+                f"tubelet_size={self.tubelet_size} does not divide num_frames={self.num_frames}; change either."
+            )
+        if self.embed_dim is not None and self.num_heads is not None and self.embed_dim % self.num_heads:
+            raise ValueError(f"num_heads={self.num_heads} does not divide embed_dim={self.embed_dim}; change either.")
 
     def check_least(self, **least: float) -> None:
         """Raises ValueError for a setting below its least value. A setting of None passes."""

@@ -10,7 +10,6 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
@@ -19,42 +18,15 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from adamae_sampler.models import VideoClassifier, load_checkpoint
-from common.models import CLASSIFIERS, create_model, ends_with_norm, size_note, stated_sizes
+from common.checkpoint_header import ends_with_norm, size_note, stated_sizes
+from common.models import CLASSIFIERS, create_model
 from common.report import describe_clips
-from common.settings import EncoderSettings
 from evaluation.multi_view import map_views
+from evaluation.settings import FeatureSettings, Pool
 from video_data.datasets import VideoDataset
-from video_data.video import VideoError
+from video_data.sources import random_view_source, view_source
+from video_data.video_files import VideoError
 from video_data.views import ViewSource
-
-Pool = Literal["mean", "none"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class FeatureSettings(EncoderSettings):
-    """Settings of the scripts that use a frozen encoder."""
-
-    checkpoint: str = ""
-    """Weights of the encoder: official AdaMAE or VideoMAE, Hugging Face VideoMAE, or a file of pretrain.py or
-    finetune.py."""
-    model: str = "adamae_vit_base_patch16_224"
-    """Name of the model in timm's registry."""
-    clips: int = 1
-    """Clips of each video; their features are averaged."""
-    crops: int = 1
-    """Crops of each clip; their features are averaged."""
-    batch_size: int = 16
-    """Videos of one forward pass, each with all its views."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.check_least(clips=1, crops=1, batch_size=1)
-
-    def need_checkpoint(self) -> str:
-        """The checkpoint; raises ValueError if there is none."""
-        if not self.checkpoint:
-            raise ValueError("--checkpoint is needed: the weights of an encoder.")
-        return self.checkpoint
 
 
 def frozen_encoder(
@@ -142,9 +114,9 @@ def cached_features(
         VideoError: no video could be read.
     """
     source = (
-        data.random_views(settings, random_clips)
+        random_view_source(data, settings, random_clips)
         if random_clips
-        else data.views(settings, settings.clips, settings.crops)
+        else view_source(data, settings, settings.clips, settings.crops)
     )
     name, nature = _name(settings, data, pool, random_clips)
     place = folder / name

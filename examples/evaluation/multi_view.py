@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from common.devices import Normalise, autocast
 from video_data.reader_processes import read_batches
-from video_data.video import VideoError
+from video_data.video_files import VideoError
 from video_data.views import ViewSource, view_loader
 
 

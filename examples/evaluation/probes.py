@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from timm.layers import AttentionPoolLatent, trunc_normal_
@@ -12,8 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from evaluation.features import Features
-
-ProbeKind = Literal["linear", "attentive"]
+from evaluation.settings import ProbeKind, ProbeRecipe
 
 
 class Probe(nn.Module):
@@ -39,25 +36,6 @@ class Probe(nn.Module):
         """Features -> logits [B, num_classes]."""
         logits: Tensor = self.head(self.norm(self.pool(features)))
         return logits
-
-
-@dataclass(frozen=True)
-class ProbeRecipe:
-    """The training settings of a probe. Those of a linear probe are VideoMAE's (its paper's appendix)."""
-
-    epochs: int = 100
-    """Passes over the features."""
-    batch_size: int | None = None
-    """Videos of one step, at most all. None: 1024 for a linear probe, 256 for an attentive probe."""
-    base_lr: float | None = None
-    """Learning rate for batches of 256 videos; it is scaled by batch / 256. It rises over a tenth of the epochs, then
-    falls to 0 by a cosine. None: 0.1 for a linear probe (SGD with momentum 0.9, no weight decay), 1e-3 for an attentive
-    probe (AdamW)."""
-
-    def __post_init__(self) -> None:
-        positive = all(each is None or each > 0 for each in (self.batch_size, self.base_lr))
-        if self.epochs < 1 or not positive:
-            raise ValueError(f"{self}: expected epochs and batch_size of 1 or more, and base_lr above 0.")
 
 
 def train_probe(probe: Probe, kind: ProbeKind, features: Features, recipe: ProbeRecipe, device: torch.device) -> float:

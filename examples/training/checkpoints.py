@@ -17,7 +17,8 @@ import safetensors
 import safetensors.torch
 from torch import Tensor
 
-from common.atomic_files import remove_partial, replacing, write_tensors
+from common.atomic_files import remove_partial, replacing
+from common.tensor_files import write_tensors
 
 CHECKPOINTS = "checkpoints"  # folder within the output folder of a run
 BEST = "best.safetensors"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,10 +10,8 @@ from typing import Generic
 
 import tyro
 
-from common.command_line import of_checkpoint
-from training.checkpoints import CHECKPOINTS, Checkpoints
+from common.command_line import is_first_process, of_checkpoint
 from training.recipe import AnyRecipe, load_preset
-from training.resume import recipe_of_state
 
 
 @dataclass(frozen=True)
@@ -27,7 +24,7 @@ class Run:
     """Checkpoint to resume from; its run gives the settings and the output folder. 'auto' takes the newest whole
     checkpoint in --output, and starts a new run if there is none."""
     dry_run: bool = False
-    """Print the resolved recipe and exit."""
+    """Print the resolved recipe and exit. The model is made only if there is a checkpoint to read."""
 
     @property
     def origin(self) -> str:
@@ -37,8 +34,8 @@ class Run:
 
 @dataclass(frozen=True)
 class _Arguments(Generic[AnyRecipe]):
-    recipe: tyro.conf.OmitArgPrefixes[AnyRecipe]
     run: tyro.conf.OmitArgPrefixes[Run]
+    recipe: tyro.conf.OmitArgPrefixes[AnyRecipe]
 
 
 def parse_arguments(
@@ -68,13 +65,19 @@ def parse_arguments(
     resume = known.resume
     if resume == Path("auto"):
         resume = _newest(known.output or preset_recipe.output, kind)
-    start = recipe_of_state(kind, resume) if resume else of_checkpoint(preset_recipe, arguments, taken)
+    if resume:
+        from training.resume import recipe_of_state  # it imports torch
+
+        start = recipe_of_state(kind, resume)
+    else:
+        start = of_checkpoint(preset_recipe, arguments, taken)
     for shortcut, meant in kind.shortcuts.items():
         if getattr(known, shortcut):  # a default only, so that `check_shortcuts` sees an option that contradicts it
             start = replace(start, **{shortcut: True, **meant})
-    default = _Arguments(start, Run(known.preset))
+    default = _Arguments(Run(known.preset), start)
     found = tyro.cli(_Arguments[kind], args=arguments, default=default, description=description)  # type: ignore[valid-type]
     found.recipe.check_shortcuts()
+    found.recipe.check_sizes()
     for given, wins in (("epochs", "steps"), ("warmup_epochs", "warmup_steps")):
         value = getattr(found.recipe, wins)
         if getattr(found.recipe, given) != getattr(start, given) and value is not None:
@@ -85,8 +88,10 @@ def parse_arguments(
 
 def _newest(output: Path, kind: type[AnyRecipe]) -> Path | None:
     """The checkpoint of --resume auto. Prints which files were passed over, and whether a new run begins."""
+    from training.checkpoints import CHECKPOINTS, Checkpoints  # it imports torch
+
     newest, passed_over = Checkpoints(output / CHECKPOINTS).newest(kind.kind)
-    speaks = os.environ.get("RANK", "0") == "0"  # the first of torchrun's processes
+    speaks = is_first_process()
     for message in passed_over if speaks else ():
         print(f"passed over: {message}")
     if newest is None and speaks:

@@ -6,9 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+from common.choices import Classifier
+from common.settings import listed
 from training.recipe import Recipe
 
 
+@listed
 @dataclass(frozen=True, kw_only=True)
 class FinetuneRecipe(Recipe):
     """Settings of a fine-tuning run and of its evaluation."""
@@ -29,7 +32,7 @@ class FinetuneRecipe(Recipe):
     eval_only: bool = False
     """Evaluate the classifier in --checkpoint, without training."""
 
-    model: str = "adamae_vit_base_patch16_224"
+    model: Classifier = "adamae_vit_base_patch16_224"
     """Name of the model in timm's registry."""
     num_classes: int | None = None
     """Number of classes; None: one more than the largest label."""

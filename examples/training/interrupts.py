@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from video_data.reader_processes import SIGNALS
-from video_data.video import VideoError
+from video_data.video_files import VideoError
 
 
 class Request(enum.IntEnum):

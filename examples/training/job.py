@@ -13,6 +13,7 @@ from adamae_sampler.attention import attention_kernels
 from adamae_sampler.models import AdaMAE, VideoClassifier
 from common.devices import dtype_of, precision_of
 from common.models import create_model
+from common.report import describe_encoder
 from training.recipe import AnyRecipe, Recipe
 from training.resume import Resumed
 from training.schedule import Schedule
@@ -73,28 +74,13 @@ class Job(Generic[AnyRecipe, AnyModel]):
         return cls(recipe, accelerator, schedule, source, model, Resumed.load(resume, recipe, schedule, source))
 
     def describe(self) -> dict[str, str]:
-        """The lines of the resolved recipe that both training scripts print, by name."""
-        recipe, accelerator, schedule, model = self.recipe, self.accelerator, self.schedule, self.model
-        videos = len(self.source)
+        """What is known once the model is made: lines by name, after those of `describe_schedule`."""
+        recipe, accelerator, model = self.recipe, self.accelerator, self.model
         attention = attention_kernels(model, model.size.num_tokens, accelerator.device, dtype_of(accelerator))
-        warmup = f"{schedule.warmup_steps} of warm-up" + (" (shortened to half the run)" if schedule.shortened else "")
-        steps = f"{schedule.steps}, {warmup}, {schedule.steps * schedule.effective_batch / max(videos, 1):.1f} epochs"
-        if 0 < videos < schedule.effective_batch:
-            steps += f"; a batch is larger than the data set of {videos}"
-        if not videos:
-            steps = f"{recipe.epochs:g} epochs, {recipe.warmup_epochs:g} of warm-up; steps follow from the data"
-        clip = f"clip {recipe.clip_grad:g}" if recipe.clip_grad else "no clipping"
         return {
-            "batch": f"{recipe.batch_size} videos x {accelerator.num_processes} devices x {schedule.accumulation} "
-            f"accumulated = {schedule.effective_batch}, {recipe.repeats} clips of each",
-            "steps": steps,
-            "learning rate": f"{recipe.base_lr:g} x {schedule.effective_batch} / 256 = {schedule.lr:.3g}, cosine to "
-            f"{schedule.min_lr:.3g}",
-            "optimizer": f"AdamW, betas {recipe.betas}, weight decay {recipe.weight_decay:g}, {clip}",
+            "model": describe_encoder(recipe.model, model),
             "device": ", ".join([str(accelerator.device), precision_of(accelerator), *_parallel(recipe, accelerator)]),
             "attention": " and ".join(attention),
-            "reading": f"{recipe.workers} processes for each device",
-            "output": str(recipe.output),
             **({"resumes": self.resumed.describe(accelerator, recipe)} if self.resumed else {}),
         }
 

@@ -6,24 +6,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from adamae_sampler.losses import Estimator
-from adamae_sampler.models import PRESETS
-from adamae_sampler.networks import Network
-from adamae_sampler.sampler import Masking, settings_of
-from common.settings import DECODER_SIZES
+from common.choices import FAST, SCORED_MASKINGS, Autoencoder, Estimator, Masking, Network
+from common.settings import DECODER_SIZES, listed
 from training.recipe import Recipe
 
 # A sampler's weights fit only these.
 SAMPLER_SETTINGS = ("score_network", "score_depth", "score_width", "sample_from", "temperature", "exploration")
 
 
+@listed
 @dataclass(frozen=True, kw_only=True)
 class PretrainRecipe(Recipe):
     """Settings of a pre-training run."""
 
     kind: ClassVar[str] = "pretrain"
     data_settings: ClassVar[tuple[str, ...]] = ("data",)
-    shortcuts: ClassVar[dict[str, dict[str, Any]]] = {"fast": dict(PRESETS["fast"])}
+    shortcuts: ClassVar[dict[str, dict[str, Any]]] = {"fast": FAST}
 
     data: str = ""
     """Training videos: a folder, a list file (lines `path label` or `path start frames label`), shards (a folder, or
@@ -31,7 +29,7 @@ class PretrainRecipe(Recipe):
     output: Path = Path("runs/pretrain")
     """Folder for metrics, checkpoints and pictures."""
 
-    model: str = "pretrain_adamae_vit_base_patch16_224"
+    model: Autoencoder = "pretrain_adamae_vit_base_patch16_224"
     """Name of the model in timm's registry."""
     masking: Masking = "adaptive"
     """Rule that chooses the visible tokens."""
@@ -105,6 +103,14 @@ class PretrainRecipe(Recipe):
                 f"estimator={self.estimator} has no effect: masking={self.masking} learns no p. Leave one of them out."
             )
 
+    def check_sizes(self) -> None:
+        """Raises ValueError if patches do not divide clips, heads a width, or the mask ratio is not a share."""
+        super().check_sizes()
+        if not 0 < self.mask_ratio < 1:
+            raise ValueError(
+                f"mask_ratio={self.mask_ratio}, expected a share strictly between 0 and 1, such as 0.95 to mask 95%."
+            )
+
     def check_shortcuts(self) -> None:
         """Raises ValueError if --fast is on and a setting contradicts it, or the masking has no score network."""
         super().check_shortcuts()
@@ -113,7 +119,7 @@ class PretrainRecipe(Recipe):
                 f"--target-ratio {self.target_ratio} contradicts --fast, which decodes half of what is masked. For the "
                 f"rest of --fast use --score-network pooled --sample-from pixels --target-ratio {self.target_ratio}."
             )
-        if self.fast and "score_network" not in settings_of(self.masking):
+        if self.fast and self.masking not in SCORED_MASKINGS:
             raise ValueError(
                 f"--fast sets a score network, and --masking {self.masking} has none; leave one of them out."
             )

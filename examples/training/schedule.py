@@ -76,3 +76,25 @@ class Schedule:
             return self.lr * step / max(1, self.warmup_steps - 1)
         progress = (step - self.warmup_steps) / max(1, self.steps - self.warmup_steps)
         return self.min_lr + (self.lr - self.min_lr) * (1 + math.cos(math.pi * min(progress, 1.0))) / 2
+
+
+def describe_schedule(recipe: Recipe, schedule: Schedule, devices: int) -> dict[str, str]:
+    """The lines of the resolved recipe that both training scripts print, by name."""
+    videos = schedule.clips
+    warmup = f"{schedule.warmup_steps} of warm-up" + (" (shortened to half the run)" if schedule.shortened else "")
+    steps = f"{schedule.steps}, {warmup}, {schedule.steps * schedule.effective_batch / max(videos, 1):.1f} epochs"
+    if 0 < videos < schedule.effective_batch:
+        steps += f"; a batch is larger than the data set of {videos}"
+    if not videos:
+        steps = f"{recipe.epochs:g} epochs, {recipe.warmup_epochs:g} of warm-up; steps follow from the data"
+    clip = f"clip {recipe.clip_grad:g}" if recipe.clip_grad else "no clipping"
+    return {
+        "batch": f"{recipe.batch_size} videos x {devices} devices x {schedule.accumulation} accumulated = "
+        f"{schedule.effective_batch}, {recipe.repeats} clips of each",
+        "steps": steps,
+        "learning rate": f"{recipe.base_lr:g} x {schedule.effective_batch} / 256 = {schedule.lr:.3g}, cosine to "
+        f"{schedule.min_lr:.3g}",
+        "optimizer": f"AdamW, betas {recipe.betas}, weight decay {recipe.weight_decay:g}, {clip}",
+        "reading": f"{recipe.workers} processes for each device",
+        "output": str(recipe.output),
+    }

@@ -22,7 +22,7 @@ from video_data.frame_sampling import random_clip
 from video_data.reader_processes import video_loader
 from video_data.sprites import Sprites
 from video_data.transforms import Transform
-from video_data.video import Unreachable, VideoError
+from video_data.video_files import Unreachable, VideoError
 from video_data.video_lists import VideoEntry
 
 _REPLACEMENTS = 20  # other videos to try for an unreadable one before the run ends

@@ -1,4 +1,4 @@
-"""Data sets by name: from --data, --train or --val to a source of clips or views."""
+"""Data sets by name: from --data, --train or --val to videos and labels. `sources.py` makes clips of them."""
 
 from __future__ import annotations
 
@@ -7,14 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common.settings import EncoderSettings
-from video_data.clips import ClipSource, SpriteClips, VideoClips
-from video_data.sprites import DIRECTIONS, SHAPES, Sprites
-from video_data.transforms import PretrainTransform, Transform
+from video_data.sprite_settings import DIRECTIONS, NUM_CLASSES, SHAPES, SpriteSettings
 from video_data.video_lists import VideoEntry, class_names, list_videos, split_by_label
-from video_data.views import RandomViews, VideoViews, ViewSource
 
 
-def find_sprites(data: str, settings: EncoderSettings) -> Sprites | None:
+def find_sprites(data: str, settings: EncoderSettings) -> SpriteSettings | None:
     """The sprites for the name 'sprites', 'sprites:LENGTH' or 'sprites:LENGTH:SEED', or None for another name.
 
     Give training and evaluation different seeds, so that their clips differ. The default seed is the seed of the run.
@@ -32,7 +29,7 @@ def find_sprites(data: str, settings: EncoderSettings) -> Sprites | None:
         raise ValueError(f"img_size is {settings.img_size}, but sprites are square; use --img-size 64 64, for example.")
     length = int(numbers[0]) if numbers else 10_000
     seed = int(numbers[1]) if len(numbers) == 2 else settings.seed
-    return Sprites(length, settings.num_frames, height, settings.patch_size, settings.tubelet_size, seed)
+    return SpriteSettings(length, settings.num_frames, height, settings.patch_size, settings.tubelet_size, seed)
 
 
 @dataclass
@@ -46,7 +43,7 @@ class VideoDataset:
     """
 
     name: str
-    sprites: Sprites | None
+    sprites: SpriteSettings | None
     entries: list[VideoEntry]
 
     @classmethod
@@ -56,16 +53,16 @@ class VideoDataset:
         return cls(name, sprites, list_videos(name) if name and sprites is None else [])
 
     def __len__(self) -> int:
-        return len(self.entries) if self.sprites is None else len(self.sprites)
+        return len(self.entries) if self.sprites is None else self.sprites.length
 
     @property
     def num_classes(self) -> int:
         """One more than the largest label."""
-        return Sprites.num_classes if self.sprites is not None else max((e.label for e in self.entries), default=-1) + 1
+        return NUM_CLASSES if self.sprites is not None else max((e.label for e in self.entries), default=-1) + 1
 
     def labels(self) -> set[int]:
         """The labels that occur."""
-        return set(range(Sprites.num_classes)) if self.sprites is not None else {entry.label for entry in self.entries}
+        return set(range(NUM_CLASSES)) if self.sprites is not None else {entry.label for entry in self.entries}
 
     def drop_labels(self, num_classes: int) -> list[str]:
         """Leaves out the videos whose label is not in 0 .. num_classes - 1, and returns a message for each.
@@ -74,8 +71,8 @@ class VideoDataset:
             ValueError: no video would be left, or sprites have more classes than `num_classes`.
         """
         if self.sprites is not None:
-            if num_classes < Sprites.num_classes:
-                raise ValueError(f"sprites have {Sprites.num_classes} classes, but num_classes is {num_classes}.")
+            if num_classes < NUM_CLASSES:
+                raise ValueError(f"sprites have {NUM_CLASSES} classes, but num_classes is {num_classes}.")
             return []
         good, messages = split_by_label(self.entries, num_classes)
         if self.entries and not good:
@@ -103,33 +100,6 @@ class VideoDataset:
         for entry in self.entries:
             digest.update(entry.fingerprint().encode())
         return digest.hexdigest()
-
-    def clips(self, settings: EncoderSettings, transform: Transform, repeats: int) -> ClipSource:
-        """Clips for training, `repeats` of each video; `transform` crops and augments videos, not sprites."""
-        if self.sprites is not None:
-            return SpriteClips(self.sprites, repeats)
-        return VideoClips(self.entries, settings.num_frames, settings.stride, transform, settings.sampling, repeats)
-
-    def views(self, settings: EncoderSettings, clips: int, crops: int) -> ViewSource:
-        """Fixed views for evaluation; a sprite has one."""
-        if self.sprites is not None:
-            return SpriteClips(self.sprites)
-        return VideoViews(
-            self.entries, settings.num_frames, settings.stride, settings.img_size, settings.sampling, clips, crops
-        )
-
-    def random_views(self, settings: EncoderSettings, clips: int) -> ViewSource:
-        """Random clips of each video, cropped by MultiScaleCrop. Raises ValueError for sprites, which have one clip."""
-        if self.sprites is not None:
-            raise ValueError(f"{self.name}: a sprite has one clip, and no random ones; leave random clips out.")
-        source = VideoClips(
-            self.entries,
-            settings.num_frames,
-            settings.stride,
-            PretrainTransform(settings.img_size, flip=False),
-            settings.sampling,
-        )
-        return RandomViews(source, clips, settings.seed)
 
 
 @dataclass(frozen=True)

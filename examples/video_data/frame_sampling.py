@@ -16,7 +16,7 @@ import math
 import torch
 
 from common.settings import FrameSampling
-from video_data.video import VideoError
+from video_data.video_files import VideoError
 
 
 def random_clip(

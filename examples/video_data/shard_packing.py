@@ -13,14 +13,17 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import av
 
 from common.atomic_files import replacing
 from video_data.shards import index_shard, write_index
-from video_data.video import Video, VideoError
+from video_data.video_files import VideoError
 from video_data.video_lists import VideoEntry
+
+if TYPE_CHECKING:
+    from video_data.video import Video
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from typing import Any
 import fsspec
 
 from common.atomic_files import replacing
-from video_data.video import VIDEO_SUFFIXES, Unreachable, VideoError
+from video_data.video_files import VIDEO_SUFFIXES, Unreachable, VideoError
 
 INDEX = "index.json"
 _FORMAT = "adamae_sampler shards 1"

@@ -8,6 +8,7 @@ At the default size 9 to 17% of the tokens move, and 3 to 16% are the still spri
 from __future__ import annotations
 
 import math
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -15,11 +16,10 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 from torch.utils.data import Dataset
 
-SHAPES = ("disc", "square", "triangle", "cross", "ring")
-DIRECTIONS = 4  # right, down, left, up
+from video_data.sprite_settings import DIRECTIONS, NUM_CLASSES, SHAPES, SpriteSettings
 
 
-class Sprites(Dataset[dict[str, Any]]):
+class Sprites(SpriteSettings, Dataset[dict[str, Any]]):
     """Clips of a sprite that moves over a still texture, in front of a still sprite of the same contrast.
 
     A clip is a dict of
@@ -28,38 +28,15 @@ class Sprites(Dataset[dict[str, Any]]):
         moving: [N] bool, tokens in t-h-w order in which the sprite appears in any frame of the tubelet;
         still: [N] bool, tokens in which the still sprite appears, and not the other.
 
-    Args:
-        length: number of clips.
-        num_frames: T.
-        img_size: H = W in pixels.
-        patch_size: side of a patch, for `moving`.
-        tubelet_size: frames of a patch, for `moving`.
-        seed: clips of different seeds are independent. Use different seeds for training and testing.
+    It takes the arguments of `SpriteSettings`.
     """
 
-    num_classes = len(SHAPES) * DIRECTIONS
+    num_classes = NUM_CLASSES
 
-    def __init__(
-        self,
-        length: int = 10_000,
-        num_frames: int = 16,
-        img_size: int = 64,
-        patch_size: int = 8,
-        tubelet_size: int = 2,
-        seed: int = 0,
-    ) -> None:
-        if num_frames % tubelet_size or img_size % patch_size:
-            raise ValueError(
-                f"{num_frames} frames of {img_size} pixels do not divide into tubelets of {tubelet_size} frames and "
-                f"patches of {patch_size} pixels."
-            )
-        self.length = length
-        self.num_frames = num_frames
-        self.img_size = img_size
-        self.patch_size = patch_size
-        self.tubelet_size = tubelet_size
-        self.seed = seed
-        self.version = 2  # the clips had no still sprite before; cached features and checkpoints know data by this
+    @classmethod
+    def of(cls, settings: SpriteSettings) -> Sprites:
+        """The clips with these settings."""
+        return cls(**{each.name: getattr(settings, each.name) for each in fields(settings) if each.init})
 
     def __len__(self) -> int:
         return self.length

@@ -11,19 +11,12 @@ import av
 import torch
 from torch import Tensor
 
-VIDEO_SUFFIXES = (".mp4", ".webm", ".avi", ".mkv", ".mov", ".mpg", ".mpeg", ".m4v")
+from video_data.video_files import VideoError
+
 # Headers often count a frame or two more than decoding gives. A file that lacks more frames is broken.
 _MISSING_AT_END = 2
 _SHORTEST = 0.9  # least share of the stated duration; a longer sound track may set that
 _EARLIER = 32  # frames to seek back when a seek lands behind the wanted frame
-
-
-class VideoError(RuntimeError):
-    """A video cannot be read. The message says why, without the path."""
-
-
-class Unreachable(VideoError):
-    """The place of a video cannot be reached now; the video may be whole."""
 
 
 class Video:

@@ -6,11 +6,15 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from video_data.shards import Span, is_index, read_index
-from video_data.video import VIDEO_SUFFIXES, Video, VideoError
+from video_data.video_files import VIDEO_SUFFIXES, VideoError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from video_data.video import Video
 
 LABELS = "labels.txt"  # the names of the classes, one a line, beside the lists
 
@@ -43,6 +47,8 @@ class VideoEntry:
 
     def open(self) -> Video:
         """The video, open for reading; raises VideoError."""
+        from video_data.video import Video  # it needs torch, and lists do not
+
         return Video(self.path if self.span is None else self.span.read())
 
     def count_frames(self, video: Video) -> int:

@@ -13,7 +13,7 @@ from video_data.clips import VideoClips
 from video_data.frame_sampling import fixed_clips, random_clip
 from video_data.reader_processes import video_loader
 from video_data.transforms import fixed_crops
-from video_data.video import VideoError
+from video_data.video_files import VideoError
 from video_data.video_lists import VideoEntry
 
 

@@ -13,7 +13,8 @@ from videos import FRAMES, generator, seen_indices, write_video
 from video_data.clips import ClipStream, VideoClips, collate_clips
 from video_data.sprites import Sprites
 from video_data.transforms import PretrainTransform, multi_scale_crop, random_flip
-from video_data.video import Unreachable, Video, VideoError
+from video_data.video import Video
+from video_data.video_files import Unreachable, VideoError
 from video_data.video_lists import VideoEntry, list_videos
 
 # With B-frames (bf) packets are not in the order of frames. AVI and MPEG-PS state no presentation times.

@@ -15,7 +15,7 @@ from common.devices import Normalise, make_accelerator
 from evaluation.multi_view import Evaluation, evaluate, write_results
 from video_data.clips import SpriteClips
 from video_data.sprites import Sprites
-from video_data.video import VideoError
+from video_data.video_files import VideoError
 from video_data.video_lists import list_videos
 from video_data.views import VideoViews
 

@@ -27,6 +27,7 @@ from videos import write_video
 
 from common.devices import Normalise, make_accelerator
 from common.models import save_weights
+from pipelines import finetuning
 from training.finetune_recipe import FinetuneRecipe
 from training.pretrain_recipe import PretrainRecipe
 from training.run_log import RunLog
@@ -194,7 +195,7 @@ def test_bad_input_is_named_with_its_line_and_the_rest_is_done(tmp_path):
         (["--train", "sprites:10:2", "--val", "sprites:5:2"], "have the same clips"),
         (["--train", "sprites:x"], "expected 'sprites', 'sprites:LENGTH' or 'sprites:LENGTH:SEED'"),
         (["--num-classes", "3"], "sprites have 20 classes"),
-        (["--model", "vit_tiny"], "no model 'vit_tiny'; there are adamae_vit_base"),
+        (["--model", "vit_tiny"], "adamae_vit_base_patch16_224"),
         (["--checkpoint", "/nowhere.pth"], "no checkpoint at /nowhere.pth"),
         (["--batch-size", "3", "--mixup", "0.8"], "batch_size x repeats = 3 x 1 is odd"),
         (["--layer-decay", "-1"], "layer_decay=-1.0, expected 0 or more"),
@@ -246,7 +247,7 @@ def criterion_of(**settings):
     accelerator = make_accelerator("fp32")
     defaults = {"model": "x", "mixup": 0.0, "cutmix": 0.0, "erasing": 0.0, "smoothing": 0.0, "batch_size": 4}
     recipe = FinetuneRecipe(**{**defaults, **settings})
-    return finetune.Criterion(recipe, tiny_classifier().eval().to(accelerator.device), 5, accelerator), accelerator
+    return finetuning.Criterion(recipe, tiny_classifier().eval().to(accelerator.device), 5, accelerator), accelerator
 
 
 def batch_on(device):

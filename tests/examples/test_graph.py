@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import training.cuda_graph as graphs
+from pipelines import pretraining
 from training.checkpoints import Checkpoints
 from training.cuda_graph import GraphedUpdate
 from training.schedule import Schedule
@@ -60,7 +61,7 @@ def recorded(monkeypatch):
             monkeypatch.setattr(module, "free_to_read", lambda _: False)
     monkeypatch.setattr(graphs, "capture", capture)
     monkeypatch.setattr(graphs, "aside", lambda update, parts: update(parts))
-    monkeypatch.setattr(pretrain_script, "check_graph", lambda *_: None)
+    monkeypatch.setattr(pretraining, "check_graph", lambda *_: None)
     rate = Schedule.lr_at  # rounded to fp32 in every run, since the graph reads it from an fp32 tensor
     monkeypatch.setattr(Schedule, "lr_at", lambda self, step: float(torch.tensor(rate(self, step))))
 
@@ -95,7 +96,7 @@ def test_a_run_goes_on_with_a_graph_and_without(recorded, tmp_path, first, then)
 
 def test_a_bad_step_is_skipped_in_a_graph_too(recorded, tmp_path, monkeypatch):
     factor = torch.ones(())
-    forward = pretrain_script.AdaMAELoss.forward
+    forward = pretraining.AdaMAELoss.forward
 
     def spoilt(self, *args):
         out = forward(self, *args)
@@ -107,7 +108,7 @@ def test_a_bad_step_is_skipped_in_a_graph_too(recorded, tmp_path, monkeypatch):
         factor.fill_(torch.nan if self._calls == 5 else 1.0)
         step(self, parts)
 
-    monkeypatch.setattr(pretrain_script.AdaMAELoss, "forward", spoilt)
+    monkeypatch.setattr(pretraining.AdaMAELoss, "forward", spoilt)
     monkeypatch.setattr(GraphedUpdate, "__call__", call)
     pretrain(*COMMON, "--graph", "--output", tmp_path)
     assert [line["skipped_steps"] for line in metrics(tmp_path)] == [0, 0, 0, 0, 0, 1, 0, 0]

@@ -28,6 +28,7 @@ from scripts import (
 )
 
 from common.devices import make_accelerator
+from pipelines import finetuning
 from training.checkpoints import Checkpoints
 
 LAUNCH = EXAMPLES / "launch"
@@ -208,14 +209,14 @@ def test_fine_tuning_with_shards_evaluates_on_every_process(config, tmp_path):
 
 
 def test_a_moving_average_of_shards_is_refused(monkeypatch, tmp_path):
-    make = finetune.make_accelerator
+    make = finetuning.make_accelerator
 
     def sharded(*args, **kwargs):
         accelerator = make(*args, **kwargs)
         monkeypatch.setattr(type(accelerator), "distributed_type", "FSDP")
         return accelerator
 
-    monkeypatch.setattr(finetune, "make_accelerator", sharded)
+    monkeypatch.setattr(finetuning, "make_accelerator", sharded)
     arguments = [*ENCODER, "--train", "sprites:16:1", "--val", "sprites:3:2", "--ema", 0.9, "--output", tmp_path]
     said = refused(finetune.main, *arguments)
     assert "--ema needs full weights on each device, and FSDP2 shards them" in said

@@ -6,13 +6,14 @@ tests/data/official_parameters.csv was computed from the official code, see the 
 import csv
 from pathlib import Path
 
-import finetune
-import pretrain
 import pytest
 import timm
 import torch
 
+from pipelines import finetuning, pretraining
 from training.cuda_graph import set_learning_rates
+from training.finetune_recipe import FinetuneRecipe
+from training.pretrain_recipe import PretrainRecipe
 from training.recipe import load_preset
 
 DATA = Path(__file__).parent.parent / "data"
@@ -39,13 +40,13 @@ def official_name(kind, name):
 @pytest.fixture(scope="module", params=["pretrain", "finetune"])
 def model_groups_rows(request):
     """A model as its script builds it for SSv2, the optimizer's groups, and the official rows by name."""
-    script = {"pretrain": pretrain, "finetune": finetune}[request.param]
+    script = {"pretrain": pretraining, "finetune": finetuning}[request.param]
     torch.manual_seed(0)
     if request.param == "pretrain":
-        recipe = load_preset(pretrain.PretrainRecipe, "ssv2")
+        recipe = load_preset(PretrainRecipe, "ssv2")
         model = timm.create_model(recipe.model, **recipe.model_args())
     else:
-        recipe = load_preset(finetune.FinetuneRecipe, "ssv2")
+        recipe = load_preset(FinetuneRecipe, "ssv2")
         model = timm.create_model(recipe.model, **recipe.model_args(174))
     rows = {row["parameter"]: row for row in ROWS if row["model"] == request.param}
     parameters = {official_name(request.param, name): each for name, each in model.named_parameters()}

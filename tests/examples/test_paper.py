@@ -5,11 +5,11 @@ import re
 import sys
 from pathlib import Path
 
-import linear_probe
 import pytest
 import yaml
 
 from common.command_line import parse_settings
+from evaluation.settings import ProbeSettings
 from training.finetune_recipe import FinetuneRecipe
 from training.pretrain_recipe import PretrainRecipe
 from training.recipe import load_preset
@@ -26,7 +26,7 @@ def table_3_options():
     arguments = command.split()
     del arguments[arguments.index("--checkpoint") :][:2]
     options = [each for at, each in enumerate(arguments) if "--checkpoint" not in (each, arguments[max(at - 1, 0)])]
-    return parse_settings(linear_probe.Options(), options, None)
+    return parse_settings(ProbeSettings(), options, None)
 
 
 def value_of(kind, preset, setting):

@@ -16,11 +16,13 @@ from timm.layers import AttentionPoolLatent
 from videos import write_video
 
 from adamae_sampler.models import VideoClassifier
+from common.checkpoint_header import stated_recipe, stated_sizes
 from common.command_line import parse_settings
 from common.devices import Normalise
-from common.models import save_weights, stated_recipe, stated_sizes
+from common.models import save_weights
 from evaluation.features import Features
-from evaluation.probes import Probe, ProbeRecipe, predict, train_probe
+from evaluation.probes import Probe, predict, train_probe
+from evaluation.settings import ProbeRecipe, ProbeSettings
 from training.finetune_recipe import FinetuneRecipe
 from training.pretrain_recipe import PretrainRecipe
 from video_data.clips import VideoClips
@@ -253,7 +255,7 @@ def test_files_state_sizes_and_sampling(tmp_path, monkeypatch):
     assert (
         stated_sizes(str(tmp_path))["num_heads"] == stated_sizes(str(tmp_path / "model.safetensors"))["num_heads"] == 2
     )
-    settings = parse_settings(linear_probe.Options(), ["--checkpoint", str(tmp_path), "--stride", "3"], "")
+    settings = parse_settings(ProbeSettings(), ["--checkpoint", str(tmp_path), "--stride", "3"], "")
     assert (settings.depth, settings.img_size, settings.sampling, settings.stride) == (2, (32, 32), "segments", 3)
     (tmp_path / "config.json").write_text('{"model_type": "bert"}')
     monkeypatch.chdir(tmp_path)

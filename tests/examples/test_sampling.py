@@ -12,7 +12,8 @@ from videos import generator, seen_indices, write_video
 from video_data.clips import VideoClips
 from video_data.frame_sampling import fixed_clips, random_clip
 from video_data.transforms import FinetuneTransform, PretrainTransform, fixed_crops, seeded
-from video_data.video import Video, VideoError
+from video_data.video import Video
+from video_data.video_files import VideoError
 from video_data.video_lists import VideoEntry
 from video_data.views import RandomViews, VideoViews
 

@@ -21,7 +21,8 @@ from video_data.clips import ClipStream, VideoClips, collate_clips
 from video_data.shard_packing import Packing, pack
 from video_data.shards import read_index
 from video_data.transforms import PretrainTransform
-from video_data.video import Video, VideoError
+from video_data.video import Video
+from video_data.video_files import VideoError
 from video_data.video_lists import VideoEntry, list_videos, write_list
 
 prepare = partial(run_here, prepare_data.main)

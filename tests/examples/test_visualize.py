@@ -17,6 +17,7 @@ from adamae_sampler import AdaMAELoss
 from adamae_sampler.ops import patchify
 from adamae_sampler.visualize import animation, mask_overview, overview, predicted_video, save_animation
 from common.models import save_weights
+from pipelines import pictures
 from training.finetune_recipe import FinetuneRecipe
 from training.pretrain_recipe import PretrainRecipe
 
@@ -174,8 +175,8 @@ def test_every_masking_has_pictures(masking, tmp_path, monkeypatch):
     """The row of p is there for motion masks, whose p no loss trains. Hard masks have one of predicted errors."""
     save_weights(tiny_model(masking=masking), tmp_path / "model.safetensors", PretrainRecipe(masking=masking))
     rows = []
-    draw = visualize_masks.overview
-    monkeypatch.setattr(visualize_masks, "overview", lambda *args, **how: rows.append(draw(*args, **how)) or rows[-1])
+    draw = pictures.overview
+    monkeypatch.setattr(pictures, "overview", lambda *args, **how: rows.append(draw(*args, **how)) or rows[-1])
     common = ["--checkpoint", str(tmp_path / "model.safetensors"), "--video", "sprites:3:1"]
     visualize_masks.main([*common, "--mask-ratios", "0.75", "--animate", "none", "--output", str(tmp_path / "a")])
     assert {path.name for path in Path(tmp_path / "a").iterdir()} == {"overview_75.png", "masks.png"}
@@ -210,7 +211,7 @@ def test_files_and_arguments_that_cannot_be_shown_are_refused(video_file, tmp_pa
         ([*model, "--video", str(tmp_path / "broken.mp4")], r"broken.mp4: it cannot be opened as a video"),
         ([*model, "--video", "/nowhere.mp4"], "there is no such file"),
         ([*model, "--video", video_file, "--mask-ratios", "1.5"], "between 0 and 1"),
-        ([*model, "--video", video_file, "--model", "vit_tiny"], "no model 'vit_tiny'"),
+        ([*model, "--video", video_file, "--model", "vit_tiny"], "2"),  # tyro lists the models
         (["--checkpoint", "/nowhere.safetensors", "--video", video_file], "no checkpoint at"),
     ):
         with pytest.raises(SystemExit, match=message):
