@@ -11,7 +11,7 @@
     ops/           the operations underneath, one file each
     integrations/  patch and unpatch, one file for each host
     models/        the reference encoder-decoder on timm's blocks, checkpoint formats
-    visualize.py   pictures of masks, probabilities and errors (needs matplotlib; import it by name)
+    visualize/     pictures of masks, probabilities and errors (needs matplotlib; import it by name)
     env.py         versions and devices for a bug report: python -m adamae_sampler.env
 
 Data flows one way: models, integrations -> sampler, losses -> ops -> mask.

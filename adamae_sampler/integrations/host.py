@@ -84,6 +84,7 @@ class AdaptiveHost(Patched):
     sampling_weight: float
     last_step: LastStep | None = None
     _use: MaskUse | None = None  # the mask of the forward that is under way
+    _errors: list[Tensor] | None = None  # errors of the forward that is under way, for `token_errors`
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -126,6 +127,17 @@ class AdaptiveHost(Patched):
             valid: [B, N] bool, the tokens or mask units that count, see `TokenSampler.forward`.
         """
         return self.sampled(video, self.tokenize(video), valid, generator=generator)
+
+    @torch.no_grad()
+    def token_errors(self, inputs: Tensor, sample: MaskSample) -> Tensor:
+        """The errors [B, M] of a mask's masked tokens, in evaluation mode, for hosts that compute their loss."""
+        errors: list[Tensor] = []
+        self._errors = errors
+        try:
+            self(inputs, mask=sample)
+        finally:
+            del self._errors
+        return errors[0]
 
     def as_video(self, inputs: Tensor) -> Tensor:
         """The host's input -> its pixels [B, C, T, H, W], for samplers that look at them. Images have T = 1."""
@@ -317,6 +329,8 @@ class AdaptiveHost(Patched):
             raise TypeError("total takes either sampling or token_error, and got neither or both.")
         self.mask_use.note_loss()
         sample = self.current
+        if self._errors is not None:
+            self._errors.append(token_error() if token_error else errors_by_gradient(cast(Any, sampling), sample))
         counted = sample.target_valid
         learns = self.training and (sample.difficulty is not None or sample.log_probs is not None)
         error: Tensor | None = None

@@ -11,9 +11,10 @@ from adamae_sampler.mask import MaskSample
 
 
 def errors_by_gradient(sampling: Callable[[Tensor], Tensor], sample: MaskSample) -> Tensor:
-    """The errors of the masked tokens [B, M], up to a factor that the ranking loss does not need.
+    """The errors of the masked tokens [B, M].
 
-    L_S is minus the mean of log p_i e_i, so e_i is minus its derivative by log p_i.
+    L_S is minus the mean of log p_i e_i over the tokens that count, so e_i is minus its derivative by log p_i, times
+    their number.
 
     Args:
         sampling: log-probabilities [B, N] -> L_S.
@@ -25,4 +26,5 @@ def errors_by_gradient(sampling: Callable[[Tensor], Tensor], sample: MaskSample)
     else:
         with torch.enable_grad():
             (gradient,) = torch.autograd.grad(sampling(log_probs.requires_grad_()), log_probs)
-    return -gradient.gather(1, sample.masked_idx)
+    counted = sample.target_valid
+    return -gradient.gather(1, sample.masked_idx) * (sample.masked_idx.numel() if counted is None else counted.sum())

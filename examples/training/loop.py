@@ -93,6 +93,7 @@ class TrainingLoop:
         flops_of_clip: float,
         evaluate: Callable[[int], dict[str, float]] = lambda _: {},
         extra: Callable[[], Mapping[str, Any]] = dict,
+        picture: Callable[[int], Tensor | None] = lambda _: None,
         graph: bool = False,
     ) -> None:
         """Trains to the last step.
@@ -103,6 +104,7 @@ class TrainingLoop:
             flops_of_clip: floating-point operations of a forward pass of one clip.
             evaluate: called after each step with the number of steps done; returns metrics to log, or an empty dict.
             extra: returns further entries of a checkpoint.
+            picture: called likewise; returns a picture [H, W, 3] uint8 to log, or None.
             graph: whether steps run as a CUDA graph; `forward` then ignores the number of a batch.
 
         Raises:
@@ -157,6 +159,8 @@ class TrainingLoop:
                     if evaluated := evaluate(done):
                         log.write(done, evaluated)
                         measured |= evaluated
+                    if (pixels := picture(done)) is not None:
+                        log.write_picture(done, pixels)
                     if request is Request.SAVE or done % recipe.save_every == 0 or last or evaluated:
                         saver.save(done, measured, must=last)
                         interrupts.saved()

@@ -92,12 +92,14 @@ class PretrainRecipe(Recipe):
     """Final learning rate of the cosine, for an effective batch of 256; scaled likewise."""
     betas: tuple[float, float] = (0.9, 0.95)
     """Betas of AdamW."""
+    picture_every: int = 1000
+    """Steps between two pictures of a clip's p, mask and prediction, for TensorBoard and the tracker; 0 for none."""
     clip_grad: float = 0.0
     """Largest norm of the gradient; 0 for no clipping, as the official code."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.check_least(sampling_weight=0, num_masks=1)
+        self.check_least(sampling_weight=0, num_masks=1, picture_every=0)
         if self.masking != "adaptive" and self.estimator != "categorical":
             raise ValueError(
                 f"estimator={self.estimator} has no effect: masking={self.masking} learns no p. Leave one of them out."

@@ -31,7 +31,7 @@ from video_data.clips import ClipSource, digest
 _FREE = {"output", "steps", "epochs", "workers", "log_every", "batch_size", "compile", "graph"}
 _FREE |= {"checkpoint_activations", "fused_head"}  # for a run that ended because memory ran out
 _FREE |= {"save_every", "save_minutes", "keep_checkpoints", "stop_after_nonfinite", "max_broken", "profile", "tracker"}
-_FREE |= {"eval_every", "eval_batch_size", "test_clips", "test_crops"}
+_FREE |= {"picture_every", "eval_every", "eval_batch_size", "test_clips", "test_crops"}
 _FREE |= {"effective_batch", "data", "train", "val", "fast"}  # compared by the values that follow from them
 _REMOVED = {"head_chunks"}  # settings of earlier versions, without effect on results
 _COMPILE = {True: "whole", False: None}  # values of `compile` in earlier versions

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import statistics
 import uuid
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import GeneralTracker
+from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -77,6 +79,18 @@ class RunLog:
                     self.board.add_scalar(name, value, step)
         except OSError as error:
             tqdm.write(f"metrics of step {step} could not be written ({error})")
+
+    def write_picture(self, step: int, pixels: Tensor) -> None:
+        """Writes a picture [H, W, 3] uint8 to TensorBoard and the trackers."""
+        if not self.enabled:
+            return
+        for tracker in self.trackers:  # wandb or trackio
+            image = importlib.import_module(tracker.name).Image(pixels.numpy())
+            tracker.log({"overview": image}, step=step)
+        try:
+            self.board.add_image("overview", pixels, step, dataformats="HWC")
+        except OSError as error:
+            tqdm.write(f"the picture of step {step} could not be written ({error})")
 
     def summarise(self, path: Path) -> None:
         """Writes and prints a summary of the run: first and last losses, pace, skipped steps."""

@@ -3,14 +3,17 @@
 from pathlib import Path
 
 import av
+import pretrain
 import pytest
 import torch
 import visualize_masks
 from conftest import tiny_model
 from PIL import Image
-from scripts import DECODER, ENCODER
+from scripts import DECODER, ENCODER, TINY_PRETRAIN, metrics, run_here
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_checkpoint import as_videomae
 from test_classifier import tiny_classifier
+from test_resume import same_weights
 from videos import write_video
 
 from adamae_sampler import AdaMAELoss
@@ -216,3 +219,19 @@ def test_files_and_arguments_that_cannot_be_shown_are_refused(video_file, tmp_pa
     ):
         with pytest.raises(SystemExit, match=message):
             visualize_masks.main(arguments)
+
+
+def test_pictures_go_to_tensorboard_and_change_nothing_in_the_run(tmp_path):
+    common = [*TINY_PRETRAIN, "--data", "sprites:8", "--steps", 5]
+    run_here(pretrain.main, *common, "--picture-every", 2, "--output", tmp_path / "with")
+    printed = run_here(pretrain.main, *common, "--picture-every", 0, "--output", tmp_path / "without")
+    same_weights(tmp_path / "with", tmp_path / "without")
+    kept = ("step", "loss", "reconstruction", "sampling", "entropy", "coverage")
+    one, other = ([{k: line[k] for k in kept} for line in metrics(tmp_path / n)] for n in ("with", "without"))
+    assert one == other
+    for name, steps in (("with", [2, 4]), ("without", [])):
+        board = EventAccumulator(str(tmp_path / name))
+        board.Reload()
+        assert [each.step for each in board.Images("overview")] == steps if steps else not board.Tags()["images"]
+    assert "p here, of 8 clips, as a multiple of an even p:" in printed
+    assert (tmp_path / "with" / "animation.gif").exists()
