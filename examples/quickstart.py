@@ -1,4 +1,4 @@
-"""Adaptive masking in a Hugging Face VideoMAE, in one line: pip install transformers.
+"""Adaptive masking in a Hugging Face VideoMAE, in one line.
 
 python examples/quickstart.py     # three minutes on two CPU cores
 
@@ -16,6 +16,7 @@ import common.threads  # noqa: F401 - before torch
 from typing import Any
 
 import torch
+import tyro
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -82,4 +83,4 @@ def pixel_values(video: Tensor) -> Tensor:
 
 
 if __name__ == "__main__":
-    main()
+    tyro.cli(main, description=__doc__)

@@ -67,6 +67,7 @@ class AdaptiveHost(Patched):
         sampling_weight: weight of the sampling loss in training. In evaluation the loss is that of the host.
         masks_in: the method or submodule of the host that takes the mask, for messages.
         overrides: further methods of the host that the mixin overrides, beside those in `expected_interface`.
+        mask_hint: a sentence for the error about a mask that is missing in evaluation.
         computes_loss: whether the host's forward computes the loss. If not, the training engine calls AdaMAELoss.
         last_step: the latest mask and losses, for logging and pictures.
     """
@@ -79,6 +80,7 @@ class AdaptiveHost(Patched):
     masks_in: ClassVar[str] = "a method that its mixin overrides"
     overrides: ClassVar[tuple[str, ...]] = ()
     computes_loss: ClassVar[bool] = True
+    mask_hint: ClassVar[str] = ""
 
     sampler: TokenSampler
     sampling_weight: float
@@ -201,6 +203,7 @@ class AdaptiveHost(Patched):
             raise ValueError(
                 f"{type(self).__name__} is in evaluation mode and got no mask; a fresh mask for every call would give "
                 "another result each time. Pass one, such as mask = model.draw_mask(inputs), or call model.train()."
+                + self.mask_hint
             )
         if mask is not None and self.training and not torch.compiler.is_compiling():
             warnings.warn(

@@ -24,6 +24,11 @@ class HuggingFaceHost(AdaptiveHost):
     """
 
     overrides = ("from_pretrained", "save_pretrained")
+    mask_hint = (
+        ' Trainer.evaluate takes the mask from the items of the data set, under the key "mask":\n'
+        "    masks = model.eval().draw_mask(pixel_values).mask  # [items, N], once\n"
+        '    items = [{"pixel_values": x, "mask": mask} for x, mask in zip(pixel_values, masks)]'
+    )
     config: Any
     _settings: Mapping[str, Any] | None = None
 

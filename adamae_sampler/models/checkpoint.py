@@ -31,17 +31,20 @@ class LoadReport:
         matched: parameters of the model that were loaded.
         missing: parameters of the model that the file lacks; they keep their values.
         unused: keys of the file that the model lacks.
+        left: keys of the file outside of `only`, which were not asked for.
     """
 
     format: str
     matched: tuple[str, ...]
     missing: tuple[str, ...] = ()
     unused: tuple[str, ...] = ()
+    left: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        lines = [f"{self.format} checkpoint: {len(self.matched)} parameters loaded"]
+        lines = [f"{self.format} checkpoint: {len(self.matched)} tensors loaded"]
         lines += [f"  not in the file, left as they were: {_summary(self.missing)}"] if self.missing else []
         lines += [f"  in the file, not in the model: {_summary(self.unused)}"] if self.unused else []
+        lines += [f"  not needed, and left in the file: {_summary(self.left)}"] if self.left else []
         return "\n".join(lines)
 
 
@@ -179,7 +182,9 @@ def load_checkpoint(
         for name, tensor in own.items():
             if name in weights:
                 tensor.copy_(weights[name])
-    return LoadReport(file_format.name, tuple(name for name in own if name in weights), missing, unused)
+    matched = tuple(name for name in own if name in weights)
+    left = tuple(name for name in unused if not name.startswith(only))
+    return LoadReport(file_format.name, matched, missing, tuple(name for name in unused if name not in left), left)
 
 
 def _read(path: str | os.PathLike[str]) -> Mapping[str, Any]:

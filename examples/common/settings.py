@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -60,12 +61,18 @@ class EncoderSettings:
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Precision of autocast. 'auto': bf16 on GPUs with bf16 units, else fp32. 'fp16' scales the loss on GPUs."""
     workers: int = 4
-    """Reader processes for each device; 0 reads in the main process."""
+    """Reader processes for each device, at most its share of the cores; 0 reads in the main process."""
     seed: int = 0
     """Seed of every random choice: weights, order of the data, augmentation, masks."""
 
     def __post_init__(self) -> None:
         self.check_least(num_frames=1, patch_size=1, tubelet_size=1, stride=1, workers=0)
+
+    @property
+    def readers(self) -> int:
+        """Reader processes of a device: `workers`, at most its share of this machine's cores."""
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        return min(self.workers, max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
 
     @property
     def grid(self) -> tuple[int, int, int]:

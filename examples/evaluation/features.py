@@ -136,7 +136,7 @@ def cached_features(
             os.replace(aside, place)
         accelerator.wait_for_everyone()
     elif accelerator.is_main_process:
-        print(f"{'features':>13}  {data.name}: from {place}")
+        print(f"{'features':>13}  {data.name}: kept from before in {place}")
     label = torch.from_numpy(np.load(place / "label.npy"))
     # Memory-mapped; copy-on-write, because torch expects writable memory.
     values = torch.from_numpy(np.load(place / "values.npy", mmap_mode="c"))
@@ -193,14 +193,14 @@ def _write(
     shape = (len(data), *([random_clips] if random_clips else []), *probe.shape[1:])
     if accelerator.is_main_process:
         size = math.prod(shape) * np.dtype(dtype).itemsize
-        print(f"{'features':>13}  {data.name}: {len(data)} videos, {size / 2**20:.1f} MiB into {folder.parent}")
+        print(f"{'features':>13}  {data.name}: computing {len(data)} videos, {_size(size)} into {folder.parent}")
         np.lib.format.open_memmap(folder / "values.npy", "w+", dtype, shape).flush()
         np.lib.format.open_memmap(folder / "label.npy", "w+", np.int64, (len(data),))[:] = -1
     accelerator.wait_for_everyone()
     values, label = (np.load(folder / f"{name}.npy", mmap_mode="r+") for name in ("values", "label"))
     left_out: list[str] = []
     merge = not random_clips
-    for batch in map_views(encoder, source, accelerator, settings.batch_size, settings.workers, merge):
+    for batch in map_views(encoder, source, accelerator, settings.batch_size, settings.readers, merge):
         left_out += batch.left_out
         if len(batch.index):
             values[batch.index.numpy()] = batch.value.cpu().numpy().astype(dtype)
@@ -208,3 +208,8 @@ def _write(
     values.flush()
     label.flush()
     return sorted(gather_object(left_out))
+
+
+def _size(number: int) -> str:
+    """Bytes as text."""
+    return f"{number / 2**20:.1f} MiB" if number >= 2**20 else f"{number / 2**10:.1f} KiB"

@@ -138,8 +138,9 @@ class Evaluation:
         return top | {"videos": len(self.label), "left_out": len(self.left_out), "nonfinite": nonfinite}
 
     def headline(self) -> str:
-        """Top-1, top-5 and the number of videos, on one line."""
-        return f"top-1 {100 * self.top(1):.2f}%, top-5 {100 * self.top(5):.2f}% of {len(self.label)} videos"
+        """Top-1, top-5 of more than five classes, and the number of videos, on one line."""
+        top5 = f", top-5 {100 * self.top(5):.2f}%" if self.probabilities.shape[1] > 5 else ""
+        return f"top-1 {100 * self.top(1):.2f}%{top5} of {len(self.label)} videos"
 
 
 def evaluate(

@@ -32,7 +32,7 @@ def run(options: ExtractionSettings) -> None:
     accelerator = make_accelerator(options.precision)
     encoder = frozen_encoder(options, options.pool, accelerator)
     source = view_source(data, options, options.clips, options.crops)
-    found = gather_views(encoder, source, accelerator, options.batch_size, options.workers)
+    found = gather_views(encoder, source, accelerator, options.batch_size, options.readers)
     if not accelerator.is_main_process:
         return
     paths = [data.describe(number) for number in found.index.tolist()]

@@ -166,7 +166,7 @@ def unsharded(job: FinetuneJob, prepared: nn.Module) -> VideoClassifier:
 def run_evaluation(job: FinetuneJob, data: LabelledData, model: nn.Module, clips: int, crops: int) -> Evaluation:
     """Evaluates a model with `clips` x `crops` views of each video."""
     source = view_source(data.val, job.recipe, clips, crops)
-    return evaluate(model, source, job.accelerator, job.recipe.eval_batch_size, job.recipe.workers)
+    return evaluate(model, source, job.accelerator, job.recipe.eval_batch_size, job.recipe.readers)
 
 
 def finish(job: FinetuneJob, data: LabelledData, model: nn.Module) -> None:

@@ -29,7 +29,9 @@ from video_data.views import VideoViews
 @torch.no_grad()
 def run(options: PictureSettings) -> None:
     """Writes the pictures; raises ValueError, TypeError, FileNotFoundError or VideoError if it cannot."""
-    check_output(options.output)
+    numbers = [f"{100 * ratio:g}" for ratio in options.mask_ratios]
+    animations = [f"animation_{number}.{options.animate}" for number in numbers if options.animate != "none"]
+    check_output(options.output, "masks.png", *(f"overview_{number}.png" for number in numbers), *animations)
     if not options.checkpoint or not options.video:
         raise ValueError("--checkpoint and --video are needed: pre-trained weights and a video file.")
     if "num_classes" in stated_sizes(options.checkpoint):

@@ -75,7 +75,7 @@ class TrainingLoop:
         self._first_step = resumed.state["step"] if resumed else 0
         start, stop = (step * schedule.effective_batch for step in (self._first_step, schedule.steps))
         self._stream = ClipStream(job.source, start, stop, recipe.seed, self.broken_videos.known)
-        batches = clip_loader(self._stream, recipe.batch_size, recipe.workers)
+        batches = clip_loader(self._stream, recipe.batch_size, recipe.readers)
         _configure_accumulation(accelerator, recipe, schedule)
         if recipe.compile == "blocks":
             compile_blocks(job.model)
@@ -125,7 +125,7 @@ class TrainingLoop:
             prefer_cudnn(),
             Interrupts(recipe.save_minutes) as interrupts,
             RunLog(recipe.output, first, is_main, accelerator.trackers) as log,
-            closing(read_batches(self._batches, recipe.workers)) as batches,
+            closing(read_batches(self._batches, recipe.readers)) as batches,
             profiler(recipe, is_main) as profile,
             tqdm(total=schedule.steps, initial=first, disable=not is_main, unit="step", file=sys.stdout) as progress,
         ):

@@ -95,6 +95,7 @@ def describe_schedule(recipe: Recipe, schedule: Schedule, devices: int) -> dict[
         "learning rate": f"{recipe.base_lr:g} x {schedule.effective_batch} / 256 = {schedule.lr:.3g}, cosine to "
         f"{schedule.min_lr:.3g}",
         "optimizer": f"AdamW, betas {recipe.betas}, weight decay {recipe.weight_decay:g}, {clip}",
-        "reading": f"{recipe.workers} processes for each device",
+        "reading": f"{recipe.readers} processes for each device"
+        + (", its cores" if recipe.readers < recipe.workers else ""),
         "output": str(recipe.output),
     }

@@ -75,6 +75,11 @@ class VideoDataset:
                 raise ValueError(f"sprites have {NUM_CLASSES} classes, but num_classes is {num_classes}.")
             return []
         good, messages = split_by_label(self.entries, num_classes)
+        if self.entries and all(entry.label == -1 for entry in self.entries):
+            raise ValueError(
+                f"{self.name} gives no labels. Give a list with a line 'path label' for each video, such as "
+                "'running/clip01.mp4 0'; labels count from 0."
+            )
         if self.entries and not good:
             raise ValueError(f"{self.name}: no label is in 0..{num_classes - 1}; the first: {messages[0]}.")
         self.entries = good
@@ -138,7 +143,13 @@ class LabelledData:
     def describe_classes(self) -> str:
         """How many classes each data set has, and which classes only val has, on one line."""
         known, unknown = self.train.labels(), sorted(self.val.labels() - self.train.labels())
-        text = f"{len(self.names)}; videos of {len(known)} to train on, of {len(self.val.labels())} to evaluate on"
+        if not known and not self.val.labels():
+            return "not known without data"
+        parts = ((known, "to train on"), (self.val.labels(), "to test on"))
+        seen = [f"{len(labels)} of them {what}" for labels, what in parts if labels]
+        text = f"{len(self.names)}: {', '.join(seen)}"
+        if self.train.entries and self.train.fingerprint() == self.val.fingerprint():
+            text += "; WARNING: --train and --val are the same videos, so the accuracy says nothing about new ones"
         if not unknown or not known:
             return text
         first = next((entry.where for entry in self.val.entries if entry.label == unknown[0]), self.val.name)

@@ -71,8 +71,8 @@ def run_of_three(data, pretrained, tmp_path_factory):
 
 def test_a_run_from_a_pretraining_file(run_of_three, data):
     folder, printed = run_of_three
-    assert f"adamae_sampler checkpoint: {PARAMETERS} parameters loaded" in printed  # the sizes come from the file
-    assert "classes  3; videos of 3 to train on, of 3 to evaluate on\n" in printed
+    assert f"adamae_sampler checkpoint: {PARAMETERS} tensors loaded" in printed  # the sizes come from the file
+    assert "classes  3: 3 of them to train on, 3 of them to test on\n" in printed
     assert "0.0005 x 4 / 256" in printed
     lines = metrics(folder)
     trained = [line for line in lines if "loss" in line]
@@ -89,7 +89,7 @@ def test_eval_only_gives_the_predictions_of_the_run(run_of_three, data, tmp_path
     folder, _ = run_of_three
     arguments = ["--eval-only", "--checkpoint", folder / "model.safetensors", *data[2:], "--workers", 0]
     printed = finetune_here(*arguments, "--output", tmp_path)  # stride and views come from the file
-    assert f"{PARAMETERS + 4} parameters loaded" in printed  # fc_norm and head too
+    assert f"{PARAMETERS + 4} tensors loaded" in printed  # fc_norm and head too
     assert (tmp_path / "predictions.csv").read_text() == (folder / "predictions.csv").read_text()
 
 
@@ -105,8 +105,8 @@ def test_the_encoder_of_other_formats_is_loaded_whole(data, tmp_path):
     for checkpoint, sizes, name in (("official.pth", ENCODER, "official AdaMAE"), ("hf", [], "Hugging Face VideoMAE")):
         arguments = [*TINY, *sizes, *data, "--checkpoint", tmp_path / checkpoint, "--steps", 1, "--eval-every", 0]
         printed = finetune_here(*arguments, "--output", tmp_path / name)
-        assert f"{name} checkpoint: {PARAMETERS} parameters loaded" in printed
-        assert "in the file, not in the model: " in printed  # the decoder
+        assert f"{name} checkpoint: {PARAMETERS} tensors loaded" in printed
+        assert "not needed, and left in the file: " in printed  # the decoder
         assert "left as they were" not in printed
 
 
@@ -229,7 +229,7 @@ def test_odd_but_possible_settings_are_reported(data, pretrained, tmp_path):
     printed = finetune_here(*arguments, "--img-size", 48, 48, "--output", tmp_path)
     assert "img_size (32, 32) there, (48, 48) here; position embeddings are computed anew" in printed
     assert (
-        "videos of 2 to train on, of 3 to evaluate on; WARNING: 1 classes of val have no training videos, such as 2 ("
+        "2 of them to train on, 3 of them to test on; WARNING: 1 classes of val have no training videos, such as 2 ("
         in printed
     )
     assert "val.csv:3 (" in printed

@@ -22,7 +22,7 @@ pretrain_here = partial(run_here, pretrain_script.main)
 @pytest.fixture(scope="module")
 def run_of_three(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
-    printed = pretrain_here(*TINY_PRETRAIN, "--steps", 3, "--output", folder)
+    printed = pretrain_here(*TINY_PRETRAIN, "--preset", "bigbuckbunny", "--steps", 3, "--output", folder)
     return folder, printed
 
 
@@ -143,7 +143,7 @@ def test_dry_run_prints_the_recipe_and_writes_nothing(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--preset", "nope"], "no preset 'nope'; there are demo"),
+        (["--preset", "nope"], "no preset 'nope'; there are bigbuckbunny, demo"),
         (["--data", "/nowhere"], "no such folder or list file"),
         (["--mask-ratio", "1.2"], "strictly between 0 and 1"),
         (["--num-frames", "7"], "tubelet_size=2 does not divide"),
@@ -152,7 +152,7 @@ def test_dry_run_prints_the_recipe_and_writes_nothing(tmp_path):
         (["--masking", "blocks"], "blocks"),
         (["--model", "vit_tiny_patch16_224"], "pretrain_adamae_vit_base_patch16_224"),
         (["--clip-grad", "-1"], "clip_grad=-1.0, expected 0 or more"),
-        (["--epochs", "3"], "epochs has no effect while steps is 400; add --steps None"),
+        (["--epochs", "3"], "epochs has no effect while steps is 800; add --steps None"),
         (["--preset", "k400"], "preset k400 needs --data"),
         (["--stride", "0"], "stride=0, expected 1 or more"),
         (["--embed-dim", "36", "--num-heads", "6"], "the score network's 8 heads do not divide its width 36"),

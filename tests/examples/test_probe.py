@@ -82,7 +82,7 @@ def test_extracted_features_are_the_encoders(suffix, pretrained, videos, tmp_pat
         torch.testing.assert_close(row, by_hand(model, Path(path)), rtol=1e-4, atol=1e-5)
     printed = capsys.readouterr().out
     assert "list.csv:3 (broken.mp4): it cannot be opened" in printed
-    assert "parameters loaded" in printed
+    assert "tensors loaded" in printed
 
 
 def test_an_earlier_file_is_not_written_over(pretrained, videos, tmp_path):
@@ -127,7 +127,7 @@ def test_probing_twice_computes_features_once(kind, pretrained, videos, tmp_path
     arguments = probe_arguments(pretrained[1], videos, tmp_path, "--kind", kind, "--probe.epochs", 5)
     first = linear_probe.main(arguments)
     printed = capsys.readouterr().out
-    assert "parameters loaded" in printed
+    assert "tensors loaded" in printed
     assert "2 videos could not be used" in printed  # the broken one, in both lists
     predictions = (tmp_path / "probe" / "predictions.csv").read_text()
     with pytest.raises(SystemExit, match=r"probe already has results.json; name another folder"):
@@ -141,7 +141,7 @@ def test_probing_twice_computes_features_once(kind, pretrained, videos, tmp_path
     # A changed list gets features of its own.
     videos.write_text(videos.read_text(encoding="utf-8") + "0 ü.mp4 1\n", encoding="utf-8")
     linear_probe.main([*arguments, "--output", str(tmp_path / "third")])
-    assert "MiB into" in capsys.readouterr().out
+    assert "iB into" in capsys.readouterr().out
     shape = (6, 32) if kind == "linear" else (6, 64, 32)
     found = [np.load(path).shape for path in (tmp_path / "features").glob("*/values.npy")]
     assert sorted(found)[0] == shape
@@ -333,7 +333,7 @@ def test_probing_starts_from_every_format(videos, tmp_path, capsys):
         folder = tmp_path / f"probe of {checkpoint}"
         arguments = probe_arguments(str(tmp_path / checkpoint), videos, folder, *sizes, "--probe.epochs", 1)
         linear_probe.main(arguments)
-        assert f"{name} checkpoint: {parameters} parameters loaded" in capsys.readouterr().out
+        assert f"{name} checkpoint: {parameters} tensors loaded" in capsys.readouterr().out
     weights = {name: each for name, each in tiny_model().state_dict().items() if name.startswith("decoder.")}
     torch.save(weights, tmp_path / "decoder.pth")
     for checkpoint, more, message in (

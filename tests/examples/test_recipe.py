@@ -17,12 +17,14 @@ from training.schedule import Schedule
 
 def test_every_preset_loads_and_unknown_ones_are_named():
     names = {path.stem for path in (PRESETS / "pretrain").glob("*.yaml")}
-    assert names == {"demo", "k400", "ssv2", "ucf101", "hmdb51", "sprites"}
+    assert names == {"bigbuckbunny", "demo", "k400", "ssv2", "ucf101", "hmdb51", "sprites"}
     for name in names:
         recipe = load_preset(PretrainRecipe, name)
         assert isinstance(recipe.img_size, tuple)
         assert recipe.plain()["img_size"] == list(recipe.img_size)
-    with pytest.raises(ValueError, match="no preset 'imagenet'; there are demo, hmdb51, k400, sprites, ssv2, ucf101"):
+    with pytest.raises(
+        ValueError, match="no preset 'imagenet'; there are bigbuckbunny, demo, hmdb51, k400, sprites, ssv2, ucf101"
+    ):
         load_preset(PretrainRecipe, "imagenet")
 
 
@@ -43,7 +45,7 @@ FAST = {"score_network": "pooled", "sample_from": "pixels", "decode_ratio": 0.5}
 
 
 def settings_of(*arguments):
-    recipe = parse_arguments(PretrainRecipe, list(arguments), "demo", None)[0]
+    recipe = parse_arguments(PretrainRecipe, list(arguments), "k400", None)[0]
     return recipe.fast, {name: getattr(recipe, name) for name in FAST}
 
 
@@ -52,7 +54,7 @@ def test_fast_stands_for_three_settings():
     assert settings_of() == (False, paper)
     assert settings_of("--fast") == (True, FAST)
     assert settings_of("--decode-ratio", "0.5", "--fast") == (True, FAST)  # an option that agrees with --fast
-    preset = load_preset(PretrainRecipe, "demo").plain()
+    preset = load_preset(PretrainRecipe, "k400").plain()
     assert recipe_from(PretrainRecipe, {**preset, **FAST, "fast": True}).fast  # as in recipe.yaml
     for name in (*FAST, "fast"):
         del preset[name]

@@ -5,11 +5,12 @@ import subprocess
 import sys
 from typing import get_args
 
+import finetune
 import pretrain
 import pytest
 import timm
 from forked import EXAMPLES
-from scripts import refused
+from scripts import refused, run_here
 
 from adamae_sampler import losses, networks
 from adamae_sampler.models import PRESETS
@@ -116,3 +117,24 @@ def test_settings_begin_with_what_a_run_needs_and_end_with_sizes(settings, first
 )
 def test_a_dry_run_refuses_sizes_that_do_not_fit(arguments, message):
     assert message in refused(pretrain.main, *arguments, "--dry-run")
+
+
+def test_readers_are_at_most_the_cores(monkeypatch):
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(8)), raising=False)
+    recipe = PretrainRecipe(workers=6)
+    assert recipe.readers == 6
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert recipe.readers == 2
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "16")
+    assert recipe.readers == 1
+    assert PretrainRecipe(workers=0).readers == 0
+
+
+def test_data_that_cannot_be_learned_from_is_named(tmp_path):
+    video = EXAMPLES / "clips" / "bigbuckbunny.mp4"
+    folder = refused(finetune.main, "--train", video.parent, "--val", video.parent, "--dry-run")
+    assert "clips gives no labels. Give a list with a line 'path label' for each video" in folder
+    (tmp_path / "list.csv").write_text(f"{video} 0\n{video} 1\n")
+    same = run_here(finetune.main, "--train", tmp_path / "list.csv", "--val", tmp_path / "list.csv", "--dry-run")
+    assert "classes  2: 2 of them to train on, 2 of them to test on; WARNING: --train and --val are the same" in same
+    assert "classes  not known without data" in run_here(finetune.main, "--dry-run")

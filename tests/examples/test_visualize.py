@@ -221,6 +221,15 @@ def test_files_and_arguments_that_cannot_be_shown_are_refused(video_file, tmp_pa
             visualize_masks.main(arguments)
 
 
+def test_earlier_pictures_are_not_overwritten(tmp_path):
+    save_weights(tiny_model(), tmp_path / "model.safetensors", PretrainRecipe())
+    common = ["--checkpoint", str(tmp_path / "model.safetensors"), "--video", "sprites:3:1", "--animate", "none"]
+    run_here(visualize_masks.main, *common, "--mask-ratios", "0.75", "--output", tmp_path / "a")
+    with pytest.raises(SystemExit, match=r"already has masks.png, overview_75.png; name another folder"):
+        visualize_masks.main([*common, "--mask-ratios", "0.75", "0.5", "--output", str(tmp_path / "a")])
+    assert not (tmp_path / "a" / "overview_50.png").exists()
+
+
 def test_pictures_go_to_tensorboard_and_change_nothing_in_the_run(tmp_path):
     common = [*TINY_PRETRAIN, "--data", "sprites:8", "--steps", 5]
     run_here(pretrain.main, *common, "--picture-every", 2, "--output", tmp_path / "with")

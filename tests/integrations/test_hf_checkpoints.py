@@ -2,6 +2,7 @@
 
 import math
 import re
+import textwrap
 
 import pytest
 import safetensors.torch
@@ -120,6 +121,19 @@ def test_evaluate_gives_the_hosts_loss(make, shape, tmp_path):
     found = transformers.Trainer(model=model, args=training_arguments(tmp_path, 1), eval_dataset=items).evaluate()
     with torch.no_grad():
         assert found["eval_loss"] == pytest.approx(model(inputs, mask=masks).loss.item(), rel=1e-4)
+
+
+@each_host
+def test_evaluate_without_masks_says_how_to_give_them(make, shape, tmp_path):
+    model, clips = patch(make(), 0.75), Clips(shape)
+    arguments = training_arguments(tmp_path, 1)
+    with pytest.raises(ValueError, match='under the key "mask":') as caught:
+        transformers.Trainer(model=model, args=arguments, eval_dataset=clips).evaluate()
+    advice = str(caught.value).partition('"mask":\n')[2]
+    names = {"model": model, "pixel_values": torch.stack([clips[i]["pixel_values"] for i in range(len(clips))])}
+    exec(textwrap.dedent(advice), names)
+    found = transformers.Trainer(model=model, args=arguments, eval_dataset=names["items"]).evaluate()
+    assert found["eval_loss"] > 0
 
 
 class PlainViTMAE(transformers.ViTMAEForPreTraining):
