@@ -1,9 +1,12 @@
 import doctest
+import email
 import importlib
+import os
 import pkgutil
 import re
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -37,6 +40,34 @@ assert "pretrain_adamae_vit_base_patch16_224" in timm.list_models("pretrain_adam
 print(adamae_sampler.__version__)
 """
     assert python(code, cwd=tmp_path).strip() in wheel.name
+
+
+@pytest.mark.slow
+def test_a_release_has_addresses_and_its_source_has_the_results(tmp_path):
+    """As the release workflow builds it: the source, then the wheel from it."""
+    github = {"GITHUB_REPOSITORY": "owner/name", "GITHUB_SERVER_URL": "https://github.com", "GITHUB_REF_NAME": "v1.2.3"}
+    command = [sys.executable, "-m", "build", "--outdir", str(tmp_path), str(ROOT)]
+    subprocess.run(command, check=True, capture_output=True, env={**os.environ, **github})
+    (source,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(source) as tar:
+        names = {name.partition("/")[2] for name in tar.getnames()}
+    results = {str(path.relative_to(ROOT)) for path in (ROOT / "benchmarks" / "results").iterdir()}
+    assert {"README.md", "CHANGELOG.md", "LICENSE", "tests/conftest.py", *results} <= names
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        (path,) = (name for name in archive.namelist() if name.endswith("/METADATA"))
+        metadata = email.message_from_bytes(archive.read(path))
+    home = "https://github.com/owner/name"
+    assert f"Repository, {home}" in metadata.get_all("Project-URL")
+    assert f"Issues, {home}/issues" in metadata.get_all("Project-URL")
+    page = metadata.get_payload()
+    assert f"({home}/raw/v1.2.3/examples/pictures/sprites_90.gif)" in page
+    assert f"({home}/blob/v1.2.3/adamae_sampler/README.md)" in page
+    links = re.findall(r"\]\(([^)]+)\)", page)
+    assert {link for link in links if not link.startswith(("https://", "#"))} == set()
+    paths = [link.removeprefix(f"{home}/blob/v1.2.3/").partition("#")[0] for link in links if f"{home}/blob" in link]
+    assert paths
+    assert all((ROOT / each).exists() for each in paths)
 
 
 @pytest.mark.slow

@@ -1,0 +1,42 @@
+"""A hatch hook: the package's URLs and the links of its README, from the repository that builds a release.
+
+GitHub's workflows state their repository in the environment. Elsewhere the README stays as it is, without URLs.
+"""
+
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+from hatchling.metadata.plugin.interface import MetadataHookInterface
+
+_LINK = re.compile(r"(!?)\[((?:[^\[\]]|\[[^\]]*\])*)\]\((?!https?://|#)([^)\s]+)\)")
+
+
+class ReleaseMetadata(MetadataHookInterface):
+    """Sets `readme` and `urls`."""
+
+    def update(self, metadata: dict[str, Any]) -> None:
+        """Called by hatchling with the [project] table."""
+        text = (Path(self.root) / "README.md").read_text(encoding="utf-8")
+        if repository := os.environ.get("GITHUB_REPOSITORY"):
+            home = f"{os.environ.get('GITHUB_SERVER_URL', 'https://github.com')}/{repository}"
+            ref = os.environ.get("GITHUB_REF_NAME", "main")
+            metadata["urls"] = {
+                "Repository": home,
+                "Documentation": f"{home}/blob/{ref}/README.md",
+                "Changelog": f"{home}/blob/{ref}/CHANGELOG.md",
+                "Issues": f"{home}/issues",
+            }
+            text = absolute(text, home, ref)
+        metadata["readme"] = {"content-type": "text/markdown", "text": text}
+
+
+def absolute(text: str, home: str, ref: str) -> str:
+    """A page whose links and pictures within the repository are addresses that work anywhere."""
+
+    def address(link: re.Match[str]) -> str:
+        picture, label, path = link.groups()
+        return f"{picture}[{label}]({home}/{'raw' if picture else 'blob'}/{ref}/{path})"
+
+    return _LINK.sub(address, text)
