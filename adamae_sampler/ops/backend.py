@@ -127,7 +127,7 @@ def _find_obstacle(device: torch.device) -> str:
     if triton is None:
         return "Triton is not installed (pip install triton, on Linux)"
     if INTERPRETED:
-        return ""
+        return _interpreter_obstacle()
     if device.type != "cuda" or not torch.cuda.is_available() or torch.version.hip is not None:
         return f"the tensors are on {device}, and that is no NVIDIA GPU that this process can use"
     capability = torch.cuda.get_device_capability(device)
@@ -136,11 +136,32 @@ def _find_obstacle(device: torch.device) -> str:
     return ""
 
 
+def _interpreter_obstacle() -> str:
+    """The reason why Triton's interpreter does not run the kernels; empty if it does."""
+    import numpy  # the interpreter needs it; the package does not
+
+    try:
+        _needs_of_kernels[(1,)](1)
+    except triton.runtime.errors.InterpreterError as error:
+        return (
+            f"the interpreter of Triton {triton.__version__} does not run the kernels with NumPy {numpy.__version__}: "
+            f"{error}. Install triton>=3.7, or numpy<2.4 with Triton 3.3 to 3.6, or unset TRITON_INTERPRET"
+        )
+    return ""
+
+
 def jit(function: _Function | None = None, **options: Any) -> Any:
     """`triton.jit`. Without Triton it returns the function as it is, and nothing launches the kernel."""
     if function is None:
         return partial(jit, **options)
     return function if triton is None else triton.jit(function, **options)
+
+
+@jit
+def _needs_of_kernels(n):  # type: ignore[no-untyped-def]
+    """What kernels need and some interpreters lack: a loop up to an argument, and the negation of a boolean."""
+    for _ in range(n):
+        ~(n > 0)  # noqa: B018
 
 
 def next_power_of_2(n: int) -> int:

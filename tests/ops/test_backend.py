@@ -1,6 +1,7 @@
 """The choice of backend: how it is made, which implementation runs, and the errors where it cannot run."""
 
 import os
+import re
 import subprocess
 import sys
 
@@ -71,6 +72,20 @@ def test_everything_works_without_triton_and_asking_for_it_says_so():
     assert run(without + CALL).stdout.strip() == "drawn"
     failed = run(without + CALL, ADAMAE_SAMPLER_BACKEND="triton")
     assert "Triton is not installed (pip install triton, on Linux)" in failed.stderr
+
+
+@pytest.mark.slow
+def test_an_interpreter_that_cannot_run_the_kernels_is_an_error():
+    pytest.importorskip("triton")
+    # As Triton 3.2, which cannot negate a boolean. With NumPy 2.4 its loops fail too, and earlier.
+    older = "from triton.runtime.interpreter import InterpreterBuilder as B; vars(B).get('get_int1_ty') and delattr(B, 'get_int1_ty'); "
+    failed = run(older + CALL, ADAMAE_SAMPLER_BACKEND="triton", TRITON_INTERPRET="1")
+    assert re.search(
+        r'"triton" was asked for, but the interpreter of Triton \S+ does not run the kernels with NumPy \S+: '
+        r"(AttributeError|TypeError).* Install triton>=3.7, or numpy<2.4 with Triton 3.3 to 3.6",
+        failed.stderr,
+    )
+    assert run(older + CALL, TRITON_INTERPRET="1").stdout.strip() == "drawn"  # "auto" takes plain PyTorch
 
 
 def test_inputs_that_the_kernels_do_not_take_are_refused_under_triton():
