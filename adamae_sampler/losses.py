@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from adamae_sampler import ops
 from adamae_sampler.estimators import leave_one_out, set_log_prob
-from adamae_sampler.mask import MaskSample
+from adamae_sampler.mask import MaskSample, target_idx, target_valid
 from adamae_sampler.ops.head import fused_error
 from adamae_sampler.ops.patch_format import PatchFormat, PatchSize
 from adamae_sampler.ops.pixel_error import token_errors
@@ -57,7 +57,7 @@ def reconstruction_error(
     """
     _check_sample(sample)
     patches = PatchFormat.of(patch_size, tubelet_size, normalize, mean, std)
-    return _only(sample.target_valid, token_errors(prediction, video, sample.target_idx, kind, patches))
+    return _only(target_valid(sample), token_errors(prediction, video, target_idx(sample), kind, patches))
 
 
 def sampling_loss(
@@ -91,7 +91,7 @@ def sampling_loss(
         ValueError: the sample has no log-probabilities, the estimator is unknown, or shapes do not fit each other.
     """
     _check_sample(sample)
-    counted = sample.target_valid
+    counted = target_valid(sample)
     if sample.log_probs is None:
         raise ValueError(
             "sample.log_probs is None: these masks have no distribution to learn. Use AdaptiveTokenSampler, or "
@@ -100,7 +100,7 @@ def sampling_loss(
     if estimator not in _ESTIMATORS:
         raise ValueError(f"estimator={estimator!r}, expected one of {', '.join(map(repr, _ESTIMATORS))}.")
     if estimator == "categorical":
-        loss = ops.sampling_loss(sample.log_probs, sample.target_idx, _only(counted, error))
+        loss = ops.sampling_loss(sample.log_probs, target_idx(sample), _only(counted, error))
         return loss if counted is None else loss / counted.float().mean()
     of_mask = error.mean(1) if counted is None else _only(counted, error).sum(1) / counted.sum(1)
     advantage = leave_one_out(of_mask.detach(), num_masks)  # [B R]
@@ -132,12 +132,12 @@ def ranking_loss(sample: MaskSample, error: Tensor) -> Tensor:
             "sample.difficulty is None: the sampler predicts no errors to rank. Use HardTokenSampler, or AdaMAELoss, "
             "which takes the loss that the sample needs."
         )
-    if error.shape != sample.target_idx.shape:
+    if error.shape != target_idx(sample).shape:
         raise ValueError(
-            f"error has shape {tuple(error.shape)}, expected {tuple(sample.target_idx.shape)}: rows, decoded tokens."
+            f"error has shape {tuple(error.shape)}, expected {tuple(target_idx(sample).shape)}: rows, decoded tokens."
         )
-    predicted, error = sample.difficulty.gather(1, sample.target_idx), error.detach()  # [B, M]
-    if (counted := sample.target_valid) is not None:
+    predicted, error = sample.difficulty.gather(1, target_idx(sample)), error.detach()  # [B, M]
+    if (counted := target_valid(sample)) is not None:
         error = error.masked_fill(~counted, torch.nan)
     count = error.shape[1]
     if count < 2:
@@ -273,8 +273,8 @@ class AdaMAELoss(nn.Module):
             if self.estimator != "categorical" and sample.log_probs is not None:
                 raise ValueError(f"estimator={self.estimator!r} takes no decode_mask; use the model's decode_ratio.")
             sample = _decoded(sample, decode_mask, prediction.shape[1])
-        error = token_errors(prediction, video, sample.target_idx, self.kind, self.patches)
-        counted = sample.target_valid
+        error = token_errors(prediction, video, target_idx(sample), self.kind, self.patches)
+        counted = target_valid(sample)
         if counted is None:
             return self._with_sampling(error.mean(), error, sample)
         error = _only(counted, error)
@@ -290,7 +290,7 @@ class AdaMAELoss(nn.Module):
             )
         if decode_mask is not None:
             raise ValueError("a fused head takes no decode_mask; pass the prediction itself, a tensor.")
-        return fused_error(*inputs, video, sample.target_idx, self.kind, self.patches, sample.target_valid)
+        return fused_error(*inputs, video, target_idx(sample), self.kind, self.patches, target_valid(sample))
 
     def _with_sampling(self, reconstruction: Tensor, error: Tensor, sample: MaskSample) -> LossOutput:
         if sample.difficulty is not None:

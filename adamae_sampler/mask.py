@@ -53,12 +53,12 @@ class MaskSample(NamedTuple):
     @property
     def target_idx(self) -> Tensor:
         """The tokens that a decoder predicts: `decoded_idx`, or `masked_idx` if that is None."""
-        return self.masked_idx if self.decoded_idx is None else self.decoded_idx
+        return target_idx(self)
 
     @property
     def target_valid(self) -> Tensor | None:
         """Which of `target_idx` count in the losses, [B, M] bool; None if all do."""
-        return None if self.valid is None else self.valid.gather(1, self.target_idx)
+        return target_valid(self)
 
     @property
     def num_visible(self) -> int:
@@ -69,6 +69,14 @@ class MaskSample(NamedTuple):
     def num_tokens(self) -> int:
         """N, tokens of a clip."""
         return self.mask.shape[1]
+
+    def replace(self, **changes: Tensor | None) -> MaskSample:
+        """The sample with other values of some fields. torch before 2.11 does not compile `_replace`.
+
+        Raises:
+            TypeError: there is no field of that name.
+        """
+        return MaskSample(**{**dict(zip(MaskSample._fields, self, strict=True)), **changes})  # type: ignore[arg-type]
 
     def detach(self) -> MaskSample:
         """The sample without gradients."""
@@ -117,6 +125,16 @@ class MaskSample(NamedTuple):
         # False sorts before True and a stable sort keeps the order of equals, so one sort yields both lists.
         order = mask.to(torch.uint8).argsort(dim=1, stable=True)  # [B, N]
         return cls(order[:, :num_visible], order[:, num_visible:], mask)
+
+
+def target_idx(sample: MaskSample) -> Tensor:
+    """`sample.target_idx` for this package's own code. torch before 2.11 compiles no property of a named tuple."""
+    return sample.masked_idx if sample.decoded_idx is None else sample.decoded_idx
+
+
+def target_valid(sample: MaskSample) -> Tensor | None:
+    """`sample.target_valid` for this package's own code, as `target_idx`."""
+    return None if sample.valid is None else sample.valid.gather(1, target_idx(sample))
 
 
 def num_visible_tokens(num_tokens: int, mask_ratio: float) -> int:

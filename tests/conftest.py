@@ -26,15 +26,12 @@ if "TRITON_INTERPRET" in os.environ:
 torch.set_num_threads(1)
 torch.backends.cudnn.allow_tf32 = False  # fp32 tests compare with convolutions that do not round to TF32
 
+needs_posix = pytest.mark.skipif(os.name != "posix", reason="needs signals, shells or processes of POSIX")
+
 # Processes that tests fork from a server skip the seconds of these imports. The modules of the examples are not among
 # them: what they set up for a process would be shared by all.
 multiprocessing.set_forkserver_preload(
     ["adamae_sampler.models", "accelerate", "torchvision", "torch.utils.tensorboard", "matplotlib.pyplot", "tyro", "av"]
-)
-
-needs_torch_2_11 = pytest.mark.skipif(
-    tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 11),
-    reason="torch.compile before torch 2.11 breaks the graph at a property of a MaskSample",
 )
 
 DATA = Path(__file__).parent / "data"
@@ -64,7 +61,8 @@ def _seed() -> None:
 @pytest.fixture(autouse=True)
 def _signals() -> None:
     """Restores SIGUSR1. A script run in this process leaves it ignored, and child processes would inherit that."""
-    signal.signal(signal.SIGUSR1, signal.SIG_DFL)
+    if hasattr(signal, "SIGUSR1"):  # not on Windows
+        signal.signal(signal.SIGUSR1, signal.SIG_DFL)
 
 
 class Golden(NamedTuple):

@@ -6,7 +6,7 @@ from unittest import mock
 
 import pytest
 import torch
-from conftest import needs_torch_2_11, tiny_model
+from conftest import tiny_model
 from torch import nn
 from torch.nn.functional import logsigmoid
 
@@ -249,7 +249,6 @@ def test_a_model_learns_which_token_is_hard():
     assert model.sampler.share.step == 40
 
 
-@needs_torch_2_11
 @pytest.mark.parametrize("num_masks", [1, 2])
 def test_a_hard_draw_and_its_loss_compile_as_one_graph(num_masks):
     sampler = HardTokenSampler(16, (4, 3, 5), 0.75, network="mlp", num_masks=num_masks, ramp_steps=2).train()

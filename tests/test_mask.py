@@ -73,6 +73,16 @@ def test_from_mask_partitions_the_tokens(batch, tokens, data):
         assert sample.masked_idx[row].tolist() == [i for i in range(tokens) if mask[row, i]]
 
 
+def test_replace_changes_the_named_fields():
+    sample = MaskSample.from_mask(torch.tensor([[True, False, True]]), 1)
+    valid = torch.ones(1, 3, dtype=torch.bool)
+    changed = sample.replace(valid=valid)
+    assert isinstance(changed, MaskSample)
+    assert all(each is other for each, other in zip(changed, sample._replace(valid=valid), strict=True))
+    with pytest.raises(TypeError, match="target"):
+        sample.replace(target=valid)
+
+
 def test_from_mask_refuses_what_is_not_a_mask():
     mask = torch.tensor([[True, True, False, True], [True, False, False, True]])
     with pytest.raises(ValueError, match=r"leaves 2 tokens visible in row 1, expected 1 in each of its 2 rows"):

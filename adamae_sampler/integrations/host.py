@@ -21,7 +21,7 @@ from adamae_sampler.integrations.patched import HostInterfaceError, Patched, pat
 from adamae_sampler.integrations.submodules import CachedTokenizer, PatchedSubmodule
 from adamae_sampler.integrations.token_errors import errors_by_gradient
 from adamae_sampler.losses import ranking_loss, sampling_loss
-from adamae_sampler.mask import MaskSample
+from adamae_sampler.mask import MaskSample, target_valid
 from adamae_sampler.sampler import GridSize, TokenSampler
 
 
@@ -334,7 +334,7 @@ class AdaptiveHost(Patched):
         sample = self.current
         if self._errors is not None:
             self._errors.append(token_error() if token_error else errors_by_gradient(cast(Any, sampling), sample))
-        counted = sample.target_valid
+        counted = target_valid(sample)
         learns = self.training and (sample.difficulty is not None or sample.log_probs is not None)
         error: Tensor | None = None
         if token_error is not None and (learns or counted is not None):

@@ -11,7 +11,7 @@ from timm.models import register_model
 from torch import Tensor, nn
 
 from adamae_sampler.losses import HeadInputs
-from adamae_sampler.mask import MaskSample
+from adamae_sampler.mask import MaskSample, target_idx
 from adamae_sampler.models.build import build_variant
 from adamae_sampler.models.encoder import Encoder, VideoSize, fill_constants
 from adamae_sampler.models.layers import sinusoid_table
@@ -194,7 +194,7 @@ class AdaMAE(nn.Module):
         x = self.encoder_to_decoder(x)  # [B, K, decoder D]
         positions = resample(self.decoder_pos_embed, self.size.grid, grid)
         x = assemble_tokens(x, self.mask_token, positions, sample)  # [B, K + M, decoder D]
-        num_masked = sample.target_idx.shape[1]
+        num_masked = target_idx(sample).shape[1]
         if self.training and self.fused_head:
             # Copies: FSDP2 takes parameters back after the forward pass, and DDP counts returned parameters as unused.
             head = self.decoder.head

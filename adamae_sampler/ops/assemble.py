@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from adamae_sampler.mask import MaskSample, free_to_read
+from adamae_sampler.mask import MaskSample, free_to_read, target_idx
 from adamae_sampler.ops.backend import backend_for, jit, launch, tl
 from adamae_sampler.ops.checks import (
     check_device,
@@ -33,7 +33,7 @@ def _assemble_tokens_reference(
     visible: Tensor, mask_token: Tensor, pos: Tensor, sample: MaskSample, order: Order
 ) -> Tensor:
     batch, num_visible, width = visible.shape
-    token_idx = torch.cat([sample.visible_idx, sample.target_idx], dim=1)  # [B, K + M], the order of "concat"
+    token_idx = torch.cat([sample.visible_idx, target_idx(sample)], dim=1)  # [B, K + M], the order of "concat"
     fill = mask_token.to(visible.dtype).reshape(1, 1, width).expand(batch, 1, width)
     # A second expand, so that its gradient sums one axis at a time.
     fill = fill.expand(batch, token_idx.shape[1] - num_visible, width)
@@ -283,7 +283,7 @@ def assemble_tokens(
             f"visible holds {num_visible} tokens, expected {sample.visible_idx.shape[1]}, the sample's visible tokens."
         )
     check_index_shape("sample.visible_idx", sample.visible_idx, batch, visible.device)
-    check_index_shape("sample.target_idx", sample.target_idx, batch, visible.device)
+    check_index_shape("sample.target_idx", target_idx(sample), batch, visible.device)
     check_floating("mask_token", mask_token)
     if mask_token.numel() != width:
         raise ValueError(
@@ -304,10 +304,10 @@ def assemble_tokens(
             f"{num_tokens} together, the tokens of its mask."
         )
     if free_to_read(visible):
-        both = torch.cat([sample.visible_idx, sample.target_idx], 1)
+        both = torch.cat([sample.visible_idx, target_idx(sample)], 1)
         check_indices("sample's visible_idx and target_idx together", both, batch, num_tokens, visible.device)
     if backend_for(visible, mask_token, pos) == "triton":
-        idx = (sample.visible_idx, sample.target_idx)
+        idx = (sample.visible_idx, target_idx(sample))
         restore = order == "restore"
         assembled: Tensor = _AssembleTokens.apply(visible, mask_token.reshape(-1), as_table(pos), *idx, restore)
         return assembled

@@ -135,7 +135,7 @@ class AdaptiveTokenSampler(ScoredTokenSampler):
         if given.valid is not None:
             num_nonfinite = num_nonfinite - (~given.valid).sum(1)
         return (
-            super().complete(tokens, given, video, grid_size)._replace(log_probs=log_probs, num_nonfinite=num_nonfinite)
+            super().complete(tokens, given, video, grid_size).replace(log_probs=log_probs, num_nonfinite=num_nonfinite)
         )
 
 

@@ -132,7 +132,7 @@ class TokenSampler(nn.Module, abc.ABC):
             if valid is not None:
                 more["valid"] = valid
             drawn = self.draw(tokens, generator, **more)
-            return drawn._replace(valid=rows_of(valid, drawn.mask))
+            return drawn.replace(valid=rows_of(valid, drawn.mask))
         if valid is not None:
             given = _with_valid(given, repeat_rows(valid, times))
         if self.uses_video:
@@ -237,7 +237,7 @@ def _with_valid(given: MaskSample, valid: Tensor) -> MaskSample:
         ),
         "the given mask shows a token that is not valid",
     )
-    return given._replace(valid=valid)
+    return given.replace(valid=valid)
 
 
 def checked_grid(grid_size: GridSize) -> GridSize:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from adamae_sampler.mask import MaskSample, check_valid, require
+from adamae_sampler.mask import MaskSample, check_valid, require, target_valid
 from adamae_sampler.ops import draw_mask
 from adamae_sampler.ops.draw import token_log_probs
 
@@ -30,8 +30,8 @@ def draw_decoded(sample: MaskSample, num_decoded: int, generator: torch.Generato
         return sample
     even = torch.zeros(sample.masked_idx.shape, device=sample.masked_idx.device)
     # Of a row with fewer valid masked tokens than are decoded, all are, and the losses leave the others out.
-    chosen = draw_valid(even, num_decoded, generator, sample.target_valid).visible_idx  # [B, M'], ascending
-    return sample._replace(decoded_idx=sample.masked_idx.gather(1, chosen))
+    chosen = draw_valid(even, num_decoded, generator, target_valid(sample)).visible_idx  # [B, M'], ascending
+    return sample.replace(decoded_idx=sample.masked_idx.gather(1, chosen))
 
 
 def draw_valid(scores: Tensor, num_visible: int, generator: torch.Generator | None, valid: Tensor | None) -> MaskSample:
@@ -46,7 +46,7 @@ def draw_valid(scores: Tensor, num_visible: int, generator: torch.Generator | No
     rows = rows_of(valid, scores)
     if rows is None:
         return draw_mask(scores, num_visible, generator=generator)
-    return _draw_among(rows, scores, num_visible, generator)._replace(**_distribution(scores, rows))
+    return _draw_among(rows, scores, num_visible, generator).replace(**_distribution(scores, rows))
 
 
 def draw_beside_targets(
@@ -89,7 +89,7 @@ def draw_beside_targets(
     rows = rows_of(valid, scores)
     drawn = _draw_among(~held_out if rows is None else rows & ~held_out, scores, num_visible, generator)
     decoded = repeat_rows(targets.visible_idx, num_masks)
-    return drawn._replace(**_distribution(scores, rows), decoded_idx=decoded, held_out=held_out)
+    return drawn.replace(**_distribution(scores, rows), decoded_idx=decoded, held_out=held_out)
 
 
 def _draw_among(allowed: Tensor, scores: Tensor, num_visible: int, generator: torch.Generator | None) -> MaskSample:

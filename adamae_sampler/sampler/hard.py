@@ -106,7 +106,7 @@ def _random_ties(difficulty: Tensor, generator: torch.Generator | None) -> Tenso
 def _with_difficulty(sample: MaskSample, difficulty: Tensor, valid: Tensor | None) -> MaskSample:
     nonfinite = ~difficulty.detach().isfinite()
     nonfinite = nonfinite if valid is None else nonfinite & valid
-    return sample._replace(difficulty=difficulty, num_nonfinite=nonfinite.sum(1))
+    return sample.replace(difficulty=difficulty, num_nonfinite=nonfinite.sum(1))
 
 
 _ROUNDING = 1e-3  # above the rounding error of share M in fp32

@@ -121,7 +121,7 @@ class MotionTokenSampler(TokenSampler):
     ) -> MaskSample:
         """Draws K tokens of each clip from p, without replacement; with R masks, R times."""
         log_probs = repeat_rows(self.log_probs(tokens, video, grid_size, valid), self.num_masks)
-        return draw_valid(log_probs, self.num_drawn(grid_size), generator, valid)._replace(log_probs=None)
+        return draw_valid(log_probs, self.num_drawn(grid_size), generator, valid).replace(log_probs=None)
 
     def extra_repr(self) -> str:
         """For print(model)."""

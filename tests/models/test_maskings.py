@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import needs_torch_2_11, tiny_model
+from conftest import tiny_model
 from test_options import GRID, step
 
 from adamae_sampler import AdaptiveTokenSampler
@@ -54,7 +54,6 @@ def test_every_sampler_draws_several_masks(kind):
         kind(*first, GRID, 0.75, num_masks=0)
 
 
-@needs_torch_2_11
 @pytest.mark.parametrize("kind", MASKINGS.values())
 def test_one_compilation_draws_for_batches_of_any_size(kind):
     """As the last, smaller batch of an epoch: torch.compile then makes the batch size symbolic."""

@@ -4,7 +4,7 @@ import inspect
 import pytest
 import timm
 import torch
-from conftest import needs_torch_2_11, tiny_model
+from conftest import tiny_model
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.optim import param_groups_weight_decay
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -223,7 +223,6 @@ def test_checkpointing_recomputes_the_blocks():
         assert len(calls) == expected
 
 
-@needs_torch_2_11
 def test_whole_step_compiles_without_graph_breaks():
     model = tiny_model().eval()
     criterion = AdaMAELoss(patch_size=8)

@@ -6,7 +6,7 @@ import math
 import pytest
 import timm
 import torch
-from conftest import needs_torch_2_11, tiny_model
+from conftest import tiny_model
 from torch.nn.functional import avg_pool3d
 
 from adamae_sampler import (
@@ -304,13 +304,20 @@ def test_the_defaults_are_the_exact_method():
     assert MaskSample._fields[:4] == ("visible_idx", "masked_idx", "mask", "log_probs")
 
 
-@needs_torch_2_11
+needs_torch_2_7 = pytest.mark.skipif(
+    tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 7),
+    reason="compiling set_log_prob does not end: torch before 2.7 follows every path of a graph (pytorch issue 145081)",
+)
+
+
 @pytest.mark.parametrize(
     ("options", "estimator"),
     [
         ({**FAST, "temperature": 2.0, "exploration": 0.1}, "categorical"),
-        ({"num_masks": 2, "fused_head": True}, "plackett_luce"),
-        pytest.param({"num_masks": 2, "target_ratio": 0.25}, "plackett_luce", marks=pytest.mark.slow),
+        pytest.param({"num_masks": 2, "fused_head": True}, "plackett_luce", marks=needs_torch_2_7),
+        pytest.param(
+            {"num_masks": 2, "target_ratio": 0.25}, "plackett_luce", marks=[needs_torch_2_7, pytest.mark.slow]
+        ),
         *(
             pytest.param({"masking": name, "num_masks": 2, "score_network": network}, "categorical", marks=marks)
             for name, network, marks in (

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import needs_torch_2_11, tiny_model
+from conftest import tiny_model
 from test_options import GRID, step
 
 from adamae_sampler import (
@@ -272,7 +272,6 @@ def test_the_reference_model_does_not_see_invalid_pixels(options):
     assert not torch.equal(step(model, short, mask=sample._replace(valid=None))[0].loss, out.loss)
 
 
-@needs_torch_2_11
 def test_a_step_with_invalid_tokens_compiles_as_one_graph():
     model = tiny_model().train()
     video, valid = torch.randn(3, 3, 8, 32, 32), some_valid("adaptive")

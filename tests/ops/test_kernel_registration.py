@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import needs_torch_2_11, tiny_model
+from conftest import tiny_model
 from kernel_inputs import DEVICE, OPS, assert_same, make_sample
 
 from adamae_sampler import AdaMAELoss, MaskSample, ops
@@ -99,7 +99,6 @@ def test_autocast_leaves_the_ops_as_they_are(tiny):
     assert all(each.grad.isfinite().all() for each in model.parameters())
 
 
-@needs_torch_2_11
 def test_a_training_step_compiles_as_one_graph(tiny):
     """Forward and backward pass traced as inductor gets them; what inductor makes of every op is the next test."""
     model, video = tiny
@@ -119,7 +118,6 @@ def test_a_training_step_compiles_as_one_graph(tiny):
         torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-5)
 
 
-@needs_torch_2_11
 @pytest.mark.slow
 def test_inductor_compiles_every_op_of_a_training_step():
     """Without the products and the attention between the ops, which take inductor a minute."""

@@ -4,7 +4,6 @@ import math
 
 import pytest
 import torch
-from conftest import needs_torch_2_11
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -330,7 +329,6 @@ def test_bad_input():
             call()
 
 
-@needs_torch_2_11
 def test_ops_compile_without_graph_breaks():
     sample = make_sample(2, 8, 2)
     tokens, video = torch.randn(2, 8, 4, requires_grad=True), torch.rand(2, 3, 4, 8, 8)
