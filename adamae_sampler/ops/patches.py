@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import einops._torch_specific  # noqa: F401  registers einops with torch.compile, as torch 2.7 needs
 from einops import rearrange
 from torch import Tensor
 
