@@ -71,7 +71,7 @@ class MaskSample(NamedTuple):
         return self.mask.shape[1]
 
     def replace(self, **changes: Tensor | None) -> MaskSample:
-        """The sample with other values of some fields. torch before 2.11 does not compile `_replace`.
+        """The sample with other values of some fields. torch.compile refuses `_replace` in older torch, such as 2.7.
 
         Raises:
             TypeError: there is no field of that name.
@@ -128,7 +128,7 @@ class MaskSample(NamedTuple):
 
 
 def target_idx(sample: MaskSample) -> Tensor:
-    """`sample.target_idx` for this package's own code. torch before 2.11 compiles no property of a named tuple."""
+    """`sample.target_idx` for this package's own code. torch before 2.11 compiles no property of it."""
     return sample.masked_idx if sample.decoded_idx is None else sample.decoded_idx
 
 
