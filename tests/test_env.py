@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import needs_posix
 
 from adamae_sampler import env, ops
 
@@ -58,6 +59,7 @@ def test_a_package_that_is_not_installed_is_reported():
         ("exit 0", "unknown: nvidia-smi lists no GPU"),
     ],
 )
+@needs_posix
 def test_the_driver_version_or_why_it_is_unknown(script, said, tmp_path, monkeypatch):
     command = tmp_path / "nvidia-smi"
     command.write_text(f"#!/bin/sh\n{script}\n")

@@ -15,6 +15,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
+from conftest import needs_posix
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
@@ -77,6 +78,7 @@ def test_the_oldest_releases_are_the_lower_bounds():
 
 
 @pytest.mark.parametrize("constraints", ["", ".ci/oldest.txt"])
+@needs_posix
 def test_ci_passes_constraints_to_pip(constraints, tmp_path):
     """Runs the line of .ci/run that installs the package, with a pip that prints its arguments."""
     script = (ROOT / ".ci" / "run").read_text()
@@ -98,6 +100,7 @@ def test_a_release_is_checked_and_published_without_a_token():
 
 
 @pytest.mark.parametrize(("tag", "passes"), [("v1.2.3", True), ("1.2.3", False), ("v1.2.4", False)])
+@needs_posix
 def test_a_release_of_another_version_than_its_tag_is_refused(tag, passes, tmp_path):
     (check,) = [step for step in steps(GITHUB / "workflows" / "release.yml") if "Check" in step.get("name", "")]
     (tmp_path / "dist").mkdir()

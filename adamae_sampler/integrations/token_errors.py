@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from adamae_sampler.mask import MaskSample
+from adamae_sampler.mask import MaskSample, target_valid
 
 
 def errors_by_gradient(sampling: Callable[[Tensor], Tensor], sample: MaskSample) -> Tensor:
@@ -26,5 +26,5 @@ def errors_by_gradient(sampling: Callable[[Tensor], Tensor], sample: MaskSample)
     else:
         with torch.enable_grad():
             (gradient,) = torch.autograd.grad(sampling(log_probs.requires_grad_()), log_probs)
-    counted = sample.target_valid
+    counted = target_valid(sample)
     return -gradient.gather(1, sample.masked_idx) * (sample.masked_idx.numel() if counted is None else counted.sum())

@@ -20,42 +20,47 @@ def replacing(path: Path) -> Iterator[Path]:
     aside = path.with_name(f".{path.name}.partial")
     try:
         yield aside
-        with aside.open("rb") as file:
+        with aside.open("rb+") as file:  # Windows syncs no file that is open for reading alone
             os.fsync(file.fileno())
         os.chmod(aside, 0o666 & ~_umask())  # safetensors lets only the owner read its files
         os.replace(aside, path)
     except BaseException:
         aside.unlink(missing_ok=True)
         raise
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)  # makes the new name durable too
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some file systems cannot sync a folder
-            raise
-    finally:
-        os.close(folder)
+    if hasattr(os, "O_DIRECTORY"):  # not on Windows, which opens no folders
+        _sync_folder(path.parent)
 
 
 def append_whole(path: Path, text: str) -> None:
     """Appends lines to a file. If it raises OSError, the file is as before."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
-    before, left = os.fstat(file).st_size, text.encode()
-    try:
-        while left:
-            left = left[os.write(file, left) :]
-    except OSError:
-        os.ftruncate(file, before)
-        raise
-    finally:
-        os.close(file)
+    left = text.encode()
+    with path.open("ab", buffering=0) as file:
+        before = os.fstat(file.fileno()).st_size
+        try:
+            while left:
+                left = left[file.write(left) :]
+        except OSError:
+            file.truncate(before)
+            raise
 
 
 def remove_partial(folder: Path) -> None:
     """Removes the partial files that killed processes left in a folder."""
     for path in folder.glob(".*.partial"):
         path.unlink()
+
+
+def _sync_folder(folder: Path) -> None:
+    """Makes the names of new files durable too."""
+    opened = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(opened)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some file systems cannot sync a folder
+            raise
+    finally:
+        os.close(opened)
 
 
 def _umask() -> int:

@@ -71,7 +71,7 @@ class Checkpoints:
         remove_partial(self.folder)
         for path in self._all():
             if path.stem > f"step_{step:08d}":
-                path.rename(path.with_suffix(".set_aside"))
+                path.replace(path.with_suffix(".set_aside"))
 
     def newest(self, kind: str) -> tuple[Path | None, list[str]]:
         """The newest whole checkpoint of a script, or None, and why each newer file was passed over."""

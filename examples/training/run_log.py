@@ -53,14 +53,14 @@ class RunLog:
         self.path = folder / "metrics.jsonl"
         kept = [line for line in self._lines() if line["step"] <= first_step] if first_step else []
         aside = self.path.with_suffix(".tmp")
-        aside.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        aside.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8", newline="\n")
         aside.replace(self.path)
         self._unwritten = ""
         self.board = SummaryWriter(str(folder), purge_step=first_step + 1 if first_step else None)
 
     def _lines(self) -> Iterator[dict[str, Any]]:
         """The complete lines so far. A killed run may have left half a line at the end."""
-        for line in self.path.read_text().splitlines() if self.path.exists() else []:
+        for line in self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []:
             with suppress(json.JSONDecodeError):
                 yield json.loads(line)
 
@@ -111,7 +111,7 @@ class RunLog:
         text += [f"{name}: {value:.4g} (median)" for name, value in middle.items()]
         text += [f"memory: {max(line['memory_gib'] for line in lines):.3g} GiB at most"]
         text += [f"skipped steps: {sum(line['skipped_steps'] for line in lines)}"]
-        path.write_text("\n".join(text) + "\n")
+        path.write_text("\n".join(text) + "\n", encoding="utf-8")
         tqdm.write("\n".join(f"  {line}" for line in text))
 
     def __enter__(self) -> RunLog:

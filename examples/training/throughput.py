@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 import sys
 import time
 from collections.abc import Iterator
@@ -17,6 +16,13 @@ from torch.nn.functional import linear
 from torch.utils.flop_counter import FlopCounterMode
 
 from adamae_sampler.losses import HeadInputs
+
+try:
+    import resource
+except ImportError:  # Windows
+    import psutil
+
+    resource = None  # type: ignore[assignment]
 
 # Peak of dense bf16 matrix products in FLOP/s, from data sheets. Keys are parts of the names that drivers report.
 PEAKS = {
@@ -68,6 +74,8 @@ def memory_gib(device: torch.device) -> float:
         most = torch.cuda.max_memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
         return most / 2**30
+    if resource is None:
+        return psutil.Process().memory_info().peak_wset / 2**30
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 

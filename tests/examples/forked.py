@@ -1,6 +1,7 @@
 """Processes of the scripts that start in no time: forked from a server that has imported torch and timm once.
 
 A script spends seven seconds on imports. A process from here skips them, and is like one of the command line otherwise.
+Windows has no such server: there each process starts anew.
 """
 
 import atexit
@@ -15,7 +16,8 @@ import time
 from pathlib import Path
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-_SERVER = multiprocessing.get_context("forkserver")
+START_METHOD = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
+_SERVER = multiprocessing.get_context(START_METHOD)
 
 
 class Started:

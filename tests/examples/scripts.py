@@ -9,6 +9,7 @@ from contextlib import redirect_stderr, redirect_stdout
 from unittest import mock
 
 import pretrain
+import psutil
 import pytest
 import torch
 from forked import EXAMPLES, Started, run_group
@@ -120,4 +121,5 @@ def metrics_so_far(folder):
 
 
 def children(pid):
-    return [int(child) for child in open(f"/proc/{pid}/task/{pid}/children").read().split()]
+    """The processes that a process has started, the oldest first."""
+    return [child.pid for child in sorted(psutil.Process(pid).children(), key=psutil.Process.create_time)]

@@ -11,6 +11,7 @@ import av
 import pretrain as pretrain_script
 import pytest
 import torch
+from conftest import needs_posix
 from scripts import (
     EXAMPLES,
     TINY_PRETRAIN,
@@ -204,6 +205,7 @@ def test_an_error_of_the_store_is_not_taken_for_a_dead_reader(workers):
 
 @pytest.mark.parametrize("victim", ["reader", "rank"])
 @pytest.mark.slow
+@needs_posix
 def test_a_process_that_dies_ends_the_job_at_once_with_a_clear_line(victim, tmp_path):
     launcher = TWO_PROCESSES if victim == "rank" else ()
     arguments = [*TINY_PRETRAIN, "--data", "sprites:64", "--steps", 100_000, "--workers", 2, "--output", tmp_path]
@@ -242,6 +244,7 @@ def test_processes_that_would_resume_from_different_checkpoints_are_refused(monk
         TrainingLoop(Job(None, None, None, None, None, None), None, ("loss", -1))
 
 
+@needs_posix
 def test_a_signal_before_the_first_step_and_one_during_a_save_count():
     with Interrupts(minutes=60) as interrupts:
         os.kill(os.getpid(), signal.SIGUSR1)

@@ -14,6 +14,7 @@ import pytest
 import safetensors.torch
 import torch
 import yaml
+from conftest import needs_posix
 from forked import Started, run_group
 from scripts import (
     EXAMPLES,
@@ -255,6 +256,7 @@ def test_killed_at_random_moments_a_run_loses_nothing(tmp_path):
 
 
 @pytest.mark.slow
+@needs_posix
 def test_killed_in_the_middle_of_writing(tmp_path):
     common = [*SPRITES, "--save-every", 2, "--steps", 6]
     script = f"""
@@ -281,6 +283,7 @@ pretrain.main({[*map(str, common), "--output", str(tmp_path / "parts")]!r})
 
 @pytest.mark.parametrize("launcher", [(), TWO_PROCESSES], ids=["one process", "two"])
 @pytest.mark.slow
+@needs_posix
 def test_sigusr1_saves_and_sigterm_saves_and_stops(launcher, tmp_path):
     folder = tmp_path / "run"
     arguments = [*SPRITES, "--steps", 100_000, "--effective-batch", 8, "--save-every", 100_000, "--workers", 2]
@@ -316,6 +319,7 @@ def test_another_number_of_processes_goes_on_with_the_same_videos(tmp_path):
 
 
 @pytest.mark.slow
+@needs_posix
 def test_a_full_disk_keeps_the_previous_checkpoint(tmp_path):
     """A limit on the size of written files stands in for the full disk."""
     common = [*SPRITES, "--save-every", 1, "--steps", 4, "--output", tmp_path / "run"]

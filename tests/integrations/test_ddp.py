@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from conftest import tiny_model
-from forked import free_port
+from forked import START_METHOD, free_port
 from hosts import make_mae, structured
 from torch.nn.parallel import DistributedDataParallel
 
@@ -49,7 +49,7 @@ def test_two_processes_agree_on_weights_and_draw_different_masks():
     """For several weights of the sampling loss, accumulation and activation checkpointing, in one start of processes."""
     with mp.Manager() as manager:
         results = manager.dict()
-        mp.start_processes(train, (free_port(), results), nprocs=2, start_method="forkserver")
+        mp.start_processes(train, (free_port(), results), nprocs=2, start_method=START_METHOD)
         one, two = results[0], results[1]
     for settings, (masks_0, weights_0), (masks_1, weights_1) in zip(SETTINGS, one, two, strict=True):
         assert torch.equal(weights_0, weights_1), settings
@@ -71,7 +71,7 @@ def train_patched(rank, port, results):
 def test_a_patched_host_in_two_processes():
     with mp.Manager() as manager:
         results = manager.dict()
-        mp.start_processes(train_patched, (free_port(), results), nprocs=2, start_method="forkserver")
+        mp.start_processes(train_patched, (free_port(), results), nprocs=2, start_method=START_METHOD)
         (mask_0, gradient_0), (mask_1, gradient_1) = results[0], results[1]
     assert not torch.equal(mask_0, mask_1)
     assert torch.equal(gradient_0, gradient_1)
