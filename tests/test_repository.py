@@ -90,6 +90,15 @@ def test_ci_passes_constraints_to_pip(constraints, tmp_path):
     assert given[-2:] == (["--constraint", constraints] if constraints else ["-e", ".[test]"])
 
 
+@needs_posix
+def test_ci_tests_the_package_on_the_oldest_releases():
+    script = (ROOT / ".ci" / "run").read_text()
+    assert re.search(r"oldest/bin/pip. install .*--constraint \.ci/oldest\.txt", script)
+    (names,) = re.findall(r"oldest/bin/python. -m pytest ((?:.*\\\n)*.*)", script)
+    told = subprocess.run(["bash", "-c", f"ls -d {names}"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert {"tests/ops", "tests/models", "tests/test_mask.py", "tests/test_losses.py"} <= set(told.split())
+
+
 def test_a_release_is_checked_and_published_without_a_token():
     path = GITHUB / "workflows" / "release.yml"
     publish = load(path)["jobs"]["publish"]
