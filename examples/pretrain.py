@@ -1,12 +1,13 @@
 """Pre-trains a video masked autoencoder with adaptive masking, or with another of `--masking`.
 
-    python examples/pretrain.py                                       a small model on the bundled video
+    python examples/pretrain.py                                       a small model on generated clips, two minutes
     python examples/pretrain.py --data sprites --masking random       generated clips, another masking
     python examples/pretrain.py --preset k400 --data train.csv        the paper's recipe (k400, ssv2, ucf101, hmdb51)
     accelerate launch examples/pretrain.py --preset ssv2 --data DIR   on all GPUs of a machine
     accelerate launch --config_file examples/launch/fsdp2.yaml ...    with FSDP2; see examples/launch for more
 
-Training writes recipe.yaml, metrics.jsonl, TensorBoard files, checkpoints/, model.safetensors and overview.png.
+Training writes recipe.yaml, metrics.jsonl, TensorBoard files, checkpoints/, model.safetensors,
+overview.png and animation.gif.
 --resume auto goes on from the newest checkpoint in --output. Without a checkpoint there, a new run begins.
 """
 

@@ -1,6 +1,6 @@
 """Pictures of the masks and predictions of a pre-trained model: the paper's Figures 2 to 14 for any video.
 
-    python examples/visualize_masks.py --checkpoint runs/demo/model.safetensors --video examples/clips/bigbuckbunny.mp4
+    python examples/visualize_masks.py --checkpoint runs/demo/model.safetensors --video sprites:4
     python examples/visualize_masks.py --checkpoint checkpoint.pth --video clip.webm --mask-ratios 0.95 --leak-free
 
 For a mask ratio of 0.95 the script writes overview_95.png (video, prediction, error, p, mask) and animation_95.gif or
