@@ -106,37 +106,6 @@ def overview(
     return _draw_rows(_rows(step, statistics, clip, channels), step.patches.patch[0])
 
 
-@overload
-def animation(
-    model: nn.Module,
-    /,
-    inputs: Tensor,
-    criterion: AdaMAELoss | None = None,
-    *,
-    generator: torch.Generator | None = None,
-    statistics: Statistics = "true",
-    clip: int = 0,
-    channels: Sequence[int] | None = None,
-) -> Tensor: ...
-
-
-@overload
-def animation(
-    video: Tensor,
-    /,
-    prediction: Tensor,
-    sample: MaskSample,
-    token_error: Tensor,
-    *,
-    normalize: bool,
-    patch_size: PatchSize = 16,
-    tubelet_size: int = 2,
-    statistics: Statistics = "true",
-    clip: int = 0,
-    channels: Sequence[int] | None = None,
-) -> Tensor: ...
-
-
 def animation(
     *what: Any, statistics: Statistics = "true", clip: int = 0, channels: Sequence[int] | None = None, **how: Any
 ) -> Tensor:
