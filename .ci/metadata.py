@@ -1,6 +1,7 @@
 """A hatch hook: the package's URLs and the links of its README, from the repository that builds a release.
 
-GitHub's workflows state their repository in the environment. Elsewhere the README stays as it is, without URLs.
+The release workflow states its repository in the environment. Elsewhere the README stays as it is, without URLs.
+GitHub's own variables would not do: in somebody else's workflow they name another repository.
 """
 
 import os
@@ -19,9 +20,8 @@ class ReleaseMetadata(MetadataHookInterface):
     def update(self, metadata: dict[str, Any]) -> None:
         """Called by hatchling with the [project] table."""
         text = (Path(self.root) / "README.md").read_text(encoding="utf-8")
-        if repository := os.environ.get("GITHUB_REPOSITORY"):
-            home = f"{os.environ.get('GITHUB_SERVER_URL', 'https://github.com')}/{repository}"
-            ref = os.environ.get("GITHUB_REF_NAME", "main")
+        if home := os.environ.get("ADAMAE_SAMPLER_REPOSITORY"):
+            ref = os.environ.get("ADAMAE_SAMPLER_REF", "main")
             metadata["urls"] = {
                 "Repository": home,
                 "Documentation": f"{home}/blob/{ref}/README.md",

@@ -45,9 +45,10 @@ print(adamae_sampler.__version__)
 @pytest.mark.slow
 def test_a_release_has_addresses_and_its_source_has_the_results(tmp_path):
     """As the release workflow builds it: the source, then the wheel from it."""
-    github = {"GITHUB_REPOSITORY": "owner/name", "GITHUB_SERVER_URL": "https://github.com", "GITHUB_REF_NAME": "v1.2.3"}
+    home = "https://github.com/owner/name"
+    release = {"ADAMAE_SAMPLER_REPOSITORY": home, "ADAMAE_SAMPLER_REF": "v1.2.3"}
     command = [sys.executable, "-m", "build", "--outdir", str(tmp_path), str(ROOT)]
-    subprocess.run(command, check=True, capture_output=True, env={**os.environ, **github})
+    subprocess.run(command, check=True, capture_output=True, env={**os.environ, **release})
     (source,) = tmp_path.glob("*.tar.gz")
     with tarfile.open(source) as tar:
         names = {name.partition("/")[2] for name in tar.getnames()}
@@ -57,7 +58,6 @@ def test_a_release_has_addresses_and_its_source_has_the_results(tmp_path):
     with zipfile.ZipFile(wheel) as archive:
         (path,) = (name for name in archive.namelist() if name.endswith("/METADATA"))
         metadata = email.message_from_bytes(archive.read(path))
-    home = "https://github.com/owner/name"
     assert f"Repository, {home}" in metadata.get_all("Project-URL")
     assert f"Issues, {home}/issues" in metadata.get_all("Project-URL")
     page = metadata.get_payload()
