@@ -4,7 +4,8 @@ python examples/quickstart.py     # three minutes on two CPU cores
 
 Trains a small VideoMAE on clips in which one sprite moves over a textured background, and another stays still. The
 script prints p of what moves, of the still sprite and of the background, each as a multiple of an even p. In the first
-step all are 1, so the masks are random ones. With `patch(..., sampling_weight=0)` they stay so.
+step all are 1, so the masks are random ones; p moves within the first hundred steps. With `patch(...,
+sampling_weight=0)` it stays even.
 `tour.ipynb` does the same with pictures.
 """
 
