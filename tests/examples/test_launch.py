@@ -49,7 +49,19 @@ FIRST = {
     "fsdp2": ON_CPU.format("MULTI_GPU"),
     "deepspeed_zero2": BY_GLOO + ON_CPU.format("DEEPSPEED"),
 }
-COMMON = [*TINY_PRETRAIN, "--data", "sprites:64", "--steps", 8, "--save-every", 4, "--effective-batch", 8]
+COMMON = [
+    *TINY_PRETRAIN,
+    "--decode-ratio",
+    1,
+    "--data",
+    "sprites:64",
+    "--steps",
+    8,
+    "--save-every",
+    4,
+    "--effective-batch",
+    8,
+]
 
 
 NO_GPUS = "error: the launch file is for FSDP2 or DeepSpeed, which Accelerate runs on two or more GPUs; found 0"

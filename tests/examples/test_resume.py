@@ -94,7 +94,7 @@ def test_resuming_with_another_recipe_or_data_is_refused(tmp_path):
     pretrain_here(*SPRITES, "--steps", 2, "--output", tmp_path / "run")
     checkpoint = newest_checkpoint(tmp_path / "run")
     for change, message in (
-        (["--base-lr", 1], "base_lr: 0.032 -> 1.0"),
+        (["--base-lr", 1], "base_lr: 0.064 -> 1.0"),
         (["--effective-batch", 8], "effective batch: 4 -> 8"),
         (["--steps", 1], "is at step 2, this run ends at 1"),
         (["--data", "sprites:32"], "number of videos: 64 -> 32"),

@@ -62,7 +62,7 @@ def test_an_encoder_is_loaded_whole_from_every_format_and_the_rest_is_reported(g
     assert report.format == "official AdaMAE"
     assert set(report.matched) == {name for name in model.state_dict() if name.startswith("encoder.")}
     assert report.missing == ()
-    assert {name.partition(".")[0] for name in report.unused} >= {"decoder", "sampler"}
+    assert {name.partition(".")[0] for name in report.left} >= {"decoder", "sampler"}
     assert torch.equal(model.encoder.patch_embed.proj.weight, official["encoder.patch_embed.proj.weight"])
     assert torch.equal(model.head.weight, head)
 
@@ -77,7 +77,7 @@ def test_fine_tuned_files_ours_and_videomaes():
         assert (report.format, report.missing, report.unused) == (name, (), ())
         assert all(torch.equal(a, b) for a, b in zip(fresh.state_dict().values(), ours.values(), strict=True))
         other_classes = tiny_classifier(num_classes=9)
-        assert set(load_checkpoint(other_classes, weights, only="encoder.").unused) >= {"head.weight", "fc_norm.bias"}
+        assert set(load_checkpoint(other_classes, weights, only="encoder.").left) >= {"head.weight", "fc_norm.bias"}
         with pytest.raises(ValueError, match=r"head.weight is \(5, 32\) in the file, \(9, 32\) in the model"):
             load_checkpoint(other_classes, weights)
 
