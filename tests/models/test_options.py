@@ -304,10 +304,8 @@ def test_the_defaults_are_the_exact_method():
     assert MaskSample._fields[:4] == ("visible_idx", "masked_idx", "mask", "log_probs")
 
 
-needs_torch_2_7 = pytest.mark.skipif(
-    tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 7),
-    reason="compiling set_log_prob does not end: torch before 2.7 follows every path of a graph (pytorch issue 145081)",
-)
+# Its partitioner follows every path of set_log_prob's graph, github.com/pytorch/pytorch/issues/145081.
+needs_torch_2_7 = pytest.mark.skipif(torch.__version__.startswith("2.6."), reason="torch 2.6 does not end compiling it")
 
 
 @pytest.mark.parametrize(
